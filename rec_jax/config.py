@@ -1,0 +1,170 @@
+"""The strict bridge from the mutable `ConfigDict` of the command line to frozen dataclasses.
+
+A default lives once, in its dataclass: `to_config_dict(TrainConfig())` puts it where a config file
+and the command line can change it, and `build(TrainConfig, cfg)` checks every key and type on the
+way back. `cfg` is always the mutable side, `config` the frozen one.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, Union
+
+from ml_collections import ConfigDict, config_dict
+
+
+def build(cls, cfg: Mapping, name: str = ""):
+    """Builds the frozen dataclass `cls` from `cfg`, nested dataclasses included.
+
+    A key that `cfg` lacks takes the default of the dataclass. An int is taken for a float, a list
+    for a tuple; nothing else is converted.
+
+    Args:
+      cls: the dataclass to build.
+      cfg: a ConfigDict, or any mapping (a config read back from JSON).
+      name: where `cfg` sits in the whole config (`train`), for messages.
+
+    Raises:
+      ValueError: an unknown key, with the nearest known one; a missing key without a default; a
+        value of the wrong type; whatever the dataclass itself refuses.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key in cfg:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+            hint = f"did you mean {_join(name, near[0])}?" if near else f"it has {', '.join(fields)}"
+            raise ValueError(f"unknown key {_join(name, key)} ({cls.__name__}): {hint}")
+        values[key] = _convert(cfg[key], hints[key], _join(name, key), cls.__name__)
+    for key, field in fields.items():
+        if key not in values and _has_no_default(field):
+            raise ValueError(f"{_join(name, key)} is missing ({cls.__name__}) and has no default")
+    return cls(**values)
+
+
+def to_config_dict(config) -> ConfigDict:
+    """The mutable ConfigDict of a dataclass instance, typed so that overrides are checked."""
+    hints = typing.get_type_hints(type(config))
+    cfg = ConfigDict()
+    for field in dataclasses.fields(config):
+        if not field.init:
+            continue
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            value = to_config_dict(value)
+        elif value is None:  # A placeholder keeps the type, so that the flag can be parsed.
+            value = config_dict.placeholder(_placeholder_type(hints[field.name]))
+        elif isinstance(value, Mapping):
+            value = ConfigDict(dict(value))
+        cfg[field.name] = value
+    return cfg
+
+
+def _convert(value: Any, hint: Any, name: str, owner: str):
+    """`value` as the annotated type `hint`, or a ValueError that names the field `name`."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    wrong = ValueError(
+        f"{name}={value!r} is {_article(type(value).__name__)}, "
+        f"expected {_describe(hint)} ({owner})"
+    )
+    if hint is Any:
+        return value
+    if origin is Literal:
+        if not any(value == arg and type(value) is type(arg) for arg in args):
+            near = difflib.get_close_matches(str(value), [str(arg) for arg in args], n=1)
+            hint_text = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{name}={value!r} is not one of {_describe(hint)} ({owner}){hint_text}")
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(value, args, name, owner, wrong)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
+        if not isinstance(value, Mapping | ConfigDict):
+            raise wrong
+        return build(hint, value, name)
+    if hint is tuple or origin is tuple:
+        return _convert_tuple(value, args, name, owner, wrong)
+    if hint is dict or origin in (dict, Mapping):
+        if not isinstance(value, Mapping | ConfigDict):
+            raise wrong
+        key_hint, value_hint = args or (Any, Any)
+        return {
+            _convert(k, key_hint, f"key of {name}", owner): _convert(
+                value[k], value_hint, _join(name, str(k)), owner
+            )
+            for k in value
+        }
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, bool):  # bool is an int to Python, a mistake to a user.
+        raise wrong
+    if hint is None or hint is type(None):
+        if value is not None:
+            raise wrong
+        return None
+    if not isinstance(value, hint):
+        raise wrong
+    return value
+
+
+def _convert_union(value, args, name: str, owner: str, wrong: ValueError):
+    if value is None and type(None) in args:
+        return None
+    others = [arg for arg in args if arg is not type(None)]
+    if len(others) == 1:
+        return _convert(value, others[0], name, owner)
+    for arg in sorted(others, key=lambda arg: type(value) is not arg):  # The exact type first.
+        try:
+            return _convert(value, arg, name, owner)
+        except ValueError:
+            continue
+    raise wrong
+
+
+def _convert_tuple(value, args, name: str, owner: str, wrong: ValueError) -> tuple:
+    if not isinstance(value, tuple | list):
+        raise wrong
+    if not args:
+        return tuple(value)
+    if len(args) == 2 and args[1] is Ellipsis:
+        args = (args[0],) * len(value)
+    if len(args) != len(value):
+        raise wrong
+    return tuple(
+        _convert(item, arg, f"{name}[{i}]", owner)
+        for i, (item, arg) in enumerate(zip(value, args, strict=True))
+    )
+
+
+def _has_no_default(field: dataclasses.Field) -> bool:
+    missing = dataclasses.MISSING
+    return field.default is missing and field.default_factory is missing
+
+
+def _placeholder_type(hint) -> type:
+    """The type that an optional field has once it is set."""
+    for arg in typing.get_args(hint):
+        if arg is type(None):
+            continue
+        if typing.get_origin(arg) is Literal:
+            return type(typing.get_args(arg)[0])
+        return typing.get_origin(arg) or arg
+    return object
+
+
+def _describe(hint) -> str:
+    if typing.get_origin(hint) is Literal:
+        return ", ".join(repr(arg) for arg in typing.get_args(hint))
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key

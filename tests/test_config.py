@@ -1,0 +1,105 @@
+import dataclasses
+import json
+from typing import Any, Literal
+
+import pytest
+from ml_collections import ConfigDict
+
+from rec_jax.config import build, to_config_dict
+
+
+@dataclasses.dataclass(frozen=True)
+class InnerConfig:
+    width: int = 64
+    rate: float = 0.5
+    kind: Literal["learned", "rotary"] = "learned"
+
+    def __post_init__(self):
+        if self.width % 2:
+            raise ValueError(f"width={self.width} is odd (InnerConfig)")
+
+
+@dataclasses.dataclass(frozen=True)
+class OuterConfig:
+    name: str = "run"
+    debug: bool = False
+    ks: tuple[int, ...] = (5, 10)
+    betas: tuple[float, float] = (0.9, 0.98)
+    limit: int | None = None
+    mode: Literal["a", "b"] | None = None
+    ratio: int | float = 1
+    mesh: dict[str, int] = dataclasses.field(default_factory=lambda: {"data": 1})
+    extra: Any = 0
+    inner: InnerConfig = InnerConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class RequiredConfig:
+    size: int
+
+
+def test_round_trip():
+    config = OuterConfig(ks=(1,), limit=3, inner=InnerConfig(width=8, rate=0.25, kind="rotary"))
+    assert build(OuterConfig, to_config_dict(config)) == config
+    assert build(OuterConfig, to_config_dict(OuterConfig())) == OuterConfig()
+
+
+def test_round_trip_through_json():
+    cfg = to_config_dict(OuterConfig())
+    assert build(OuterConfig, json.loads(cfg.to_json())) == OuterConfig()
+
+
+def test_absent_keys_take_the_default():
+    assert build(OuterConfig, ConfigDict()) == OuterConfig()
+    assert build(OuterConfig, {"inner": {"width": 2}}).inner == InnerConfig(width=2)
+
+
+def test_overrides_keep_their_types():
+    cfg = to_config_dict(OuterConfig())
+    cfg.limit = 7  # A placeholder until now: an optional field can be set from the command line.
+    cfg.inner.rate = 1
+    cfg.ks = (1, 2, 3)
+    config = build(OuterConfig, cfg)
+    assert config.limit == 7 and config.ks == (1, 2, 3)
+    assert config.inner.rate == 1.0 and isinstance(config.inner.rate, float)
+
+
+def test_list_becomes_tuple():
+    assert build(OuterConfig, {"ks": [1, 2], "betas": [0, 1]}) == OuterConfig(
+        ks=(1, 2), betas=(0.0, 1.0)
+    )
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"inner": {"widht": 3}}, r"unknown key inner\.widht .*did you mean inner\.width"),
+        ({"zzzzzz": 3}, r"unknown key zzzzzz \(OuterConfig\): it has name, debug"),
+        ({"name": 3}, r"name=3 is an int, expected str \(OuterConfig\)"),
+        ({"debug": 1}, r"debug=1 is an int, expected bool"),
+        ({"inner": {"width": True}}, r"inner\.width=True is a bool, expected int"),
+        ({"inner": {"width": 4.0}}, r"inner\.width=4\.0 is a float, expected int"),
+        ({"inner": {"width": "4"}}, r"inner\.width='4' is a str, expected int"),
+        ({"inner": {"rate": None}}, r"inner\.rate=None is a NoneType, expected float"),
+        ({"inner": {"rate": True}}, r"inner\.rate=True is a bool, expected float"),
+        ({"inner": {"kind": "rotery"}}, r"inner\.kind='rotery' is not one of .*'rotary'\?"),
+        ({"inner": 3}, r"inner=3 is an int, expected InnerConfig"),
+        ({"inner": {"width": 3}}, r"width=3 is odd \(InnerConfig\)"),
+        ({"ks": 5}, r"ks=5 is an int, expected tuple\[int, \.\.\.\]"),
+        ({"ks": (5, "x")}, r"ks\[1\]='x' is a str, expected int"),
+        ({"betas": (0.9,)}, r"betas=\(0\.9,\) is a tuple, expected tuple\[float, float\]"),
+        ({"limit": "x"}, r"limit='x' is a str, expected int"),
+        ({"mode": "c"}, r"mode='c' is not one of 'a', 'b'"),
+        ({"ratio": "x"}, r"ratio='x' is a str, expected int \| float"),
+        ({"mesh": {"data": "x"}}, r"mesh\.data='x' is a str, expected int"),
+        ({"mesh": 1}, r"mesh=1 is an int"),
+    ],
+)
+def test_user_errors_name_field_and_value(values, message):
+    with pytest.raises(ValueError, match=message):
+        build(OuterConfig, ConfigDict(values))
+
+
+def test_missing_required_key():
+    with pytest.raises(ValueError, match=r"model\.size is missing \(RequiredConfig\)"):
+        build(RequiredConfig, {}, name="model")
