@@ -1,0 +1,63 @@
+"""Negative samplers with exact log-probabilities."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampler:
+    """Draws item ids in 1..V with known probabilities, by Walker's alias method.
+
+    Source: Walker 1977; Vose 1991. One uniform bucket and one coin a draw, whatever the distribution.
+    """
+
+    accept_V: jax.Array  # f32[V]: probability of keeping the bucket's own item
+    alias_V: jax.Array  # int32[V]: the other item of the bucket, counted from 0
+    log_prob_V: jax.Array  # f32[V + 1]: log-probability of each item id; row 0 (padding) is -inf
+
+    def draw(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """int32[shape] item ids."""
+        bucket_key, coin_key = jax.random.split(key)
+        bucket = jax.random.randint(bucket_key, shape, 0, self.alias_V.shape[0])
+        coin = jax.random.uniform(coin_key, shape)
+        return jnp.where(coin < self.accept_V[bucket], bucket, self.alias_V[bucket]) + 1
+
+
+def make_sampler(kind: str, item_counts: np.ndarray) -> Sampler:
+    """item_counts: int[V + 1] training events of each item id (row 0 unused).
+
+    kind: "uniform", or "popularity": in proportion to the count, an unseen item counting as one event so
+    that every item can be drawn and log-probabilities stay finite. "in_batch" uses the second's
+    log-probabilities (a batch is a draw from the training events) and draws from the batch itself.
+    """
+    if kind not in ("uniform", "popularity", "in_batch"):
+        raise ValueError(f"sampler={kind!r}: use uniform, popularity or in_batch (LossConfig)")
+    weights = np.asarray(item_counts[1:], np.float64)
+    if weights.size == 0:
+        raise ValueError("the catalogue is empty: no item to draw negatives from")
+    weights = np.ones_like(weights) if kind == "uniform" else np.maximum(weights, 1)
+    probs = weights / weights.sum()
+    accept, alias = _alias_table(probs)
+    log_prob = np.concatenate([[-np.inf], np.log(probs)])
+    return Sampler(
+        jnp.asarray(accept, jnp.float32), jnp.asarray(alias, jnp.int32), jnp.asarray(log_prob, jnp.float32)
+    )
+
+
+def _alias_table(probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    num = probs.size
+    accept, alias = probs * num, np.arange(num)
+    small = list(np.flatnonzero(accept < 1)[::-1])
+    large = list(np.flatnonzero(accept >= 1)[::-1])
+    while small and large:
+        low, high = small.pop(), large[-1]
+        alias[low] = high
+        accept[high] -= 1 - accept[low]
+        if accept[high] < 1:
+            small.append(large.pop())
+    accept[small + large] = 1  # what rounding left over
+    return accept, alias

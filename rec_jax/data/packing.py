@@ -1,0 +1,118 @@
+"""The epoch plan: which histories share which fixed-length row.
+
+A training example is a history's inputs items[:-1] and targets items[1:], cut to its last `row_len`
+targets. Packing puts several into one row, told apart by segment ids, so that hardly any of the work
+is padding (an average Amazon Beauty history fills a ninth of its padded row).
+
+Only lengths matter to packing, and they do not change between epochs. So the bins are made once, and an
+epoch shuffles which of the users of a length goes where, and the order of the rows: the number of steps
+is the same in every epoch, and any batch of any epoch can be built without the ones before it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class PackingPlan:
+    """Bins of lengths. Row r holds the slots row_starts[r]:row_starts[r + 1], longest first."""
+
+    row_len: int
+    slot_len: np.ndarray  # int32 [num_slots]: tokens of each slot, one slot a user
+    row_starts: np.ndarray  # int64 [num_rows + 1]
+    users_by_len: np.ndarray  # int32 [num_slots]: users ordered by length, longest first
+    slots_by_len: np.ndarray  # int64 [num_slots]: slots ordered likewise
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_starts) - 1
+
+    @property
+    def fill(self) -> float:
+        """The share of row positions that are real tokens."""
+        return float(self.slot_len.sum() / max(1, self.num_rows * self.row_len))
+
+
+def plan_packing(num_tokens: np.ndarray, row_len: int) -> PackingPlan:
+    """Best-fit decreasing over lengths.
+
+    num_tokens: int[U] targets of each user; cut to `row_len`; users with none are left out.
+    """
+    lengths = np.minimum(np.asarray(num_tokens), row_len)
+    users = np.flatnonzero(lengths > 0)
+    if users.size == 0:
+        raise ValueError("no user has two or more training events: there is nothing to learn from")
+    users = users[np.argsort(-lengths[users], kind="stable")]
+    # Rows with equal contents are made at once: `left[l]` users of length l remain to be placed.
+    left = np.bincount(lengths[users], minlength=row_len + 1)
+    rows: list[list[int]] = []
+    while (longest := _longest(left, row_len)) > 0:
+        row, room = [], row_len
+        while (length := _longest(left, room)) > 0:
+            take = min(room // length, left[length])
+            left[length] -= take
+            row += [length] * take
+            room -= length * take
+        rows.append(row)
+        counts = np.bincount(row, minlength=row_len + 1)
+        used = counts > 0
+        repeat = int((left[used] // counts[used]).min())
+        left -= repeat * counts
+        rows += [row] * repeat
+    slot_len = np.array([length for row in rows for length in row], np.int32)
+    row_starts = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+    slots = np.argsort(-slot_len, kind="stable")
+    return PackingPlan(row_len, slot_len, row_starts, users.astype(np.int32), slots)
+
+
+def _longest(left: np.ndarray, room: int) -> int:
+    """The greatest length of at most `room` that still has users, or 0."""
+    fitting = np.flatnonzero(left[: room + 1])
+    return int(fitting[-1]) if fitting.size else 0
+
+
+def shuffled_users(plan: PackingPlan, rng: np.random.Generator) -> np.ndarray:
+    """The user of every slot, int32[num_slots]: any user of the slot's length, at random."""
+    shuffled = rng.permutation(plan.users_by_len.size)
+    lengths = plan.slot_len[plan.slots_by_len]
+    shuffled = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
+    users = np.empty_like(plan.users_by_len)
+    users[plan.slots_by_len] = plan.users_by_len[shuffled]
+    return users
+
+
+def fill_rows(items, plan: PackingPlan, rows, slot_users, ends, num_rows: int) -> dict[str, np.ndarray]:
+    """Builds packed rows.
+
+    items: all events, CSR order. rows: int[R] row numbers of the plan, R <= num_rows. slot_users: the
+    user of each slot. ends: int64[U], the absolute index just behind each user's last input; the targets
+    are the inputs moved on by one.
+    Returns items, targets, segments and positions, each int32[num_rows, row_len]; what is not filled is 0.
+    """
+    first, counts = plan.row_starts[rows], np.diff(plan.row_starts)[rows]
+    slots = _ranges(first, counts)
+    lengths = plan.slot_len[slots].astype(np.int64)
+    starts = np.cumsum(lengths) - lengths  # of each slot, in tokens of this batch
+    row_of_slot = np.repeat(np.arange(len(rows)), counts)
+    first_of_row = np.cumsum(counts) - counts
+    in_row = starts - starts[first_of_row][row_of_slot]
+    into = _ranges(row_of_slot * plan.row_len + in_row, lengths)
+    source = _ranges(ends[slot_users[slots]] - lengths, lengths)
+    segment = np.arange(len(slots)) - first_of_row[row_of_slot] + 1
+
+    batch = {name: np.zeros((num_rows, plan.row_len), np.int32) for name in FIELDS}
+    batch["items"].reshape(-1)[into] = items[source]
+    batch["targets"].reshape(-1)[into] = items[np.minimum(source + 1, len(items) - 1)]
+    batch["segments"].reshape(-1)[into] = np.repeat(segment, lengths)
+    batch["positions"].reshape(-1)[into] = _ranges(np.zeros_like(lengths), lengths)
+    return batch
+
+
+FIELDS = ("items", "targets", "segments", "positions")
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The ranges start:start + length, one after the other."""
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)

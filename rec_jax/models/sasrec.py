@@ -1,0 +1,93 @@
+"""SASRec: self-attentive sequential recommendation, a causal transformer over packed histories."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+
+from rec_jax.nn.blocks import TransformerBlock
+from rec_jax.nn.dropout import dropout
+
+
+@dataclass(frozen=True)
+class SASRecConfig:
+    type: Literal["sasrec"] = "sasrec"
+    width: int = 64
+    num_layers: int = 2
+    num_heads: int = 1
+    ff_width: int = 64
+    activation: Literal["relu", "gelu", "silu"] = "relu"
+    dropout: float = 0.1
+    norm: Literal["pre", "original"] = "pre"
+    position: Literal["learned", "rotary"] = "learned"
+    l2_normalize: bool = False  # score by cosine: both sides normalised to length 1
+    temperature: float = 1.0  # scores are divided by it
+
+    def __post_init__(self):
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide width={self.width} (SASRecConfig)"
+            )
+        if self.position == "rotary" and self.width // self.num_heads % 2:
+            raise ValueError(
+                f"width/num_heads={self.width // self.num_heads} must be even for "
+                "position='rotary' (SASRecConfig)"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be in [0, 1) (SASRecConfig)")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} must be positive (SASRecConfig)")
+
+
+class SASRec(nnx.Module):
+    """Encodes histories and scores the catalogue with the tied item table.
+
+    Source: Kang & McAuley, ICDM'18 (arXiv 1808.09781).
+    Differs: positions count from the start of the (truncated) history instead of from its end; no
+    dropout on attention weights; norm="pre" unless the original order is asked for.
+    """
+
+    def __init__(self, config: SASRecConfig, num_items: int, max_len: int, *, rngs: nnx.Rngs):
+        self.config = config
+        init = nnx.initializers.normal(config.width**-0.5)
+        self.items = nnx.Embed(num_items + 1, config.width, embedding_init=init, rngs=rngs)
+        if config.position == "learned":
+            init = nnx.initializers.normal(0.02)
+            self.positions = nnx.Embed(max_len, config.width, embedding_init=init, rngs=rngs)
+        self.blocks = nnx.List(
+            [TransformerBlock(config, index, rngs=rngs) for index in range(config.num_layers)]
+        )
+        self.final_norm = nnx.LayerNorm(config.width, epsilon=1e-6, rngs=rngs)
+
+    def __call__(self, batch: dict[str, jax.Array], key_B: jax.Array | None = None) -> jax.Array:
+        """Encodes packed rows.
+
+        batch: items, segments, positions, each int32[B, S] (segment 0 = padding).
+        key_B: uint32[B] from `dropout.row_keys`, or None for no dropout.
+        Returns x_BSD, scaled so that a dot product with `item_vectors()` is the score.
+        """
+        config = self.config
+        x_BSD = self.items(batch["items"]) * config.width**0.5
+        if config.position == "learned":
+            x_BSD = x_BSD + self.positions(batch["positions"])
+        if key_B is not None and config.dropout:
+            x_BSD = dropout(x_BSD, key_B, 0, config.dropout)
+        rotary_BS = batch["positions"] if config.position == "rotary" else None
+        for block in self.blocks:
+            x_BSD = block(x_BSD, batch["segments"], rotary_BS, key_B)
+        x_BSD = self.final_norm(x_BSD)
+        if config.l2_normalize:
+            x_BSD = _unit(x_BSD)
+        return x_BSD / config.temperature
+
+    def item_vectors(self) -> jax.Array:
+        """The catalogue as table_VD; row 0 is padding and must not be scored."""
+        table_VD = self.items.embedding[...]
+        return _unit(table_VD) if self.config.l2_normalize else table_VD
+
+
+def _unit(x):
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.sum(x32**2, -1, keepdims=True) + 1e-12)).astype(x.dtype)

@@ -1,0 +1,47 @@
+"""Transformer blocks of the sequence models."""
+
+import flax.nnx as nnx
+
+from rec_jax.nn.attention import SelfAttention
+from rec_jax.nn.dropout import dropout
+
+
+class FeedForward(nnx.Module):
+    """Two dense layers with a non-linearity between them."""
+
+    def __init__(self, width: int, ff_width: int, activation: str, *, rngs: nnx.Rngs):
+        init = nnx.initializers.xavier_uniform()
+        self.up = nnx.Linear(width, ff_width, kernel_init=init, rngs=rngs)
+        self.down = nnx.Linear(ff_width, width, kernel_init=init, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x_BSD):
+        return self.down(getattr(nnx, self.activation)(self.up(x_BSD)))
+
+
+class TransformerBlock(nnx.Module):
+    """Attention then feed-forward, each with a residual.
+
+    norm="pre": x + f(norm(x)), twice. norm="original": SASRec's own order, in which the residual of the
+    attention is added to the normalised query and that of the feed-forward to its normalised input.
+    """
+
+    def __init__(self, config, index: int, *, rngs: nnx.Rngs):
+        self.attention_norm = nnx.LayerNorm(config.width, epsilon=1e-6, rngs=rngs)
+        self.attention = SelfAttention(config.width, config.num_heads, rngs=rngs)
+        self.ff_norm = nnx.LayerNorm(config.width, epsilon=1e-6, rngs=rngs)
+        self.ff = FeedForward(config.width, config.ff_width, config.activation, rngs=rngs)
+        self.norm, self.rate, self.index = config.norm, config.dropout, index
+
+    def __call__(self, x_BSD, segments_BS, positions_BS, key_B):
+        def drop(x, site):
+            if key_B is None or self.rate == 0:
+                return x
+            return dropout(x, key_B, 2 * self.index + site, self.rate)
+
+        normed = self.attention_norm(x_BSD)
+        residual = x_BSD if self.norm == "pre" else normed
+        x_BSD = residual + drop(self.attention(normed, segments_BS, positions_BS), 1)
+        normed = self.ff_norm(x_BSD)
+        residual = x_BSD if self.norm == "pre" else normed
+        return residual + drop(self.ff(normed), 2)

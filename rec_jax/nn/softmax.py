@@ -1,0 +1,170 @@
+"""Exact cross-entropy over the whole catalogue without ever holding all logits.
+
+Two schedules of the same sum, chosen by catalogue size; both are compared with the naive formula in
+the tests.
+
+* Small catalogue: tiles of tokens x all items. The loss is linear in its per-token terms, so the
+  gradients are formed in the forward pass while a tile of probabilities is in cache, and the backward
+  pass only scales them: 6*N*V*D multiply-adds and one exponential a logit, like the naive formula.
+* Large catalogue: all tokens x tiles of items with a running maximum and sum, recomputed in the
+  backward pass: 8*N*V*D, two exponentials a logit, and temporary memory that does not grow with V.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+# Elements of a tile of logits: 8 MiB of f32, which fits the shared cache of today's CPUs.
+TILE_ELEMENTS = 2**21
+# From this many items on, gradients of all items per tile of tokens cost more than a recomputation.
+STREAM_ITEMS = 32_768
+_MASKED = -1e30
+
+
+def softmax_cross_entropy(h_TD, table_VD, targets_T, weights_T) -> jax.Array:
+    """Sum over tokens of weight * (logsumexp_v <h, table_v> - <h, table_target>), a f32 scalar.
+
+    Row 0 of the table is padding and takes no part. Tokens of weight 0 add nothing, gradients included.
+    Gradients flow to `h_TD` and `table_VD`.
+    """
+    schedule = _token_tiles if table_VD.shape[0] < STREAM_ITEMS else _item_tiles
+    return schedule(h_TD, table_VD, targets_T, weights_T.astype(jnp.float32))
+
+
+def naive_softmax_cross_entropy(h_TD, table_VD, targets_T, weights_T) -> jax.Array:
+    """The formula with all logits in one array: the reference, and the yardstick of the benchmark."""
+    logits_TV = _dot(h_TD, table_VD).at[:, 0].set(_MASKED)
+    target_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
+    return jnp.sum(weights_T * (jax.nn.logsumexp(logits_TV, axis=-1) - target_T))
+
+
+def _dot(a_XD, b_YD):
+    """a @ b.T accumulated in f32."""
+    dims = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(a_XD, b_YD, dims, preferred_element_type=jnp.float32)
+
+
+def _dot_t(a_XY, b_XD):
+    """a.T @ b accumulated in f32."""
+    dims = (((0,), (0,)), ((), ()))
+    return jax.lax.dot_general(a_XY, b_XD, dims, preferred_element_type=jnp.float32)
+
+
+def _tiled(x, num_tiles, size):
+    pad = [(0, num_tiles * size - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, pad).reshape(num_tiles, size, *x.shape[1:])
+
+
+@jax.custom_vjp
+def _token_tiles(h_TD, table_VD, targets_T, weights_T):
+    return _token_tiles_fwd(h_TD, table_VD, targets_T, weights_T)[0]
+
+
+def _token_tiles_fwd(h_TD, table_VD, targets_T, weights_T):
+    num_tokens, num_rows = h_TD.shape[0], table_VD.shape[0]
+    num_tiles = -(-num_tokens * num_rows // TILE_ELEMENTS)
+    size = -(-num_tokens // num_tiles)
+
+    def tile(carry, xs):
+        loss, dtable_VD = carry
+        h_tD, targets_t, weights_t = xs
+        logits_tV = _dot(h_tD, table_VD).at[:, 0].set(_MASKED)
+        max_t = jnp.max(logits_tV, axis=-1)
+        exp_tV = jnp.exp(logits_tV - max_t[:, None])
+        sum_t = jnp.sum(exp_tV, axis=-1)
+        target_t = jnp.sum((h_tD * table_VD[targets_t]).astype(jnp.float32), axis=-1)
+        loss += jnp.sum(weights_t * (jnp.log(sum_t) + max_t - target_t))
+        dlogits_tV = (exp_tV * (weights_t / sum_t)[:, None]).astype(h_tD.dtype)
+        dh_tD = jnp.dot(dlogits_tV, table_VD, preferred_element_type=jnp.float32)
+        return (loss, dtable_VD + _dot_t(dlogits_tV, h_tD)), dh_tD
+
+    init = (jnp.zeros((), jnp.float32), jnp.zeros(table_VD.shape, jnp.float32))
+    xs = tuple(_tiled(x, num_tiles, size) for x in (h_TD, targets_T, weights_T))
+    if num_tiles == 1:
+        (loss, dtable_VD), dh_TD = tile(init, tuple(x[0] for x in xs))
+    else:
+        (loss, dtable_VD), dh_TD = jax.lax.scan(tile, init, xs)
+    dh_TD = dh_TD.reshape(-1, h_TD.shape[1])[:num_tokens]
+    dh_TD -= weights_T[:, None] * table_VD[targets_T]
+    dtable_VD = dtable_VD.at[targets_T].add(-weights_T[:, None] * h_TD)
+    # Zero-size arrays carry the dtypes that the gradients are cast to.
+    return loss, (dh_TD, dtable_VD, h_TD[:0], table_VD[:0])
+
+
+def _token_tiles_bwd(residuals, grad):
+    dh_TD, dtable_VD, h_like, table_like = residuals
+    return (grad * dh_TD).astype(h_like.dtype), (grad * dtable_VD).astype(table_like.dtype), None, None
+
+
+_token_tiles.defvjp(_token_tiles_fwd, _token_tiles_bwd)
+
+
+@jax.custom_vjp
+def _item_tiles(h_TD, table_VD, targets_T, weights_T):
+    return _item_tiles_fwd(h_TD, table_VD, targets_T, weights_T)[0]
+
+
+def _item_tiling(num_tokens, num_rows):
+    size = max(128, min(num_rows, TILE_ELEMENTS // max(1, num_tokens)))
+    num_tiles = -(-num_rows // size)
+    return num_tiles, size
+
+
+def _item_slices(table_VD, num_tiles, size):
+    """i -> (start, rows, which are real) of tile i. The last tile is moved back inside the table: what
+    it shares with the tile before, and the padding row, are not real."""
+    num_rows = table_VD.shape[0]
+
+    def at(i):
+        start = jnp.minimum(i * size, num_rows - size)
+        rows_vD = jax.lax.dynamic_slice_in_dim(table_VD, start, size)
+        ids_v = start + jnp.arange(size)
+        return start, rows_vD, (ids_v >= i * size) & (ids_v > 0)
+
+    return at
+
+
+def _item_tiles_fwd(h_TD, table_VD, targets_T, weights_T):
+    num_tiles, size = _item_tiling(h_TD.shape[0], table_VD.shape[0])
+    tile_at = _item_slices(table_VD, num_tiles, size)
+
+    def tile(carry, i):
+        max_T, sum_T = carry
+        _, rows_vD, real_v = tile_at(i)
+        logits_Tv = jnp.where(real_v, _dot(h_TD, rows_vD), _MASKED)
+        new_T = jnp.maximum(max_T, jnp.max(logits_Tv, axis=-1))
+        exp_T = jnp.sum(jnp.exp(logits_Tv - new_T[:, None]), axis=-1)
+        return (new_T, sum_T * jnp.exp(max_T - new_T) + exp_T), None
+
+    zeros_T = jnp.zeros(h_TD.shape[0], jnp.float32)
+    (max_T, sum_T), _ = jax.lax.scan(tile, (zeros_T + _MASKED, zeros_T), jnp.arange(num_tiles))
+    lse_T = max_T + jnp.log(sum_T)
+    target_T = jnp.sum((h_TD * table_VD[targets_T]).astype(jnp.float32), axis=-1)
+    loss = jnp.sum(weights_T * (lse_T - target_T))
+    return loss, (h_TD, table_VD, targets_T, weights_T, lse_T)
+
+
+def _item_tiles_bwd(residuals, grad):
+    h_TD, table_VD, targets_T, weights_T, lse_T = residuals
+    weights_T = weights_T * grad
+    num_tiles, size = _item_tiling(h_TD.shape[0], table_VD.shape[0])
+    tile_at = _item_slices(table_VD, num_tiles, size)
+
+    def tile(carry, i):
+        dh_TD, dtable_VD = carry
+        start, rows_vD, real_v = tile_at(i)
+        logits_Tv = jnp.where(real_v, _dot(h_TD, rows_vD), _MASKED)
+        dlogits_Tv = (jnp.exp(logits_Tv - lse_T[:, None]) * weights_T[:, None]).astype(h_TD.dtype)
+        dh_TD += jnp.dot(dlogits_Tv, rows_vD, preferred_element_type=jnp.float32)
+        old_vD = jax.lax.dynamic_slice_in_dim(dtable_VD, start, size)
+        new_vD = old_vD + _dot_t(dlogits_Tv, h_TD)
+        return (dh_TD, jax.lax.dynamic_update_slice_in_dim(dtable_VD, new_vD, start, 0)), None
+
+    dh_TD = -weights_T[:, None] * table_VD[targets_T].astype(jnp.float32)
+    dtable_VD = jnp.zeros(table_VD.shape, jnp.float32).at[targets_T].add(-weights_T[:, None] * h_TD)
+    (dh_TD, dtable_VD), _ = jax.lax.scan(tile, (dh_TD, dtable_VD), jnp.arange(num_tiles))
+    return dh_TD.astype(h_TD.dtype), dtable_VD.astype(table_VD.dtype), None, None
+
+
+_item_tiles.defvjp(_item_tiles_fwd, _item_tiles_bwd)

@@ -1,0 +1,136 @@
+"""Losses over packed rows. Each returns (sum over real tokens, number of real tokens), so that sums over
+micro-batches and devices equal the full batch."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from rec_jax.data.negatives import Sampler
+from rec_jax.nn.softmax import softmax_cross_entropy
+
+_DROPPED = -1e30  # the score of a negative that does not count
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    type: Literal["softmax", "sampled_softmax", "bce", "gbce"] = "softmax"
+    num_negatives: int = 256  # not read by "softmax", which is exact
+    sampler: Literal["uniform", "popularity", "in_batch"] = "uniform"
+    sharing: Literal["batch", "row", "position"] = "row"  # which tokens see the same negatives
+    exclude_history: bool = False  # drop a negative that stands in the token's own packed history
+    gbce_t: float = 0.75  # calibration of gBCE: 0 = plain BCE, 1 = fully calibrated
+
+    def __post_init__(self):
+        if self.num_negatives < 1:
+            raise ValueError(f"num_negatives={self.num_negatives} must be at least 1 (LossConfig)")
+        if not 0 <= self.gbce_t <= 1:
+            raise ValueError(f"gbce_t={self.gbce_t} must be in [0, 1] (LossConfig)")
+        if self.sampler == "in_batch" and self.sharing != "batch":
+            raise ValueError(
+                f"sampler='in_batch' draws once for the whole batch: sharing={self.sharing!r} must be "
+                "'batch' (LossConfig)"
+            )
+
+
+def draw_shared(config: LossConfig, sampler: Sampler | None, key, targets_BS) -> jax.Array:
+    """Negatives that the whole batch shares, int32[1, 1, K]; of size K = 0 where it shares none.
+
+    targets_BS: the targets of the full batch, over all devices and micro-batches.
+    """
+    if config.type == "softmax" or config.sharing != "batch":
+        return jnp.zeros((1, 1, 0), jnp.int32)
+    shape = (1, 1, config.num_negatives)
+    if config.sampler != "in_batch":
+        return sampler.draw(key, shape)
+    flat_T = targets_BS.reshape(-1)
+    real_first_T = flat_T[jnp.argsort(flat_T == 0, stable=True)]
+    num_real = jnp.sum(flat_T > 0)
+    return real_first_T[jax.random.randint(key, shape, 0, jnp.maximum(num_real, 1))]
+
+
+def loss_sum(config: LossConfig, sampler, x_BSD, table_VD, batch, key, shared) -> tuple:
+    """The summed loss of one micro-batch and the number of its real tokens, both f32 scalars.
+
+    batch: targets int32[B, S] (0 = padding), segments, items and row_ids int32[B]: the rows' numbers in
+    the full batch, which make the draws independent of how it is divided. key: of this step.
+    """
+    targets_BS = batch["targets"]
+    real_BS = targets_BS > 0
+    count = jnp.sum(real_BS, dtype=jnp.float32)
+    if config.type == "softmax":
+        flat = x_BSD.reshape(-1, x_BSD.shape[-1])
+        weights_T = real_BS.reshape(-1).astype(jnp.float32)
+        return softmax_cross_entropy(flat, table_VD, targets_BS.reshape(-1), weights_T), count
+
+    neg_BSK = _draw(config, sampler, key, batch["row_ids"], targets_BS.shape, shared)
+    neg_scores_BSK = _scores(x_BSD, table_VD, neg_BSK)
+    pos_BS = jnp.sum(x_BSD * table_VD[targets_BS], axis=-1, dtype=jnp.float32)
+    dropped_BSK = neg_BSK == targets_BS[..., None]
+    if config.exclude_history:
+        dropped_BSK |= _in_history(neg_BSK, batch)
+    if config.type == "sampled_softmax":
+        loss_BS = _sampled_softmax(pos_BS, neg_scores_BSK, sampler.log_prob_V[neg_BSK], dropped_BSK)
+    else:
+        beta = 1.0
+        if config.type == "gbce":
+            beta = gbce_beta(config.num_negatives, table_VD.shape[0] - 1, config.gbce_t)
+        neg_scores_BSK = jnp.where(dropped_BSK, _DROPPED, neg_scores_BSK)
+        loss_BS = jnp.sum(jax.nn.softplus(neg_scores_BSK), axis=-1) - beta * jax.nn.log_sigmoid(pos_BS)
+    return jnp.sum(jnp.where(real_BS, loss_BS, 0)), count
+
+
+def gbce_beta(num_negatives: int, num_items: int, t: float) -> float:
+    """The power of the positive's probability in gBCE.
+
+    Source: Petrov & Macdonald, RecSys'23 (arXiv 2308.07192), eq. 13: with the sampling rate
+    alpha = K / (V - 1), beta = alpha * (t * (1 - 1/alpha) + 1/alpha).
+    """
+    alpha = num_negatives / max(1, num_items - 1)
+    return alpha * (t * (1 - 1 / alpha) + 1 / alpha)
+
+
+def _sampled_softmax(pos_BS, neg_scores_BSK, neg_log_prob_BSK, dropped_BSK):
+    """-log(exp(pos) / Z) with Z = exp(pos) + sum over negatives of exp(score) / (K * q).
+
+    Z is an unbiased estimate of the partition over the catalogue: the positive is there for certain and
+    needs no correction, and a negative equal to it is dropped. Source: Bengio & Senecal 2008 for the
+    importance weights; the case of the positive is also argued in Petrov et al., RecSys'25.
+    """
+    corrected = neg_scores_BSK - neg_log_prob_BSK - math.log(neg_scores_BSK.shape[-1])
+    corrected = jnp.where(dropped_BSK, _DROPPED, corrected)
+    both = jnp.concatenate([pos_BS[..., None], corrected], axis=-1)
+    return jax.nn.logsumexp(both, axis=-1) - pos_BS
+
+
+def _draw(config, sampler, key, row_ids_B, shape_BS, shared):
+    """Item ids of shape [1, 1, K], [B, 1, K] or [B, S, K] by what is shared."""
+    if config.sharing == "batch":
+        return shared
+    per_row = (1 if config.sharing == "row" else shape_BS[1], config.num_negatives)
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, row_ids_B)
+    return jax.vmap(lambda row_key: sampler.draw(row_key, per_row))(keys_B)
+
+
+def _scores(x_BSD, table_VD, neg_BSK):
+    """<x, table[neg]> in f32, broadcasting dims of size 1: one matrix product where negatives are shared."""
+    vectors = table_VD[neg_BSK]
+    if neg_BSK.shape[:2] == (1, 1):
+        return jnp.einsum("bsd,kd->bsk", x_BSD, vectors[0, 0], preferred_element_type=jnp.float32)
+    if neg_BSK.shape[1] == 1:
+        return jnp.einsum("bsd,bkd->bsk", x_BSD, vectors[:, 0], preferred_element_type=jnp.float32)
+    return jnp.einsum("bsd,bskd->bsk", x_BSD, vectors, preferred_element_type=jnp.float32)
+
+
+def _in_history(neg_BSK, batch):
+    """bool[B, S, K]: does the negative occur anywhere in the token's own segment, as item or target?"""
+    same_BST = batch["segments"][:, :, None] == batch["segments"][:, None, :]
+    neg_BSK = jnp.broadcast_to(neg_BSK, batch["segments"].shape + neg_BSK.shape[-1:])
+
+    def occurs(ids_BS):
+        equal_BSTK = ids_BS[:, None, :, None] == neg_BSK[:, :, None, :]
+        return jnp.any(equal_BSTK & same_BST[..., None], axis=2)
+
+    return occurs(batch["items"]) | occurs(batch["targets"])

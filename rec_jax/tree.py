@@ -1,0 +1,36 @@
+"""Named leaves of nested parameter dicts."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+
+
+def leaf_names(tree) -> dict[str, jax.Array]:
+    """{"blocks/0/ff/up/kernel": leaf, ...} in tree order."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {_name(path): leaf for path, leaf in leaves}
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def leaf_mask(tree, pattern: str, *, field: str):
+    """A tree of bools: does the leaf's name match the regex in full?
+
+    Raises ValueError, naming `field` and listing the names, if none does.
+    """
+    mask = jax.tree_util.tree_map_with_path(lambda p, _: bool(re.fullmatch(pattern, _name(p))), tree)
+    if not any(jax.tree.leaves(mask)):
+        raise ValueError(f"{field}={pattern!r} matches no parameter; there are {list(leaf_names(tree))}")
+    return mask
+
+
+def cast_floats(tree, dtype):
+    """Floating leaves cast to `dtype`, others as they are."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def num_params(tree) -> int:
+    return sum(x.size for x in jax.tree.leaves(tree))
