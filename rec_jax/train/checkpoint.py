@@ -1,0 +1,341 @@
+"""Checkpoints: what a run needs to go on exactly, kept so that no single failure loses it.
+
+    checkpoints/latest/STEP    the newest `keep` states
+    checkpoints/best/STEP      states of the best validation scores, the newest two
+    checkpoints/damaged/...    checkpoints that could not be read back, set aside by a restore
+
+A state is written once: to `best` if its evaluation was the best so far, else to `latest`. So the
+newest checkpoint of both folders is always one consistent snapshot, and `best` can never disagree
+with it. `best` keeps two, because the snapshot before the newest one names the best of its time.
+
+Each checkpoint holds the arrays (Orbax, written in the background, renamed into place when
+complete) and a JSON record: data position, progress, what the run is, and a checksum of each leaf.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import pathlib
+import sys
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+_NUM_BEST = 2
+_FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL_DISK_TEXTS = ("No space left", "File too large", "quota exceeded", "RESOURCE_EXHAUSTED")
+# Keys of a run that may change between its sessions: they steer when it stops and what it writes
+# down, not what a step computes.
+_FREE_KEYS = {"epochs", "patience", "checkpoint_every_steps", "log_every_steps", "keep_checkpoints"}
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written (a full disk, mostly); earlier ones are intact."""
+
+
+class DamagedError(ValueError):
+    """A checkpoint cannot be read back: truncated, incomplete or altered."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint read back.
+
+    Attributes:
+      state: the pytree of arrays, placed like the target it was restored into.
+      record: the JSON record saved with it: step, data, progress, run_info, digests.
+      path: where it was.
+    """
+
+    state: Any
+    record: dict
+    path: pathlib.Path
+
+
+class Saver:
+    """Writes checkpoints in the background, at most one at a time."""
+
+    def __init__(self, directory, keep: int):
+        self._directory = pathlib.Path(directory).absolute()
+        self._pending = -1
+        self._managers = {}
+        for kind, num_kept in (("best", _NUM_BEST), ("latest", keep)):
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.LatestN(num_kept),
+                save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1),
+                cleanup_tmp_directories=True,  # What a killed process left half-written.
+                lightweight_initialize=True,  # A damaged old checkpoint must not stop the run.
+            )
+            path = self._directory / kind
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                self._managers[kind] = ocp.CheckpointManager(path, options=options)
+            except OSError as error:
+                raise self._save_error(error) from error
+
+    def save(self, step: int, state, record: dict, *, best: bool) -> None:
+        """Starts writing `state`; returns once it may be donated to the next step.
+
+        Raises:
+          SaveError: this save or the one before it failed.
+        """
+        self.wait()
+        self._pending = step
+        record = _plain_json({"step": step, "digests": _digests(state), **record})
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(state),
+            record=ocp.args.JsonSave({"record": record, "digest": _record_digest(record)}),
+        )
+        try:
+            self._managers["best" if best else "latest"].save(step, args=args)
+        except Exception as error:
+            raise self._save_error(error) from error
+
+    def check(self) -> None:
+        """Raises SaveError if a save has failed meanwhile; does not wait."""
+        try:
+            for manager in self._managers.values():
+                manager.check_for_errors()
+        except Exception as error:
+            raise self._save_error(error) from error
+
+    def wait(self) -> None:
+        """Blocks until nothing is being written; raises SaveError if the last save failed."""
+        for manager in self._managers.values():
+            try:
+                manager.wait_until_finished()
+                manager.check_for_errors()
+            except Exception as error:
+                raise self._save_error(error) from error
+
+    def close(self) -> None:
+        """Waits for the last save and frees the threads; raises SaveError if it failed."""
+        try:
+            self.wait()
+        finally:
+            for manager in self._managers.values():
+                with contextlib.suppress(Exception):  # Reported by wait(), which ran first.
+                    manager.close()
+
+    def _save_error(self, error: Exception) -> SaveError:
+        kept = [path.name for path in _candidates(self._directory, ("best", "latest"))]
+        intact = (
+            f"the checkpoint of step {kept[0]} is intact: make room and run the same command "
+            "again to go on from it"
+            if kept
+            else "no checkpoint was written yet: make room and run the same command again"
+        )
+        what = f"of step {self._pending}" if self._pending >= 0 else "folder"
+        cause = "the disk is full" if _is_full_disk(error) else f"{type(error).__name__}: {error}"
+        return SaveError(
+            f"the checkpoint {what} could not be written to {self._directory}: {cause}; {intact}"
+        )
+
+
+def restore(directory, state, run_info: dict) -> Restored | None:
+    """The newest checkpoint that is whole, or None where there is none at all.
+
+    A checkpoint that is truncated, incomplete or altered is named on stderr, moved to `damaged/`,
+    and the one before it is used.
+
+    Args:
+      directory: the `checkpoints` folder.
+      state: a pytree of arrays: the structure, shapes, types and placement to restore into.
+      run_info: what the run is (config, split checksum); must equal what was saved, except for
+        the number of epochs and the keys that only steer stopping and logging.
+
+    Raises:
+      ValueError: the run differs from the saved one.
+      DamagedError: there are checkpoints, but none is whole.
+    """
+    directory = pathlib.Path(directory).absolute()
+    reasons = {}
+    for path in _candidates(directory, ("best", "latest")):
+        try:
+            restored = _read(path, state, run_info)
+        except DamagedError as error:
+            _say(str(error))
+            reasons[path] = str(error)
+            continue
+        for damaged in reasons:
+            _set_aside(damaged, directory)
+        if reasons:
+            step = restored.record["step"]
+            _say(f"falling back to the last good checkpoint, step {step} ({path})")
+        return restored
+    if reasons:
+        raise DamagedError(
+            f"none of the {len(reasons)} checkpoints in {directory} can be read back: start anew "
+            f"with another workdir, or delete {directory} to start anew in this one. "
+            + "; ".join(reasons.values())
+        )
+    return None
+
+
+def restore_best(directory, params, max_step: int | None = None) -> Restored | None:
+    """The parameters with the best validation score, or None where no evaluation was saved.
+
+    A damaged best checkpoint is named on stderr and the best before it is used.
+
+    Args:
+      directory: the `checkpoints` folder.
+      params: a pytree of arrays (or of ShapeDtypeStruct with a sharding) to restore into.
+      max_step: checkpoints newer than this are not considered.
+
+    Returns:
+      Restored, whose state is the parameters only.
+    """
+    for path in _candidates(pathlib.Path(directory).absolute(), ("best",)):
+        if max_step is not None and int(path.name) > max_step:
+            continue
+        try:
+            restored = _read(path, {"params": params}, None)
+        except DamagedError as error:
+            _say(str(error))
+            continue
+        return dataclasses.replace(restored, state=restored.state["params"])
+    return None
+
+
+def is_finite(params) -> bool:
+    """Whether every float of the parameters is finite; waits for them to be computed."""
+    return bool(_all_finite([x for x in jax.tree.leaves(params) if _is_float(x)]))
+
+
+@jax.jit
+def _all_finite(leaves: list) -> jax.Array:
+    return jnp.stack([jnp.array(True), *(jnp.isfinite(x).all() for x in leaves)]).all()
+
+
+def _is_float(x) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _candidates(directory: pathlib.Path, kinds) -> list[pathlib.Path]:
+    """Complete checkpoints, newest first; a half-written one still has a temporary name."""
+    paths = []
+    for kind in kinds:
+        folder = directory / kind
+        if folder.is_dir():
+            paths += [p for p in folder.iterdir() if p.is_dir() and p.name.isdigit()]
+    # sorted() is stable: of two with one step, the best comes first, as it was evaluated.
+    return sorted(paths, key=lambda path: -int(path.name))
+
+
+def _read(path: pathlib.Path, target, run_info: dict | None) -> Restored:
+    """Reads one checkpoint back; a run_info of None is not compared."""
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            saved = reader.restore(path, ocp.args.Composite(record=ocp.args.JsonRestore())).record
+        record = saved["record"]
+        if _record_digest(record) != saved["digest"]:
+            raise DamagedError("the checksum of its record differs from the one saved")
+    except Exception as error:  # Damage shows up as any kind of error.
+        raise _damaged(path, error) from error
+    if run_info is not None:
+        _check_same_run(record["run_info"], run_info, path)
+    try:
+        return Restored(_read_state(path, target, record["digests"]), record, path)
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def _read_state(path: pathlib.Path, target, digests: dict):
+    """The arrays of `target` (the whole state, or {"params": ...}), checked leaf by leaf."""
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target
+    )
+    args = ocp.args.PyTreeRestore(
+        abstract,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+        partial_restore=isinstance(target, dict),
+    )
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        state = reader.restore(path, ocp.args.Composite(state=args)).state
+    for name, digest in _digests(state).items():
+        if digests[name] != digest:
+            raise DamagedError(f"the checksum of {name} is {digest}, {digests[name]} was saved")
+    return state
+
+
+def _digests(state) -> dict[str, int]:
+    """crc32 of the bytes of each leaf, by path (`params/item/table`).
+
+    A leaf that is spread over several processes has none: no process holds all of its bytes.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): zlib.crc32(
+            np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
+        )
+        for path, leaf in leaves
+        if leaf.is_fully_addressable or leaf.is_fully_replicated
+    }
+
+
+def _record_digest(record: dict) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+def _check_same_run(saved: dict, current: dict, path: pathlib.Path) -> None:
+    saved, current = _flatten(_plain_json(saved)), _flatten(_plain_json(current))
+    differing = [
+        f"{key} (saved {saved.get(key, 'nothing')}, now {current.get(key, 'nothing')})"
+        for key in sorted(saved.keys() | current.keys())
+        if saved.get(key) != current.get(key) and key.split(".")[-1] not in _FREE_KEYS
+    ]
+    if differing:
+        raise ValueError(
+            f"the run saved in {path} is another one: {'; '.join(differing)}. Use a new workdir "
+            "for the changed run, or the saved values to go on with this one"
+        )
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _plain_json(tree: dict) -> dict:
+    """`tree` as JSON gives it back: lists for tuples, numbers for NumPy scalars."""
+    return json.loads(json.dumps(tree, default=lambda value: value.item()))
+
+
+def _damaged(path: pathlib.Path, error: Exception) -> DamagedError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return DamagedError(f"the checkpoint {path} is damaged ({reason})")
+
+
+def _set_aside(path: pathlib.Path, directory: pathlib.Path) -> None:
+    """Moves a damaged checkpoint out of the way of the run that will write this step again."""
+    folder = directory / "damaged"
+    folder.mkdir(exist_ok=True)
+    stem = f"{path.parent.name}-{path.name}"
+    num_before = len(list(folder.glob(f"{stem}*")))
+    target = folder / (f"{stem}-{num_before}" if num_before else stem)
+    path.rename(target)
+    _say(f"moved {path} to {target}")
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL_DISK:
+            return True
+        if any(text in str(error) for text in _FULL_DISK_TEXTS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _say(text: str) -> None:
+    print(f"checkpoint: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,150 @@
+"""What a run shows: `metrics.jsonl`, TensorBoard, a progress bar and `curves.png`."""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import sys
+
+import tensorboardX
+import tqdm
+from matplotlib.figure import Figure
+
+from rec_jax.train.checkpoint import SaveError
+
+
+class Monitor:
+    """Writes the metrics of one run, going on from step `step` of an earlier session.
+
+    Every line of `metrics.jsonl` is a JSON object with `step` and `epoch`; lines of training have
+    `train/...` keys and lines of evaluations `val/...` keys. Lines past the restored step, which
+    will be written again, are dropped first, and so is a last line that a kill cut in half.
+
+    Args:
+      workdir: folder for `metrics.jsonl`, `tensorboard/` and `curves.png`.
+      total_steps: the length of the whole run, for the time left.
+      step: the step the run goes on from, 0 for a new one.
+      eval_step: the last step whose evaluation is part of the restored run.
+    """
+
+    def __init__(self, workdir, *, total_steps: int, step: int, eval_step: int):
+        self._workdir = pathlib.Path(workdir)
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        path = self._workdir / "metrics.jsonl"
+        _trim(path, step, eval_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = tensorboardX.SummaryWriter(
+            str(self._workdir / "tensorboard"), purge_step=step + 1 if step else None, flush_secs=10
+        )
+        self._bar = tqdm.tqdm(
+            total=total_steps,
+            initial=step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.2 if sys.stderr.isatty() else 10.0,
+        )
+
+    def advance(self) -> None:
+        """Moves the bar by one step; reads nothing from the device."""
+        self._bar.update(1)
+
+    def log(self, step: int, epoch: float, metrics: dict) -> None:
+        """Appends one line and shows loss and tokens/s on the bar.
+
+        Args:
+          metrics: names with their part (`train/loss`, `val/ndcg@10`) to JSON-able values.
+        """
+        line = {"step": step, "epoch": round(epoch, 4), **metrics}
+        try:
+            self._file.write(json.dumps(_null_if_not_finite(line)) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise SaveError(
+                f"{self._file.name} could not be written ({error.strerror}); make room and run "
+                "the same command again to go on from the last checkpoint"
+            ) from error
+        for name, value in metrics.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(name, value, step)
+        if "train/tokens_per_sec" in metrics:
+            rate = f"{metrics['train/tokens_per_sec']:,.0f} tokens/s"
+            self._bar.set_postfix_str(f"loss {metrics['train/loss']:.4f}, {rate}", refresh=False)
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._bar.write(text, file=sys.stderr)
+
+    def history(self) -> list[dict]:
+        """All lines of `metrics.jsonl`, those of earlier sessions included."""
+        return read_metrics(self._workdir / "metrics.jsonl")
+
+    def plot(self, metric: str) -> None:
+        """Draws `curves.png`: the training loss and the validation metric by step."""
+        plot_curves(self.history(), metric, self._workdir / "curves.png")
+
+    def close(self) -> None:
+        self._bar.close()
+        self._board.close()
+        with contextlib.suppress(OSError):  # Of a line that log() has reported already.
+            self._file.close()
+
+
+def read_metrics(path) -> list[dict]:
+    """The lines of a `metrics.jsonl`; a half-written last one is left out."""
+    path = pathlib.Path(path)
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
+    return lines
+
+
+def plot_curves(lines: list[dict], metric: str, path) -> None:
+    """Draws the training loss and the validation `metric` (`ndcg@10`) side by side."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for panel, name in zip(panels, ("train/loss", f"val/{metric}"), strict=True):
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        style = "-" if name == "train/loss" else "o-"
+        if points:
+            panel.plot(*zip(*points, strict=True), style, markersize=3, linewidth=1)
+        panel.set_xlabel("step")
+        panel.set_title(name)
+        panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def _trim(path: pathlib.Path, step: int, eval_step: int) -> None:
+    """Drops the lines that the run will write again; the file is replaced in one move."""
+    if not path.exists():
+        return
+    kept = [
+        line
+        for line in read_metrics(path)
+        if line["step"] <= (eval_step if _is_evaluation(line) else step)
+    ]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _is_evaluation(line: dict) -> bool:
+    return any(name.startswith("val/") for name in line)
+
+
+def _null_if_not_finite(value):
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _null_if_not_finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_null_if_not_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

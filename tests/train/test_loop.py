@@ -1,0 +1,267 @@
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+sys.path.insert(0, os.path.dirname(__file__))
+import toy_run
+
+from rec_jax.train.loop import TrainConfig
+from rec_jax.train.monitor import Monitor, read_metrics
+
+STEPS = 4 * toy_run.STEPS_PER_EPOCH
+_ROOT = pathlib.Path(__file__).parents[2]
+
+
+def test_a_run_trains_evaluates_and_reports(tmp_path):
+    result = toy_run.run(tmp_path)
+    assert result.steps == STEPS and result.stopped_by == "epochs"
+    assert int(result.state.step) == STEPS
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines if "val/ndcg@10" in line] == [7, 14, 21, 28]
+    assert [line["step"] for line in lines if "train/loss" in line] == sorted(
+        {1, *range(3, 28, 3), *range(5, 28, 5), 7, 14, 21, 28}
+    )
+    assert result.history == lines
+    values = {line["step"]: line["val/ndcg@10"] for line in lines if "val/ndcg@10" in line}
+    assert result.best_step == max(values, key=values.get)
+    assert result.best_value == values[result.best_step]
+    assert toy_run.evaluate(result.best_params)["ndcg@10"] == result.best_value
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    assert list((tmp_path / "tensorboard").iterdir())
+    assert result.tokens_per_sec > 0 and result.train_secs > 0 and result.compile_secs > 0
+
+
+def test_metrics_are_totals_over_counts_of_the_window(tmp_path):
+    toy_run.run(tmp_path, checkpoint_every_steps=0, log_every_steps=100)
+    state, step, losses = toy_run.init(), toy_run.make_step(), []
+    for batch in toy_run.batches(7):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in line]
+    assert lines[0]["train/loss"] == pytest.approx(losses[0])
+    assert lines[1]["step"] == 7
+    assert lines[1]["train/loss"] == pytest.approx(np.mean(losses[1:]), rel=1e-5)
+    assert lines[1]["train/tokens"] == 3
+
+
+def test_patience_stops_and_the_best_is_kept(tmp_path):
+    values = iter([0.1, 0.5, 0.4, 0.5, 0.3, 0.2])
+    seen = []
+
+    def evaluate(params):
+        seen.append(jax.device_get(params))
+        return {"ndcg@10": next(values)}
+
+    result = toy_run.run(tmp_path, epochs=6, patience=2, evaluate_fn=evaluate)
+    assert result.stopped_by == "patience" and result.steps == 4 * 7  # A tie is no improvement.
+    assert result.best_step == 14 and result.best_value == 0.5
+    np.testing.assert_array_equal(result.best_params["w"], seen[1]["w"])
+
+
+def test_patience_zero_never_stops(tmp_path):
+    result = toy_run.run(tmp_path, patience=0, evaluate_fn=lambda params: {"ndcg@10": 0.0})
+    assert result.steps == STEPS and result.best_step == 7
+
+
+def test_evaluations_several_times_an_epoch(tmp_path):
+    result = toy_run.run(tmp_path, eval_every_epochs=0.5, epochs=1)
+    steps = [line["step"] for line in result.history if "val/ndcg@10" in line]
+    assert steps == [4, 7]  # 3.5 rounds to 4; the last step is always evaluated.
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
+    first = toy_run.run(tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text()
+
+    def no_step(state, batch):
+        raise AssertionError("a finished run took a step")
+
+    again = toy_run.run(tmp_path, step=no_step, evaluate_fn=None)
+    assert "already finished at step 28" in capsys.readouterr().err
+    assert toy_run.digest(again.state) == toy_run.digest(first.state)
+    assert toy_run.digest(again.best_params) == toy_run.digest(first.best_params)
+    assert (tmp_path / "metrics.jsonl").read_text() == lines
+    assert again.train_secs == first.train_secs and again.best_step == first.best_step
+
+
+def test_a_run_can_be_extended(tmp_path):
+    toy_run.run(tmp_path / "a", epochs=2)
+    extended = toy_run.run(tmp_path / "a", epochs=4)
+    whole = toy_run.run(tmp_path / "b", epochs=4)
+    assert toy_run.digest(extended.state) == toy_run.digest(whole.state)
+
+
+def test_another_config_in_the_same_workdir_is_refused(tmp_path):
+    toy_run.run(tmp_path, epochs=1)
+    with pytest.raises(ValueError, match=r"batch_rows \(saved 32, now 8\).*new workdir"):
+        toy_run.run(tmp_path, epochs=1, batch_rows=8)
+
+
+def test_nan_names_the_step_and_the_batch(tmp_path):
+    with pytest.raises(FloatingPointError) as error:
+        toy_run.run(tmp_path, step=toy_run.make_step(nan_at=16), log_every_steps=50)
+    message = str(error.value)
+    assert "loss became NaN or infinite at step 17: epoch 3, batch 3 of 7" in message
+    assert "last saved step is 15" in message
+    # What was saved is whole: the run without the fault goes on from there.
+    resumed = toy_run.run(tmp_path, log_every_steps=50)
+    assert toy_run.digest(resumed.state) == toy_run.digest(toy_run.run(tmp_path / "b").state)
+
+
+def test_nan_parameters_are_never_saved(tmp_path):
+    # The loss of step 15 is finite, its update is not, and step 15 is to be saved.
+    with pytest.raises(FloatingPointError, match="parameters are not finite after step 15"):
+        toy_run.run(tmp_path, step=toy_run.make_step(nan_params_at=14))
+    saved = [path.name for path in (tmp_path / "checkpoints").glob("*/*")]
+    assert "15" not in saved and "14" in saved
+
+
+def test_missing_metric_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"metric='mrr' is not among .*ndcg@10, error"):
+        toy_run.run(tmp_path, metric="mrr")
+
+
+def test_short_data_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy_run, "batches", lambda *_, short=toy_run.batches: short(10))
+    with pytest.raises(ValueError, match="the data ended at step 10 of 28"):
+        toy_run.run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"epochs": 0}, r"epochs=0 must be at least 1 \(TrainConfig\)"),
+        ({"patience": -1}, r"patience=-1 must be at least 0"),
+        ({"eval_every_epochs": 0.0}, r"eval_every_epochs=0\.0 must be positive"),
+    ],
+)
+def test_bad_config(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**fields)
+
+
+def test_the_host_does_not_run_far_ahead(tmp_path, monkeypatch):
+    """At most a few steps are queued: the loop waits for the step of a while ago."""
+    waited = []
+    array_type = type(jnp.zeros(()))
+    block = array_type.block_until_ready
+    monkeypatch.setattr(
+        array_type, "block_until_ready", lambda self: (waited.append(1), block(self))[1]
+    )
+    toy_run.run(tmp_path, log_every_steps=1000, checkpoint_every_steps=0)
+    assert len(waited) >= STEPS - 4
+
+
+@pytest.mark.parametrize("step", [10, 14])  # Within an epoch, and where an evaluation is due.
+def test_sigterm_saves_and_a_resumed_run_is_bit_equal(tmp_path, step):
+    def evaluate(params, count=[]):  # noqa: B006
+        return toy_run.evaluate(params)
+
+    inner, calls = toy_run.make_step(), []
+
+    def stopping_step(state, batch):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner(state, batch)
+
+    with pytest.raises(SystemExit) as stop:
+        toy_run.run(tmp_path / "a", step=stopping_step, evaluate_fn=evaluate)
+    assert stop.value.code == 0
+    assert (tmp_path / "a/checkpoints/latest" / str(step)).is_dir()
+    resumed = toy_run.run(tmp_path / "a")
+    whole = toy_run.run(tmp_path / "b")
+    _assert_same(resumed, whole)
+
+
+def _assert_same(resumed, whole):
+    """State, best and evaluations equal, bit for bit; no evaluation twice."""
+    assert toy_run.digest(resumed.state) == toy_run.digest(whole.state)
+    assert toy_run.digest(resumed.best_params) == toy_run.digest(whole.best_params)
+    assert resumed.best_step == whole.best_step and resumed.best_value == whole.best_value
+    assert resumed.stopped_by == whole.stopped_by and resumed.steps == whole.steps
+    assert _evaluations(resumed.history) == _evaluations(whole.history)
+
+
+def _evaluations(lines):
+    return [line for line in lines if "val/ndcg@10" in line]
+
+
+def test_killed_at_random_moments(tmp_path):
+    """SIGKILL at random moments until the run ends by itself: the end is that of a whole run."""
+    whole = toy_run.run(tmp_path / "b", eval_every_epochs=0.5, epochs=6)
+    fields = {"eval_every_epochs": 0.5, "epochs": 6, "pause": 0.05}
+    rng, num_kills, path = random.Random(0), 0, tmp_path / "a"
+    for _ in range(12):
+        process = _spawn(path, fields)
+        log = path / "metrics.jsonl"
+        size = log.stat().st_size if log.exists() else 0
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and log.stat().st_size > size:  # It trains: kill within half a second.
+                time.sleep(rng.uniform(0, 0.5))
+                process.kill()
+                num_kills += 1
+                break
+            time.sleep(0.005)
+        output, errors = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, errors
+    if process.returncode != 0:
+        output, errors = _spawn(path, fields).communicate()
+    assert num_kills >= 3
+    result = json.loads(output)
+    assert result == {"digest": toy_run.digest(whole.state), "best_step": whole.best_step}
+    lines = read_metrics(path / "metrics.jsonl")
+    assert _evaluations(lines) == _evaluations(whole.history)
+
+
+def _spawn(workdir, fields, **popen):
+    return subprocess.Popen(
+        [sys.executable, toy_run.__file__, str(workdir), json.dumps(fields)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(_ROOT), "JAX_NUM_CPU_DEVICES": "1"},
+        **popen,
+    )
+
+
+def test_fit_works_outside_the_main_thread(tmp_path):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(toy_run.run(tmp_path)))
+    thread.start()
+    thread.join()
+    assert results[0].steps == STEPS
+
+
+def test_monitor_drops_what_will_be_written_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        {"step": 5, "train/loss": 1.0},
+        {"step": 10, "train/loss": 0.5},
+        {"step": 10, "val/ndcg@10": 0.1},  # Its evaluation is not part of the restored run.
+        {"step": 11, "train/loss": 0.4},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 12, "tr')
+    Monitor(tmp_path, total_steps=20, step=10, eval_step=5).close()
+    assert read_metrics(path) == lines[:2]
+    path.write_text(path.read_text() + '{"step": 12, "tr')
+    monitor = Monitor(tmp_path, total_steps=20, step=0, eval_step=0)
+    monitor.log(1, 0.1, {"val/ndcg@10": 0.1, "val/ndcg@10_ci": [0.0, float("nan")]})
+    monitor.close()
+    assert read_metrics(path) == [
+        {"step": 1, "epoch": 0.1, "val/ndcg@10": 0.1, "val/ndcg@10_ci": [0.0, None]}
+    ]

@@ -1,0 +1,114 @@
+"""A toy run for the loop's tests: a linear model on numbers, in process or as a script.
+
+As a script: `python toy_run.py WORKDIR JSON` trains with the fields of TrainConfig in JSON, slowed
+by `pause` seconds a step, and prints the digest of the final parameters.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+import zlib
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rec_jax.train.checkpoint import SaveError
+from rec_jax.train.loop import TrainConfig, fit
+
+STEPS_PER_EPOCH = 7
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ToyState:
+    step: jax.Array
+    params: dict
+    opt_state: dict
+
+
+def init(width: int = 4) -> ToyState:
+    return ToyState(
+        jnp.zeros((), jnp.int32),
+        {"w": jnp.linspace(0.0, 1.0, width), "b": jnp.zeros(())},
+        {"m": jnp.zeros(width)},
+    )
+
+
+def make_step(nan_at: int = -1, nan_params_at: int = -1):
+    """A step whose loss (or parameters only) is NaN at a 0-based step."""
+
+    def step(state, batch):
+        def loss_fn(params):
+            error = batch["x"] @ params["w"] + params["b"] - batch["y"]
+            return jnp.sum(error**2)
+
+        loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        loss = jnp.where(state.step == nan_at, jnp.nan, loss)
+        m = 0.9 * state.opt_state["m"] + grads["w"]
+        w = state.params["w"] - 0.01 * m
+        w = jnp.where(state.step == nan_params_at, jnp.nan, w)
+        params = {"w": w, "b": state.params["b"] - 0.01 * grads["b"]}
+        count = jnp.float32(batch["y"].size)
+        metrics = {"loss": (loss, count), "tokens": (count, jnp.float32(1))}
+        return ToyState(state.step + 1, params, {"m": m}), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+class ToySource:
+    """Batch `step` depends on the step alone."""
+
+    def __init__(self, num_steps: int, width: int = 4):
+        self._num_steps, self._width = num_steps, width
+
+    def __len__(self):
+        return self._num_steps
+
+    def __getitem__(self, step):
+        x = np.random.default_rng(int(step)).normal(size=(3, self._width)).astype(np.float32)
+        return {"x": x, "y": x.sum(axis=1)}
+
+
+def batches(num_steps: int, width: int = 4):
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    return iter(grain.MapDataset.source(ToySource(num_steps, width)).to_iter_dataset(options))
+
+
+def evaluate(params) -> dict:
+    error = float(jnp.abs(params["w"] - 1).mean())
+    return {"ndcg@10": 1 / (1 + error), "error": error}
+
+
+def run(workdir, *, step=None, evaluate_fn=evaluate, run_info=None, pause=0.0, width=4, **fields):
+    config = TrainConfig(**{"epochs": 4, "log_every_steps": 3, "checkpoint_every_steps": 5} | fields)
+    step = step or make_step()
+
+    def paused_step(state, batch):
+        time.sleep(pause)
+        return step(state, batch)
+
+    return fit(
+        init(width),
+        paused_step if pause else step,
+        batches(config.epochs * STEPS_PER_EPOCH, width),
+        evaluate_fn,
+        config=config,
+        steps_per_epoch=STEPS_PER_EPOCH,
+        workdir=workdir,
+        run_info=run_info or {"config": dataclasses.asdict(config), "split": "abc"},
+    )
+
+
+def digest(state) -> int:
+    return zlib.crc32(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)))
+
+
+if __name__ == "__main__":
+    try:
+        result = run(sys.argv[1], **json.loads(sys.argv[2]))
+    except SaveError as error:
+        sys.exit(f"error: {error}")
+    print(json.dumps({"digest": digest(result.state), "best_step": result.best_step}))
