@@ -1,0 +1,29 @@
+"""What every config file starts from."""
+
+from ml_collections import ConfigDict
+
+from rec_jax.config import to_config_dict
+from rec_jax.experiment import ExperimentConfig
+
+
+def base() -> ConfigDict:
+    """Every key there is, at its default; a config file changes what differs."""
+    return to_config_dict(ExperimentConfig())
+
+
+def apply_variant(cfg: ConfigDict, variant: str | None) -> ConfigDict:
+    """`:smoke` makes any config run in seconds on a CPU, on simulated data."""
+    if variant in (None, ""):
+        return cfg
+    if variant != "smoke":
+        raise ValueError(f"variant {variant!r} is unknown: use :smoke, or nothing")
+    cfg.data.format, cfg.data.path, cfg.data.max_len = "simulator", "", 16
+    cfg.data.titles, cfg.data.titles_ids = "", ""
+    cfg.data.sim.num_items, cfg.data.sim.num_users = 60, 300
+    cfg.data.sim.num_interests, cfg.data.sim.mean_len = 4, 12
+    cfg.model.width, cfg.model.ff_width, cfg.model.num_heads = 16, 16, 1
+    cfg.loss.num_negatives = min(cfg.loss.num_negatives, 8)
+    cfg.train.epochs, cfg.train.batch_rows, cfg.train.micro_rows = 3, 32, 4
+    cfg.train.log_every_steps, cfg.train.checkpoint_every_steps = 5, 5
+    cfg.eval.bootstrap = 100
+    return cfg

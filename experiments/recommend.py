@@ -1,0 +1,68 @@
+"""Recommends items to a user of the log, or to anyone with a history, under your own ids.
+
+    python -m experiments.recommend --workdir=runs/ml1m --user=42 --k=10
+    python -m experiments.recommend --workdir=runs/ml1m --history=260,1196,1210
+"""
+
+import difflib
+
+import numpy as np
+from absl import app, flags
+
+from rec_jax.mesh import use_cpu_cores
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a trained run.")
+_USER = flags.DEFINE_string("user", None, "A user id of the log; all of that user's events are used.")
+_HISTORY = flags.DEFINE_list("history", None, "Item ids, oldest first, separated by commas.")
+_K = flags.DEFINE_integer("k", 10, "How many items to recommend.", lower_bound=1)
+_SEEN = flags.DEFINE_bool("seen", False, "Recommend items of the history again, too.")
+flags.mark_flag_as_required("workdir")
+
+
+def main(argv):
+    from rec_jax.experiment import Experiment
+
+    del argv
+    if (_USER.value is None) == (_HISTORY.value is None):
+        raise app.UsageError("give either --user=ID or --history=ID,ID,...")
+    use_cpu_cores()
+    experiment = Experiment.open(_WORKDIR.value)
+    histories = experiment.histories
+    if _USER.value is not None:
+        user = _find([_USER.value], histories.user_ids, "user")[0]
+        items = histories.items[histories.offsets[user] : histories.offsets[user + 1]]
+    else:
+        items = _find(_HISTORY.value, histories.item_ids, "item")
+
+    scores = np.array(experiment.scorer(experiment.best_params()).score_history(items))
+    if not _SEEN.value:
+        scores[items] = -np.inf
+    top = [item for item in np.argsort(-scores, kind="stable")[: _K.value] if scores[item] > -np.inf]
+    print(f"history of {len(items)} events, the last of them:")
+    for item in items[-5:]:
+        print(f"  {_name(histories, item)}")
+    print(f"the {len(top)} best next items:")
+    for rank, item in enumerate(top, 1):
+        print(f"{rank:4d}  score {scores[item]:8.3f}  {_name(histories, item)}")
+
+
+def _find(wanted: list[str], known: np.ndarray, kind: str) -> np.ndarray:
+    """Row numbers of the user's own ids. Raises ValueError naming every id that is not known."""
+    rows = {str(name): row for row, name in enumerate(known)}
+    wanted = [name.strip() for name in wanted]
+    unknown = [name for name in wanted if not name or name not in rows]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], rows, n=3)
+        hint = f"; near {unknown[0]!r}: {', '.join(near)}" if near else ""
+        raise SystemExit(f"unknown {kind} ids, in no event of the training log: {unknown}{hint}")
+    return np.array([rows[name] for name in wanted])
+
+
+def _name(histories, item: int) -> str:
+    item_id = str(histories.item_ids[item])
+    title = histories.titles[item_id] if item_id in histories.titles else ""
+    return f"{item_id}  {title}".rstrip()
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,65 @@
+"""Trains a sequence recommender from a log of interactions, and tests it once at the end.
+
+    python -m experiments.train --config=configs/sasrec_ml1m.py --workdir=runs/ml1m
+    python -m experiments.train --config=configs/sasrec_ml1m.py:smoke --workdir=/tmp/smoke
+    python -m experiments.train --config=configs/sasrec_ml1m.py --workdir=runs/mine \\
+        --config.data.path=my.csv --config.data.format=csv \\
+        --config.data.user=customer --config.data.item=product --config.data.time=when
+
+Any key of the config is a flag, `--config.section.key=value`; a variant of it follows a colon. The same
+command again goes on where a stopped or killed run was. The working directory gets config.json,
+metrics.jsonl, tensorboard/, checkpoints/, curves.png and result.json.
+"""
+
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from rec_jax.mesh import use_cpu_cores
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional :variant.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if it is not there.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv):
+    from rec_jax.config import build
+    from rec_jax.experiment import Experiment, ExperimentConfig, write_json
+    from rec_jax.report import print_scores
+
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}: overrides are --config.section.key=value")
+    use_cpu_cores()
+    config = build(ExperimentConfig, _CONFIG.value)
+    experiment = Experiment(config, _WORKDIR.value)
+    fitted = experiment.fit()
+
+    scorer = experiment.scorer(fitted.best_params)
+    val, test = (experiment.evaluate(scorer, part) for part in ("val", "test"))
+    baselines = experiment.evaluate_baselines("test")
+    print_scores({"model": test, **baselines}, part="test")
+    write_json(
+        experiment.workdir / "result.json",
+        {
+            "val": val,
+            "test": test,
+            "baselines": baselines,
+            "train_secs": fitted.train_secs,
+            "compile_secs": fitted.compile_secs,
+            "eval_secs": fitted.eval_secs,
+            "real_tokens_per_sec": fitted.tokens_per_sec,
+            "steps": fitted.steps,
+            "best_step": fitted.best_step,
+            "stopped_by": fitted.stopped_by,
+            "params": experiment.num_params,
+            "seed": config.seed,
+            "split_checksum": experiment.split.checksum,
+            "command": " ".join(["python -m experiments.train", *sys.argv[1:]]),
+        },
+    )
+    print(f"wrote {experiment.workdir / 'result.json'} and {experiment.workdir / 'curves.png'}")
+
+
+if __name__ == "__main__":
+    app.run(main)

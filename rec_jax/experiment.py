@@ -1,0 +1,158 @@
+"""A run from end to end: config -> data -> model -> training -> test score. The entry points in
+`experiments/` are thin wrappers around this class."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+
+import jax
+import numpy as np
+
+from rec_jax import mesh as mesh_lib
+from rec_jax.config import build
+from rec_jax.data.datasets import DataConfig, load_dataset
+from rec_jax.data.negatives import make_sampler
+from rec_jax.data.pipeline import BatchSource, make_iterator
+from rec_jax.eval.evaluator import EvalConfig, evaluate
+from rec_jax.mesh import MeshConfig
+from rec_jax.models.base import init_model
+from rec_jax.models.baselines import BASELINES
+from rec_jax.models.sasrec import SASRec, SASRecConfig
+from rec_jax.models.scoring import SequenceScorer
+from rec_jax.train import checkpoint
+from rec_jax.train.loop import TrainConfig, fit
+from rec_jax.train.losses import LossConfig
+from rec_jax.train.optim import OptimConfig, make_optimizer
+from rec_jax.train.step import init_state, make_train_step
+from rec_jax.tree import num_params
+
+MODELS = {"sasrec": SASRec}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """Everything a run is made of. Config files start from its defaults."""
+
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    model: SASRecConfig = SASRecConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+
+
+class Experiment:
+    """A config and its working directory, `workdir`, which holds all that the run reads and writes."""
+
+    def __init__(self, config: ExperimentConfig, workdir):
+        self.config, self.workdir = config, pathlib.Path(workdir)
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        self.mesh = mesh_lib.make_mesh(config.mesh)
+        self.dataset = load_dataset(config.data, self.workdir / "data")
+        self.histories, self.split = self.dataset.histories, self.dataset.split
+        max_len, num_items = config.data.max_len, self.histories.num_items
+        build_module = MODELS[config.model.type]
+        self.model, self._init_params = init_model(
+            lambda rngs: build_module(config.model, num_items, max_len, rngs=rngs), config.seed
+        )
+
+    @classmethod
+    def open(cls, workdir) -> "Experiment":
+        """The experiment that was trained in `workdir`.
+
+        Raises ValueError if there is none.
+        """
+        path = pathlib.Path(workdir) / "config.json"
+        if not path.exists():
+            raise ValueError(f"--workdir={workdir} holds no run ({path} is missing): train one there first")
+        return cls(build(ExperimentConfig, json.loads(path.read_text())), workdir)
+
+    @functools.cached_property
+    def num_params(self) -> int:
+        return num_params(self.model.abstract_params)
+
+    def fit(self):
+        """Trains, or goes on where an earlier run in `workdir` stopped. Returns the loop's FitResult."""
+        config = self.config
+        source = BatchSource(
+            self.histories,
+            self.split,
+            max_len=config.data.max_len,
+            batch_rows=config.train.batch_rows,
+            epochs=config.train.epochs,
+            seed=config.seed,
+            host=jax.process_index(),
+            num_hosts=jax.process_count(),
+        )
+        optimizer = make_optimizer(config.optim, self._init_params, len(source))
+        step = make_train_step(
+            self.model,
+            optimizer,
+            config.loss,
+            make_sampler(config.loss.sampler, self.item_counts),
+            self.mesh,
+            micro_rows=config.train.micro_rows,
+            precision=config.train.precision,
+            seed=config.seed,
+        )
+        config_json = dataclasses.asdict(config)
+        write_json(self.workdir / "config.json", config_json)
+        return fit(
+            mesh_lib.replicate(init_state(self._init_params, optimizer), self.mesh),
+            step,
+            make_iterator(source),
+            lambda params: self.evaluate(self.scorer(params), "val"),
+            config=config.train,
+            steps_per_epoch=source.steps_per_epoch,
+            workdir=self.workdir,
+            run_info={"config": config_json, "split": self.split.checksum},
+            place=lambda batch: mesh_lib.place_batch(batch, self.mesh),
+            describe_batch=lambda step: _name_users(self.histories, source.users(step)),
+        )
+
+    @functools.cached_property
+    def item_counts(self) -> np.ndarray:
+        """int64[V + 1]: training events of each item."""
+        histories = self.histories
+        train_end = np.repeat(self.split.train_end, np.diff(histories.offsets))
+        train_items = histories.items[np.arange(histories.num_events) < train_end]
+        return np.bincount(train_items, minlength=histories.num_items + 1)
+
+    def best_params(self):
+        """Parameters of the best validation score.
+
+        Raises ValueError if the workdir holds no finished evaluation.
+        """
+        restored = checkpoint.restore_best(self.workdir / "checkpoints", self._init_params)
+        if restored is None:
+            raise ValueError(f"{self.workdir} holds no best checkpoint yet: let the training evaluate once")
+        return restored.state
+
+    def scorer(self, params) -> SequenceScorer:
+        return SequenceScorer(self.model, params, self.histories, self.config.data.max_len, self.mesh)
+
+    def evaluate(self, score_fn, part: str) -> dict:
+        return evaluate(score_fn, self.histories, self.split, part, self.config.eval, seed=self.config.seed)
+
+    def evaluate_baselines(self, part: str) -> dict[str, dict]:
+        """The same evaluation for every baseline, and for the oracle where the data come from a simulator."""
+        scorers = {name: make(self.histories, self.split) for name, make in BASELINES.items()}
+        if self.dataset.world is not None:
+            scorers["oracle"] = self.dataset.world.score_fn(self.histories)
+        return {name: self.evaluate(score_fn, part) for name, score_fn in scorers.items()}
+
+
+def _name_users(histories, users: np.ndarray) -> str:
+    names = [str(histories.user_ids[user]) for user in users[:10]]
+    return "users " + ", ".join(names) + (f" and {len(users) - 10} more" if len(users) > 10 else "")
+
+
+def write_json(path: pathlib.Path, value) -> None:
+    """Writes through a temporary file, so that a killed process leaves the old or the new one."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1))
+    os.replace(partial, path)

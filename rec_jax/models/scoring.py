@@ -1,0 +1,78 @@
+"""Scores of a trained sequence model for any history: what evaluation and recommendation read."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rec_jax.data.packing import fill_rows, plan_packing
+from rec_jax.mesh import place_batch, replicate
+from rec_jax.models.base import Model
+
+# Packed rows encoded at once: enough to keep the devices busy, few enough to stay small in memory.
+_ENCODE_TOKENS = 12_800
+
+
+class SequenceScorer:
+    """`score_fn(users, ends)` over the histories of a data set, or over one given history.
+
+    Histories are packed into rows like those of training, split over the mesh axis "data".
+    """
+
+    def __init__(self, model: Model, params, histories, max_len: int, mesh: Mesh):
+        self._histories, self._max_len, self._mesh = histories, max_len, mesh
+        num_devices = mesh.shape["data"]
+        self._rows = -(-max(1, _ENCODE_TOKENS // max_len) // num_devices) * num_devices
+
+        @jax.jit
+        def encode(params, batch, row_Q, column_Q):
+            return model.bind(params)(batch)[row_Q, column_Q]
+
+        @jax.jit
+        def scores(table_VD, x_BD):
+            scores_BV = jnp.matmul(x_BD, table_VD.T, preferred_element_type=jnp.float32)
+            return scores_BV.at[:, 0].set(-jnp.inf)
+
+        self._encode, self._scores = encode, scores
+        self._params = replicate(params, mesh)
+        table_VD = jax.jit(lambda params: model.bind(params).item_vectors())(params)
+        self._table_VD = jax.device_put(table_VD, mesh.devices.flat[0])
+
+    def __call__(self, users: np.ndarray, ends: np.ndarray) -> jax.Array:
+        """Scores of the whole catalogue for the event after each history.
+
+        users: int[B]. ends: int[B]; history b is items[offsets[users[b]]:ends[b]], at least one event.
+        Returns f32[B, V + 1] on the first device; column 0 (padding) is -inf.
+        """
+        starts = self._histories.offsets[users]
+        return self._score(self._histories.items, np.asarray(ends), ends - starts)
+
+    def score_history(self, items: np.ndarray) -> jax.Array:
+        """f32[V + 1]: scores of the event after the given item ids, oldest first."""
+        items = np.asarray(items, np.int32)
+        if items.size == 0:
+            raise ValueError("the history is empty: a sequence model needs at least one item")
+        return self._score(items, np.array([items.size]), np.array([items.size]))[0]
+
+    def _score(self, items, ends, lengths):
+        """Encodes packed rows in blocks of one fixed shape, then scores the last token of each history."""
+        if np.any(lengths < 1):
+            raise ValueError(f"history {int(np.argmin(lengths))} of the batch is empty: nothing to encode")
+        plan = plan_packing(lengths, self._max_len)
+        slot_users = np.empty_like(plan.users_by_len)
+        slot_users[plan.slots_by_len] = plan.users_by_len
+        x_BD = np.empty((len(ends), self._table_VD.shape[1]), self._table_VD.dtype)
+        for first in range(0, plan.num_rows, self._rows):
+            rows = np.arange(first, min(first + self._rows, plan.num_rows))
+            batch = fill_rows(items, plan, rows, slot_users, ends, self._rows)
+            # The last token of a segment is where the next position does not go on counting.
+            following = np.pad(batch["positions"][:, 1:], ((0, 0), (0, 1)))
+            is_last = (batch["segments"] > 0) & (following == 0)
+            row_Q, column_Q = np.nonzero(is_last)
+            users_Q = slot_users[plan.row_starts[rows[0]] : plan.row_starts[rows[-1] + 1]]
+            size = 1 << int(len(row_Q) - 1).bit_length()  # few shapes to compile
+            pad = (0, size - len(row_Q))
+            placed = place_batch(batch, self._mesh)
+            x_QD = self._encode(self._params, placed, np.pad(row_Q, pad), np.pad(column_Q, pad))
+            x_BD[users_Q] = np.asarray(x_QD)[: len(row_Q)]
+        return self._scores(self._table_VD, x_BD)

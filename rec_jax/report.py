@@ -1,0 +1,42 @@
+"""Scores as tables and pictures that people read."""
+
+import sys
+
+def format_scores(scores: dict[str, dict]) -> str:
+    """A table with a row for each scored thing: filtered metrics, their interval, and unfiltered ones.
+
+    scores: name -> the dict that `evaluate` returns.
+    """
+    head = ["", "hr@10", "ndcg@10", "95 % interval", "mrr", "coverage@10", "unfiltered hr@10", "ndcg@10"]
+    rows = [head]
+    for name, metrics in scores.items():
+        low, high = metrics["ndcg@10_ci"]
+        rows.append(
+            [
+                name,
+                f"{metrics['hr@10']:.4f}",
+                f"{metrics['ndcg@10']:.4f}",
+                f"{low:.4f}..{high:.4f}",
+                f"{metrics['mrr']:.4f}",
+                f"{metrics['coverage@10']:.4f}",
+                f"{metrics['unfiltered/hr@10']:.4f}",
+                f"{metrics['unfiltered/ndcg@10']:.4f}",
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+    return "\n".join(lines)
+
+
+def print_scores(scores: dict[str, dict], part: str) -> None:
+    any_metrics = next(iter(scores.values()))
+    seen = "without" if any_metrics["filter_seen"] else "with"
+    print(
+        f"\n{part}: {any_metrics['num_examples']} examples, each ranked against the whole catalogue, "
+        f"{seen} the items of the user's own history; ties broken at random, in expectation"
+    )
+    print(format_scores(scores), flush=True)
+    if "oracle" in scores and "model" in scores:
+        key = "unfiltered/ndcg@10"
+        share = scores["model"][key] / scores["oracle"][key]
+        print(f"the model reaches {share:.1%} of what anything could reach ({key})", file=sys.stdout)
