@@ -15,9 +15,13 @@ complete) and a JSON record: data position, progress, what the run is, and a che
 import contextlib
 import dataclasses
 import errno
+import gc
 import json
+import logging
 import pathlib
 import sys
+import time
+import traceback
 import zlib
 from typing import Any
 
@@ -229,20 +233,39 @@ def _candidates(directory: pathlib.Path, kinds) -> list[pathlib.Path]:
 
 def _read(path: pathlib.Path, target, run_info: dict | None) -> Restored:
     """Reads one checkpoint back; a run_info of None is not compared."""
-    try:
+    with _damage_raised(path):
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
             saved = reader.restore(path, ocp.args.Composite(record=ocp.args.JsonRestore())).record
         record = saved["record"]
         if _record_digest(record) != saved["digest"]:
             raise DamagedError("the checksum of its record differs from the one saved")
-    except Exception as error:  # Damage shows up as any kind of error.
-        raise _damaged(path, error) from error
     if run_info is not None:
         _check_same_run(record["run_info"], run_info, path)
-    try:
+    with _damage_raised(path):
         return Restored(_read_state(path, target, record["digests"]), record, path)
+
+
+@contextlib.contextmanager
+def _damage_raised(path: pathlib.Path):
+    """Turns any error into a DamagedError, for damage shows up as any kind of error.
+
+    Leaves are read concurrently. After the first error the readers of the others complain to
+    stderr that their event loop is closed; they are kept quiet, as the error itself is reported.
+    """
+    hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
+    sys.unraisablehook, logger.disabled = lambda _: None, True
+    try:
+        yield
     except Exception as error:
-        raise _damaged(path, error) from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        while error is not None:  # The frames hold the readers, which complain when they go.
+            traceback.clear_frames(error.__traceback__)
+            error.__traceback__, error = None, error.__cause__ or error.__context__
+        time.sleep(0.2)
+        gc.collect()
+        raise DamagedError(f"the checkpoint {path} is damaged ({reason})") from None
+    finally:
+        sys.unraisablehook, logger.disabled = hook, False
 
 
 def _read_state(path: pathlib.Path, target, digests: dict):
@@ -309,11 +332,6 @@ def _flatten(tree: dict, prefix: str = "") -> dict:
 def _plain_json(tree: dict) -> dict:
     """`tree` as JSON gives it back: lists for tuples, numbers for NumPy scalars."""
     return json.loads(json.dumps(tree, default=lambda value: value.item()))
-
-
-def _damaged(path: pathlib.Path, error: Exception) -> DamagedError:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return DamagedError(f"the checkpoint {path} is damaged ({reason})")
 
 
 def _set_aside(path: pathlib.Path, directory: pathlib.Path) -> None:

@@ -1,7 +1,7 @@
 """The training loop: one for every model, read from top to bottom.
 
-Its order is evaluate the current state, save, next batch, step, log. The host runs a few steps ahead
-of the device and waits for it only to log, so metrics stay (total, count) pairs on the device.
+Its order is evaluate the current state, save, next batch, step, log. The host runs a few steps
+ahead of the device and waits for it only to log: metrics stay (total, count) pairs on the device.
 """
 
 import collections
@@ -194,11 +194,7 @@ def fit(
             # Save the state and the data position. An evaluation that is the best goes to `best`.
             is_due = stopping or schedule.saves(step)
             if step > 0 and (is_best or (is_due and saved_step != step)):
-                if not is_finite(state.params):
-                    raise FloatingPointError(
-                        f"the parameters are not finite after step {step}, though its loss is; "
-                        f"they were not saved. {_WAY_OUT}"
-                    )
+                _check_params(state.params, step)
                 record = {
                     "data": batches.get_state(),
                     "progress": dataclasses.asdict(progress),
@@ -236,30 +232,34 @@ def fit(
         if stopping and not stopped_by:
             monitor.say(f"{stopping.name}: stopped and saved at step {step}; run again to go on")
             raise SystemExit(0 if stopping == signal.SIGTERM else 130)
-        best = restore_best(folder, state.params)
-        if best is None:
-            raise DamagedError(
-                f"no best checkpoint in {folder / 'best'} can be read back; run the same command "
-                "again to evaluate and save the last state"
-            )
-        already = "already " if is_first else ""
+        result = _result(state, step, stopped_by, progress, folder, monitor.history())
         monitor.say(
-            f"{already}finished at step {step} ({stopped_by}); best {config.metric} "
-            f"{best.record['progress']['best_value']:.4f} at step {best.record['step']}"
+            f"{'already ' if is_first else ''}finished at step {step} ({stopped_by}); best "
+            f"{config.metric} {result.best_value:.4f} at step {result.best_step}"
         )
-        return FitResult(
-            state=state,
-            best_params=best.state,
-            best_step=best.record["progress"]["best_step"],
-            best_value=best.record["progress"]["best_value"],
-            steps=step,
-            stopped_by=stopped_by,
-            train_secs=progress.train_secs,
-            compile_secs=progress.compile_secs,
-            eval_secs=progress.eval_secs,
-            tokens_per_sec=progress.tokens / max(progress.train_secs, 1e-9),
-            history=monitor.history(),
+        return result
+
+
+def _result(state, step: int, stopped_by: str, progress: Progress, folder, history) -> FitResult:
+    best = restore_best(folder, state.params)
+    if best is None:
+        raise DamagedError(
+            f"no best checkpoint in {folder / 'best'} can be read back; run the same command "
+            "again to evaluate and save the last state"
         )
+    return FitResult(
+        state=state,
+        best_params=best.state,
+        best_step=best.record["progress"]["best_step"],
+        best_value=best.record["progress"]["best_value"],
+        steps=step,
+        stopped_by=stopped_by,
+        train_secs=progress.train_secs,
+        compile_secs=progress.compile_secs,
+        eval_secs=progress.eval_secs,
+        tokens_per_sec=progress.tokens / max(progress.train_secs, 1e-9),
+        history=history,
+    )
 
 
 class _Schedule:
@@ -337,6 +337,14 @@ def _train_metrics(window: dict, secs: float, is_compiling: bool) -> dict:
     if not is_compiling:
         values["tokens_per_sec"] = float(window["metrics"]["tokens"][0]) / secs
     return _under("train", values)
+
+
+def _check_params(params, step: int) -> None:
+    if not is_finite(params):
+        raise FloatingPointError(
+            f"the parameters are not finite after step {step}, though its loss is; they were not "
+            f"saved. {_WAY_OUT}"
+        )
 
 
 def _check_finite(window: dict, steps_per_epoch: int, saved_step: int, describe_batch) -> None:

@@ -83,7 +83,8 @@ def evaluate(params) -> dict:
 
 
 def run(workdir, *, step=None, evaluate_fn=evaluate, run_info=None, pause=0.0, width=4, **fields):
-    config = TrainConfig(**{"epochs": 4, "log_every_steps": 3, "checkpoint_every_steps": 5} | fields)
+    defaults = {"epochs": 4, "log_every_steps": 3, "checkpoint_every_steps": 5}
+    config = TrainConfig(**defaults | fields)
     step = step or make_step()
 
     def paused_step(state, batch):
