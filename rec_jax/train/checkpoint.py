@@ -15,13 +15,11 @@ complete) and a JSON record: data position, progress, what the run is, and a che
 import contextlib
 import dataclasses
 import errno
-import gc
+import functools
 import json
 import logging
 import pathlib
 import sys
-import time
-import traceback
 import zlib
 from typing import Any
 
@@ -65,6 +63,7 @@ class Saver:
     """Writes checkpoints in the background, at most one at a time."""
 
     def __init__(self, directory, keep: int):
+        _silence_orbax()
         self._directory = pathlib.Path(directory).absolute()
         self._pending = -1
         self._managers = {}
@@ -233,6 +232,7 @@ def _candidates(directory: pathlib.Path, kinds) -> list[pathlib.Path]:
 
 def _read(path: pathlib.Path, target, run_info: dict | None) -> Restored:
     """Reads one checkpoint back; a run_info of None is not compared."""
+    _silence_orbax()
     with _damage_raised(path):
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
             saved = reader.restore(path, ocp.args.Composite(record=ocp.args.JsonRestore())).record
@@ -247,25 +247,12 @@ def _read(path: pathlib.Path, target, run_info: dict | None) -> Restored:
 
 @contextlib.contextmanager
 def _damage_raised(path: pathlib.Path):
-    """Turns any error into a DamagedError, for damage shows up as any kind of error.
-
-    Leaves are read concurrently. After the first error the readers of the others complain to
-    stderr that their event loop is closed; they are kept quiet, as the error itself is reported.
-    """
-    hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
-    sys.unraisablehook, logger.disabled = lambda _: None, True
+    """Turns any error into a DamagedError, for damage shows up as any kind of error."""
     try:
         yield
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        while error is not None:  # The frames hold the readers, which complain when they go.
-            traceback.clear_frames(error.__traceback__)
-            error.__traceback__, error = None, error.__cause__ or error.__context__
-        time.sleep(0.2)
-        gc.collect()
         raise DamagedError(f"the checkpoint {path} is damaged ({reason})") from None
-    finally:
-        sys.unraisablehook, logger.disabled = hook, False
 
 
 def _read_state(path: pathlib.Path, target, digests: dict):
@@ -353,6 +340,30 @@ def _is_full_disk(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+@functools.cache
+def _silence_orbax() -> None:
+    """Keeps the many tracebacks of one failed save or restore from stderr.
+
+    Orbax reads and writes leaves concurrently. On an error each of its threads logs it, and the
+    readers or writers of other leaves complain that their event loop is closed. The error itself
+    reaches our caller as SaveError or DamagedError.
+    """
+
+    def is_worth_logging(record: logging.LogRecord) -> bool:
+        is_orbax = "orbax" in pathlib.Path(record.pathname).parts or "orbax" in record.getMessage()
+        return not (is_orbax and record.exc_info)
+
+    def hook(unraisable, before=sys.unraisablehook):
+        code = getattr(unraisable.object, "cr_code", None)
+        is_orbax = code is not None and "orbax" in pathlib.Path(code.co_filename).parts
+        if not (is_orbax or str(unraisable.exc_value) == "Event loop is closed"):
+            before(unraisable)
+
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(is_worth_logging)
+    sys.unraisablehook = hook
 
 
 def _say(text: str) -> None:

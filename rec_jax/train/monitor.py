@@ -6,10 +6,13 @@ import math
 import os
 import pathlib
 import sys
+import time
 
-import tensorboardX
 import tqdm
 from matplotlib.figure import Figure
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from rec_jax.train.checkpoint import SaveError
 
@@ -30,13 +33,12 @@ class Monitor:
 
     def __init__(self, workdir, *, total_steps: int, step: int, eval_step: int):
         self._workdir = pathlib.Path(workdir)
-        self._workdir.mkdir(parents=True, exist_ok=True)
         path = self._workdir / "metrics.jsonl"
-        _trim(path, step, eval_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._board = tensorboardX.SummaryWriter(
-            str(self._workdir / "tensorboard"), purge_step=step + 1 if step else None, flush_secs=10
-        )
+        with _full_disk_reported(self._workdir):
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            _trim(path, step, eval_step)
+            self._file = path.open("a", encoding="utf-8")
+            self._board = _Board(self._workdir / "tensorboard", step)
         self._bar = tqdm.tqdm(
             total=total_steps,
             initial=step,
@@ -56,17 +58,10 @@ class Monitor:
           metrics: names with their part (`train/loss`, `val/ndcg@10`) to JSON-able values.
         """
         line = {"step": step, "epoch": round(epoch, 4), **metrics}
-        try:
+        with _full_disk_reported(self._workdir):
             self._file.write(json.dumps(_null_if_not_finite(line)) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise SaveError(
-                f"{self._file.name} could not be written ({error.strerror}); make room and run "
-                "the same command again to go on from the last checkpoint"
-            ) from error
-        for name, value in metrics.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(name, value, step)
+            self._board.write(step, metrics)
         if "train/tokens_per_sec" in metrics:
             rate = f"{metrics['train/tokens_per_sec']:,.0f} tokens/s"
             self._bar.set_postfix_str(f"loss {metrics['train/loss']:.4f}, {rate}", refresh=False)
@@ -81,13 +76,52 @@ class Monitor:
 
     def plot(self, metric: str) -> None:
         """Draws `curves.png`: the training loss and the validation metric by step."""
-        plot_curves(self.history(), metric, self._workdir / "curves.png")
+        with _full_disk_reported(self._workdir):
+            plot_curves(self.history(), metric, self._workdir / "curves.png")
 
     def close(self) -> None:
         self._bar.close()
-        self._board.close()
-        with contextlib.suppress(OSError):  # Of a line that log() has reported already.
-            self._file.close()
+        for file in (self._board, self._file):
+            with contextlib.suppress(OSError):  # A full disk has been reported by now.
+                file.close()
+
+
+@contextlib.contextmanager
+def _full_disk_reported(workdir: pathlib.Path):
+    try:
+        yield
+    except OSError as error:
+        raise SaveError(
+            f"metrics could not be written to {workdir} ({error.strerror}); make room and run the "
+            "same command again to go on from the last checkpoint"
+        ) from error
+
+
+class _Board:
+    """TensorBoard scalars, written at once: the thread of SummaryWriter hangs on a full disk."""
+
+    def __init__(self, folder: pathlib.Path, step: int):
+        folder.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+        self._flushed = time.monotonic()
+        if step:  # Hides what an earlier session wrote past the step that this one goes on from.
+            start = SessionLog(status=SessionLog.START)
+            self._events.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+
+    def write(self, step: int, metrics: dict) -> None:
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in metrics.items()
+            if isinstance(value, int | float)
+        ]
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+        self._events.write_event(event)
+        if time.monotonic() > self._flushed + 5:
+            self._events.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._events.close()
 
 
 def read_metrics(path) -> list[dict]:

@@ -203,7 +203,7 @@ def test_killed_at_random_moments(tmp_path):
     whole = toy_run.run(tmp_path / "b", eval_every_epochs=0.5, epochs=6)
     fields = {"eval_every_epochs": 0.5, "epochs": 6, "pause": 0.05}
     rng, num_kills, path = random.Random(0), 0, tmp_path / "a"
-    for _ in range(12):
+    for _ in range(6):
         process = _spawn(path, fields)
         log = path / "metrics.jsonl"
         size = log.stat().st_size if log.exists() else 0

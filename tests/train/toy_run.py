@@ -48,9 +48,9 @@ def make_step(nan_at: int = -1, nan_params_at: int = -1):
         loss, grads = jax.value_and_grad(loss_fn)(state.params)
         loss = jnp.where(state.step == nan_at, jnp.nan, loss)
         m = 0.9 * state.opt_state["m"] + grads["w"]
-        w = state.params["w"] - 0.01 * m
+        w = state.params["w"] - 0.04 / m.size * m
         w = jnp.where(state.step == nan_params_at, jnp.nan, w)
-        params = {"w": w, "b": state.params["b"] - 0.01 * grads["b"]}
+        params = {"w": w, "b": state.params["b"] - 0.04 / m.size * grads["b"]}
         count = jnp.float32(batch["y"].size)
         metrics = {"loss": (loss, count), "tokens": (count, jnp.float32(1))}
         return ToyState(state.step + 1, params, {"m": m}), metrics
