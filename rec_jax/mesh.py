@@ -21,9 +21,9 @@ class MeshConfig:
 def use_cpu_cores() -> None:
     """Makes each CPU core a virtual device, so that a data-parallel mesh uses them all.
 
-    Must run before JAX starts its backend; afterwards it leaves things as they are.
+    Must run before JAX is first used. JAX_NUM_CPU_DEVICES, where set, wins.
     """
-    if not jax.extend.backend.backends_are_initialized() and jax.config.jax_num_cpu_devices < 1:
+    if jax.config.jax_num_cpu_devices < 1:
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
 
 

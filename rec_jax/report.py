@@ -40,3 +40,14 @@ def print_scores(scores: dict[str, dict], part: str) -> None:
         key = "unfiltered/ndcg@10"
         share = scores["model"][key] / scores["oracle"][key]
         print(f"the model reaches {share:.1%} of what anything could reach ({key})", file=sys.stdout)
+
+
+def print_breakdown(metrics: dict) -> None:
+    """hr@10 and ndcg@10 by the length of the history and by the popularity of the target."""
+    for key, title in {
+        "by_history_length": "history length",
+        "by_popularity": "training events of the target",
+    }.items():
+        print(f"\n{title:>32s}  examples   hr@10  ndcg@10")
+        for name, row in metrics[key].items():
+            print(f"{name:>32s}  {row['num_examples']:8d}  {row['hr@10']:.4f}   {row['ndcg@10']:.4f}")

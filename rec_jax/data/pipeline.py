@@ -13,8 +13,9 @@ from rec_jax.data.packing import fill_rows, plan_packing, shuffled_users
 class BatchSource:
     """Random access to the training batches of all epochs.
 
-    Every user with at least two training events appears once an epoch. The rows of an epoch are spread
-    evenly over its steps, so a batch may hold a few empty rows.
+    A user with at least two training events appears once an epoch, with the last `max_len` targets; with
+    all_windows, longer histories appear whole, cut into windows of `max_len` targets from the end. The
+    rows of an epoch are spread evenly over its steps, so a batch may hold a few empty rows.
     """
 
     def __init__(
@@ -26,13 +27,18 @@ class BatchSource:
         batch_rows: int,
         epochs: int,
         seed: int,
+        all_windows: bool = False,
         host: int = 0,
         num_hosts: int = 1,
     ):
         if batch_rows % num_hosts:
             raise ValueError(f"batch_rows={batch_rows} must be divisible by {num_hosts} hosts (TrainConfig)")
-        self._items, self._train_end = histories.items, np.asarray(split.train_end)
-        self.plan = plan_packing(self._train_end - histories.offsets[:-1] - 1, max_len)
+        self._items = histories.items
+        lengths = np.asarray(split.train_end) - histories.offsets[:-1] - 1
+        windows = -(-lengths // max_len) if all_windows else np.minimum(lengths, 1)
+        self._window_user, index = _expand(np.maximum(windows, 0))
+        self._window_end = split.train_end[self._window_user] - 1 - index * max_len
+        self.plan = plan_packing(self._window_end - histories.offsets[self._window_user], max_len)
         self.steps_per_epoch = -(-self.plan.num_rows // batch_rows)
         self._batch_rows, self._epochs, self._seed = batch_rows, epochs, seed
         self._host, self._num_hosts = host, num_hosts
@@ -42,26 +48,34 @@ class BatchSource:
         return self._epochs * self.steps_per_epoch
 
     def __getitem__(self, step):
-        slot_users, rows = self._rows(int(step))
+        slot_windows, rows = self._rows(int(step))
         per_host = self._batch_rows // self._num_hosts
         mine = rows[self._host * per_host : (self._host + 1) * per_host]
-        return fill_rows(self._items, self.plan, mine, slot_users, self._train_end - 1, per_host)
+        return fill_rows(self._items, self.plan, mine, slot_windows, self._window_end, per_host)
 
     def users(self, step: int) -> np.ndarray:
         """The users (row numbers of the histories) whose events are in the batch of a step."""
-        slot_users, rows = self._rows(step)
+        slot_windows, rows = self._rows(step)
         starts = self.plan.row_starts
-        return np.concatenate([slot_users[starts[row] : starts[row + 1]] for row in rows])
+        windows = [slot_windows[starts[row] : starts[row + 1]] for row in rows]
+        return self._window_user[np.concatenate(windows)]
 
     def _rows(self, step):
         epoch, index = divmod(step, self.steps_per_epoch)
-        cached_epoch, slot_users, order = self._cached_epoch  # read once: threads share the source
+        cached_epoch, slot_windows, order = self._cached_epoch  # read once: threads share the source
         if cached_epoch != epoch:
             rng = np.random.default_rng((self._seed, epoch))
-            slot_users, order = shuffled_users(self.plan, rng), rng.permutation(self.plan.num_rows)
-            self._cached_epoch = (epoch, slot_users, order)
+            slot_windows, order = shuffled_users(self.plan, rng), rng.permutation(self.plan.num_rows)
+            self._cached_epoch = (epoch, slot_windows, order)
         bounds = [i * len(order) // self.steps_per_epoch for i in (index, index + 1)]
-        return slot_users, order[slice(*bounds)]
+        return slot_windows, order[slice(*bounds)]
+
+
+def _expand(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each i, counts[i] times: i, and 0, 1, ... counts[i] - 1."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    first = np.cumsum(counts) - counts
+    return owner, np.arange(len(owner)) - first[owner]
 
 
 def make_iterator(source: BatchSource):

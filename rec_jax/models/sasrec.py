@@ -51,7 +51,7 @@ class SASRec(nnx.Module):
 
     def __init__(self, config: SASRecConfig, num_items: int, max_len: int, *, rngs: nnx.Rngs):
         self.config = config
-        init = nnx.initializers.normal(config.width**-0.5)
+        init = nnx.initializers.normal(0.02)
         self.items = nnx.Embed(num_items + 1, config.width, embedding_init=init, rngs=rngs)
         if config.position == "learned":
             init = nnx.initializers.normal(0.02)

@@ -344,16 +344,17 @@ def _is_full_disk(error: BaseException | None) -> bool:
 
 @functools.cache
 def _silence_orbax() -> None:
-    """Keeps the many tracebacks of one failed save or restore from stderr.
+    """Keeps from stderr the many tracebacks of one failed save or restore, and the chatter.
 
     Orbax reads and writes leaves concurrently. On an error each of its threads logs it, and the
     readers or writers of other leaves complain that their event loop is closed. The error itself
-    reaches our caller as SaveError or DamagedError.
+    reaches our caller as SaveError or DamagedError. Under absl's app.run Orbax also logs a dozen
+    lines a save.
     """
 
     def is_worth_logging(record: logging.LogRecord) -> bool:
         is_orbax = "orbax" in pathlib.Path(record.pathname).parts or "orbax" in record.getMessage()
-        return not (is_orbax and record.exc_info)
+        return not (is_orbax and (record.exc_info or record.levelno < logging.WARNING))
 
     def hook(unraisable, before=sys.unraisablehook):
         code = getattr(unraisable.object, "cr_code", None)

@@ -1,0 +1,125 @@
+"""A seeded world whose best possible predictor is known exactly.
+
+Every user has a hidden interest that drifts as a Markov chain, one move an event. An interest shows
+itself through the items it emits, and most items belong to two interests, so that the last item alone
+does not tell the interest: the whole history does. This is a hidden Markov model, hence the forward
+filter gives the exact distribution of the next item, which nothing can beat.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rec_jax.data.interactions import InteractionLog
+
+
+@dataclass(frozen=True)
+class SimulatorConfig:
+    num_items: int = 1000
+    num_users: int = 5000
+    num_interests: int = 16
+    mean_len: int = 40  # events of a user, geometric above min_len
+    min_len: int = 5
+    stay: float = 0.8  # probability that the interest does not move
+    zipf: float = 1.0  # item popularity falls as rank ** -zipf
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.num_interests < 2 or self.num_items < 2 * self.num_interests:
+            raise ValueError(
+                f"num_items={self.num_items} must be at least twice num_interests={self.num_interests}, "
+                "which must be 2 or more (SimulatorConfig)"
+            )
+        if not self.min_len < self.mean_len:
+            raise ValueError(
+                f"mean_len={self.mean_len} must exceed min_len={self.min_len} (SimulatorConfig)"
+            )
+        if not 0 <= self.stay < 1:
+            raise ValueError(f"stay={self.stay} must be in [0, 1) (SimulatorConfig)")
+
+
+class World:
+    """The drawn parameters: start_Z, transition_ZZ (rows sum to 1), emission_ZV (column 0 is padding)."""
+
+    def __init__(self, config: SimulatorConfig):
+        self.config = config
+        rng = np.random.default_rng(config.seed)
+        num_z, num_v = config.num_interests, config.num_items
+        popularity_V = np.arange(1, num_v + 1, dtype=np.float64) ** -config.zipf
+        popularity_V = rng.permutation(popularity_V)
+        first_V, second_V = rng.integers(num_z, size=(2, num_v))
+        first_V[:num_z] = np.arange(num_z)  # no interest is empty
+        belongs_ZV = np.zeros((num_z, num_v))
+        belongs_ZV[second_V, np.arange(num_v)] = 0.5
+        belongs_ZV[first_V, np.arange(num_v)] = 1.0
+        emission_ZV = belongs_ZV * popularity_V
+        emission_ZV /= emission_ZV.sum(axis=1, keepdims=True)
+        self.emission_ZV = np.pad(emission_ZV, ((0, 0), (1, 0)))
+        # An interest that moves goes to one of few others, mostly to the same one.
+        moves_ZZ = rng.dirichlet(np.full(num_z, 0.1), size=num_z)
+        self.transition_ZZ = config.stay * np.eye(num_z) + (1 - config.stay) * moves_ZZ
+        self.start_Z = np.full(num_z, 1 / num_z)
+
+    def sample(self) -> InteractionLog:
+        """Draws the log. Users start at random times; a user's events are an hour apart."""
+        config = self.config
+        rng = np.random.default_rng((config.seed, 1))
+        lengths = config.min_len + rng.geometric(1 / (config.mean_len - config.min_len), config.num_users)
+        longest = lengths.max()
+        transition_cdf = np.cumsum(self.transition_ZZ, axis=1)
+        emission_cdf = np.cumsum(self.emission_ZV, axis=1)
+        items_US = np.empty((config.num_users, longest), np.int32)
+        interest_U = rng.integers(config.num_interests, size=config.num_users)
+        for event in range(longest):
+            items_US[:, event] = _draw(emission_cdf[interest_U], rng)
+            interest_U = _draw(transition_cdf[interest_U], rng)
+        real_US = np.arange(longest) < lengths[:, None]
+        users = np.repeat(np.arange(config.num_users, dtype=np.int32), lengths)
+        start_U = rng.integers(10**6, size=config.num_users)
+        times_US = 1_600_000_000 + 3600 * (start_U[:, None] + np.arange(longest))
+        return InteractionLog(
+            users=users,
+            items=items_US[real_US],
+            times=times_US[real_US],
+            ratings=None,
+            user_ids=np.array([f"u{user}" for user in range(config.num_users)]),
+            item_ids=np.array(["", *(f"i{item}" for item in range(1, config.num_items + 1))]),
+        )
+
+    def next_item_probs(self, histories_BS: np.ndarray) -> np.ndarray:
+        """P(next item | history), exactly: f64[B, V + 1].
+
+        histories_BS: int[B, S], oldest first, padded behind with 0. Source: the forward algorithm,
+        Rabiner 1989, eq. 19 to 20.
+        """
+        belief_BZ = np.tile(self.start_Z, (len(histories_BS), 1))  # of the interest behind the next event
+        for items_B in histories_BS.T:
+            real_B = items_B > 0
+            posterior_BZ = belief_BZ * self.emission_ZV[:, items_B].T
+            posterior_BZ /= np.maximum(posterior_BZ.sum(axis=1, keepdims=True), 1e-300)
+            belief_BZ = np.where(real_B[:, None], posterior_BZ @ self.transition_ZZ, belief_BZ)
+        return belief_BZ @ self.emission_ZV
+
+    def score_fn(self, histories):
+        """The oracle as a scorer of `histories`, a data set sampled from this world.
+
+        It is the best there is only when no item is filtered out: items repeat in this world. The ids of
+        `histories` may be renumbered: names like i17 lead back to this world's items.
+        """
+        world_item_V = np.array([0, *(int(name[1:]) for name in histories.item_ids[1:])])
+
+        def score_fn(users, ends):
+            starts = histories.offsets[users]
+            lengths = np.asarray(ends) - starts
+            padded_BS = np.zeros((len(users), int(lengths.max())), np.int64)
+            for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+                padded_BS[row, : end - start] = world_item_V[histories.items[start:end]]
+            return self.next_item_probs(padded_BS)[:, world_item_V].astype(np.float32)
+
+        return score_fn
+
+
+def _draw(cdf_BX: np.ndarray, rng) -> np.ndarray:
+    """One index a row, from cumulative probabilities."""
+    uniform_B1 = rng.random((len(cdf_BX), 1)) * cdf_BX[:, -1:]
+    return np.sum(cdf_BX <= uniform_B1, axis=1)

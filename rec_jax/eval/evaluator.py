@@ -1,0 +1,192 @@
+"""Full-catalogue evaluation of anything that scores items."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rec_jax.data.histories import Examples, examples
+from rec_jax.eval import metrics as M
+
+# score_fn(users int[B], ends int[B]) -> f32[B, V + 1]: scores of the event after each history
+# items[offsets[user]:end]; column 0 is padding and is not read.
+ScoreFn = Callable[[np.ndarray, np.ndarray], jax.Array]
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    filter_seen: bool = True  # headline metrics leave out items of the user's own history
+    ks: tuple[int, ...] = (5, 10, 20)
+    bootstrap: int = 1000  # resamples behind the intervals; 0 = no intervals
+    sampled_negatives: int = 0  # the SASRec paper's protocol, to reproduce its table; 0 = off
+    batch_bytes: int = 2**25  # size of the tile of scores, [B, V + 1] f32
+
+    def __post_init__(self):
+        if not self.ks or min(self.ks) < 1:
+            raise ValueError(f"ks={self.ks} must be positive list lengths (EvalConfig)")
+        if 10 not in self.ks:
+            raise ValueError(f"ks={self.ks} must hold 10, which the tables report (EvalConfig)")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where the target of each example stands, int[E]: items above it and items level with it (itself
+    included), with seen items left out (`greater`, `equal`) or in; top_EK: the best unseen (or all)."""
+
+    greater: np.ndarray
+    equal: np.ndarray
+    greater_unfiltered: np.ndarray
+    equal_unfiltered: np.ndarray
+    top_EK: np.ndarray
+    sampled_greater: np.ndarray | None = None
+    sampled_equal: np.ndarray | None = None
+
+
+def _count(scores_BV, targets_B, target_B):
+    """(above, level) of each row; a score of -inf is out of the ranking unless it is the target's."""
+    above = jnp.sum(scores_BV > target_B[:, None], axis=-1)
+    level = scores_BV == target_B[:, None]
+    level &= (scores_BV > -jnp.inf) | (jnp.arange(scores_BV.shape[1]) == targets_B[:, None])
+    return above, jnp.sum(level, axis=-1)
+
+
+@jax.jit
+def _rank(scores_BV, targets_B, seen_rows_P, seen_items_P):
+    """Counts of one tile. seen_*_P: padded pairs; a pair of row B is outside and dropped."""
+    scores_BV = scores_BV.astype(jnp.float32).at[:, 0].set(-jnp.inf)
+    rows_B = jnp.arange(scores_BV.shape[0])
+    target_B = scores_BV[rows_B, targets_B]
+    unfiltered = _count(scores_BV, targets_B, target_B)
+    filtered_BV = scores_BV.at[seen_rows_P, seen_items_P].set(-jnp.inf, mode="drop")
+    filtered_BV = filtered_BV.at[rows_B, targets_B].set(target_B)  # a repeat is still a target
+    filtered = _count(filtered_BV, targets_B, target_B)
+    is_bad_B = jnp.any(jnp.isnan(scores_BV), axis=-1)
+    return filtered, unfiltered, is_bad_B, scores_BV, filtered_BV
+
+
+@jax.jit
+def _rank_sampled(scores_BV, targets_B, negatives_BK):
+    rows_B = jnp.arange(scores_BV.shape[0])[:, None]
+    target_B1 = scores_BV[rows_B, targets_B[:, None]]
+    sampled_BK = scores_BV[rows_B, negatives_BK]
+    return jnp.sum(sampled_BK > target_B1, -1), 1 + jnp.sum(sampled_BK == target_B1, -1)
+
+
+def rank_examples(score_fn: ScoreFn, histories, ex: Examples, config: EvalConfig, seed: int = 0) -> Ranks:
+    """The exact place of every target in the whole catalogue, a tile of users at a time.
+
+    The target is compared with scores of the same array, so ties are exact.
+    Raises ValueError at a NaN score, naming the user.
+    """
+    num_rows = histories.num_items + 1
+    size = int(np.clip(config.batch_bytes // (4 * num_rows), 1, len(ex.users)))
+    top_k = min(max(config.ks), histories.num_items)
+    top = jax.jit(lambda scores_BV: jax.lax.top_k(scores_BV, top_k)[1].astype(jnp.int32))
+    columns = []
+    for first in range(0, len(ex.users), size):
+        chunk = np.arange(first, min(first + size, len(ex.users)))
+        padded = np.pad(chunk, (0, size - len(chunk)), mode="edge")  # one shape, compiled once
+        users, ends, targets = ex.users[padded], ex.ends[padded], ex.targets[padded]
+        scores_BV = score_fn(users, ends)
+        seen = _seen_pairs(histories, users, ends)
+        filtered, unfiltered, is_bad_B, all_BV, unseen_BV = _rank(scores_BV, targets, *seen)
+        bad = np.asarray(is_bad_B)
+        if bad.any():
+            user = histories.user_ids[users[np.argmax(bad)]]
+            raise ValueError(f"NaN among the scores of user {user}: the model or baseline is broken")
+        tile = [*filtered, *unfiltered, top(unseen_BV if config.filter_seen else all_BV)]
+        if config.sampled_negatives:
+            negatives_BK = sample_unseen(histories, users, config.sampled_negatives, seed)
+            tile += _rank_sampled(all_BV, targets, negatives_BK)
+        columns.append([np.asarray(x)[: len(chunk)] for x in tile])
+    return Ranks(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+
+
+def _seen_pairs(histories, users, ends) -> tuple[np.ndarray, np.ndarray]:
+    """(row, item) of every earlier event, padded to a power of two with rows that do not exist."""
+    starts = histories.offsets[users]
+    lengths = ends - starts
+    total = int(lengths.sum())
+    size = max(1024, 1 << (total - 1).bit_length())
+    rows = np.full(size, len(users), np.int32)
+    items = np.zeros(size, np.int32)
+    rows[:total] = np.repeat(np.arange(len(users)), lengths)
+    ends_in_list = np.cumsum(lengths)
+    source = np.repeat(starts - (ends_in_list - lengths), lengths) + np.arange(total)
+    items[:total] = histories.items[source]
+    return rows, items
+
+
+def sample_unseen(histories, users: np.ndarray, num: int, seed: int) -> np.ndarray:
+    """int32[B, num] items that the user touched in no part, uniform without replacement; they depend on
+    (seed, user) alone."""
+    out = np.empty((len(users), num), np.int32)
+    for row, user in enumerate(users):
+        touched = histories.items[histories.offsets[user] : histories.offsets[user + 1]]
+        unseen = np.setdiff1d(np.arange(1, histories.num_items + 1), touched)
+        if len(unseen) < num:
+            raise ValueError(
+                f"sampled_negatives={num} but user {histories.user_ids[user]} has only {len(unseen)} "
+                "untouched items (EvalConfig)"
+            )
+        out[row] = np.random.default_rng((seed, user)).choice(unseen, num, replace=False)
+    return out
+
+
+def evaluate(score_fn: ScoreFn, histories, split, part: str, config: EvalConfig, seed: int = 0) -> dict:
+    """Every metric of one part ("val" or "test") of a split, as plain numbers.
+
+    Headline names (`ndcg@10`) follow `config.filter_seen`; the other policy is under `unfiltered/` or
+    `filtered/`. `ndcg@10_ci` is the bootstrap interval. `by_history_length` and `by_popularity` break the
+    headline down. `sampled100/...` appears only on request and says what it is.
+    """
+    ex = examples(histories, split, part)
+    if len(ex.users) == 0:
+        raise ValueError(f"the {part} part of the split has no example: nothing to evaluate")
+    ranks = rank_examples(score_fn, histories, ex, config, seed)
+    both = {
+        True: (ranks.greater, ranks.equal),
+        False: (ranks.greater_unfiltered, ranks.equal_unfiltered),
+    }
+    values = M.rank_metrics(*both[config.filter_seen], config.ks, histories.num_items)
+    result = {name: float(value.mean()) for name, value in values.items()}
+    other = "unfiltered" if config.filter_seen else "filtered"
+    other_values = M.rank_metrics(*both[not config.filter_seen], config.ks, histories.num_items)
+    result |= {f"{other}/{name}": float(value.mean()) for name, value in other_values.items()}
+    if config.bootstrap:
+        for name in ("hr@10", "ndcg@10"):
+            result[f"{name}_ci"] = M.bootstrap_interval(values[name], config.bootstrap, seed)
+    counts = split.train_item_counts(histories)
+    shown = np.bincount(ranks.top_EK[:, :10].reshape(-1), minlength=histories.num_items + 1)
+    result |= M.recommendation_metrics(shown[1:], counts[1:], 10)
+    lengths = ex.ends - histories.offsets[ex.users]
+    result["by_history_length"] = _breakdown(values, lengths, (5, 10, 20, 50, 100, 200))
+    result["by_popularity"] = _breakdown(values, counts[ex.targets], (1, 5, 20, 100, 500))
+    if config.sampled_negatives:
+        sampled = M.rank_metrics(
+            ranks.sampled_greater, ranks.sampled_equal, config.ks, config.sampled_negatives + 1
+        )
+        name = f"sampled{config.sampled_negatives}"
+        result |= {f"{name}/{key}": float(value.mean()) for key, value in sampled.items()}
+        result[f"{name}/warning"] = (
+            "ranks against a few random items; orders models wrongly (Krichene & Rendle, KDD 2020) and is "
+            "here only to reproduce the table of the SASRec paper"
+        )
+    result["num_examples"] = len(ex.users)
+    result["filter_seen"] = config.filter_seen
+    return result
+
+
+def _breakdown(values: dict, by: np.ndarray, bounds) -> dict[str, dict]:
+    """hr@10 and ndcg@10 of the examples in each bucket low <= by < high that is not empty."""
+    edges = [0, *bounds, np.inf]
+    out = {}
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        inside = (by >= low) & (by < high)
+        if inside.any():
+            name = f">={low}" if high == np.inf else f"{low}..{high - 1}"
+            out[name] = {key: float(values[key][inside].mean()) for key in ("hr@10", "ndcg@10")}
+            out[name]["num_examples"] = int(inside.sum())
+    return out

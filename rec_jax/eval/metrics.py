@@ -1,0 +1,107 @@
+"""Ranking metrics from the place of one target in the whole catalogue.
+
+Each example has one target: the next event. `greater` items score above it and `equal` score the same,
+the target included, so its place is one of greater + 1 .. greater + equal. Every metric is the expectation
+over a random order of these places, which favours nobody: constant scores get exactly chance level.
+With one target an example, recall@k is the hit rate, precision@k is hit rate / k, and MAP@k is the
+reciprocal rank cut at k.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def hit_rate(greater, equal, k: int) -> np.ndarray:
+    """P(place <= k), f64[E]. greater, equal: int[E], equal >= 1."""
+    return np.clip(k - np.asarray(greater, np.float64), 0, equal) / equal
+
+
+def ndcg(greater, equal, k: int) -> np.ndarray:
+    """E[1 / log2(1 + place)] where place <= k, else 0. Source: Jarvelin & Kekalainen 2002; with one
+    target the ideal gain is 1."""
+    return _mean_gain(1 / np.log2(np.arange(2, k + 2)), greater, equal)
+
+
+def reciprocal_rank(greater, equal, k: int) -> np.ndarray:
+    """E[1 / place] where place <= k, else 0."""
+    return _mean_gain(1 / np.arange(1, k + 1), greater, equal)
+
+
+def mean_rank(greater, equal) -> np.ndarray:
+    """The mean place, counted from 1."""
+    return np.asarray(greater) + (np.asarray(equal) + 1) / 2
+
+
+def _mean_gain(gain_at_place: np.ndarray, greater, equal) -> np.ndarray:
+    """The mean of the gain over the tied places; `gain_at_place[i]` is for place i + 1, 0 beyond."""
+    total = np.concatenate([[0.0], np.cumsum(gain_at_place)])
+    last = len(gain_at_place)
+    first_tied = np.minimum(greater, last)
+    last_tied = np.minimum(np.asarray(greater) + equal, last)
+    return (total[last_tied] - total[first_tied]) / equal
+
+
+def rank_metrics(greater, equal, ks, num_items: int) -> dict[str, np.ndarray]:
+    """Per-example values of every metric, name -> f64[E]. `mrr` runs over the whole catalogue."""
+    values = {}
+    for k in ks:
+        hits = hit_rate(greater, equal, k)
+        values[f"hr@{k}"] = values[f"recall@{k}"] = hits
+        values[f"precision@{k}"] = hits / k
+        values[f"ndcg@{k}"] = ndcg(greater, equal, k)
+        values[f"map@{k}"] = reciprocal_rank(greater, equal, k)
+    values["mrr"] = reciprocal_rank(greater, equal, num_items)
+    values["mean_rank"] = mean_rank(greater, equal)
+    return values
+
+
+@dataclass
+class Mean:
+    """A mergeable mean: sums add up over batches and hosts, means do not."""
+
+    total: float = 0.0
+    count: float = 0.0
+
+    def add(self, values) -> None:
+        self.total += float(np.sum(values))
+        self.count += np.size(values)
+
+    def merge(self, other: "Mean") -> "Mean":
+        return Mean(self.total + other.total, self.count + other.count)
+
+    @property
+    def value(self) -> float:
+        return self.total / self.count if self.count else float("nan")
+
+
+def bootstrap_interval(values: np.ndarray, num: int, seed: int, level: float = 0.95) -> list[float]:
+    """Percentile bootstrap interval of the mean over examples, [low, high].
+
+    values: f64[E]. num: resamples. Source: Efron 1979.
+    """
+    values = np.asarray(values, np.float64)
+    rng = np.random.default_rng(seed)
+    means = np.empty(num)
+    for i in range(num):
+        means[i] = values[rng.integers(0, len(values), len(values))].mean()
+    tail = (1 - level) / 2
+    return [float(x) for x in np.quantile(means, [tail, 1 - tail])]
+
+
+def recommendation_metrics(times_shown_V: np.ndarray, train_counts_V: np.ndarray, k: int) -> dict:
+    """What the lists of k recommendations look like as a whole.
+
+    times_shown_V, train_counts_V: int[V], without the padding row: how often an item was recommended,
+    and how many training events it has.
+    Returns coverage (share of the catalogue ever shown), the Gini coefficient of the showings (0 = all
+    items equally often, towards 1 = always the same few), and the mean training count of what was shown.
+    """
+    shown = np.sort(times_shown_V.astype(np.float64))
+    num, total = len(shown), max(1.0, shown.sum())
+    gini = float((2 * np.arange(1, num + 1) - num - 1) @ shown / (num * total))
+    return {
+        f"coverage@{k}": float((shown > 0).mean()),
+        f"gini@{k}": gini,
+        f"popularity@{k}": float(times_shown_V @ train_counts_V / total),
+    }
