@@ -3,21 +3,19 @@
     python -m experiments.evaluate --workdir=runs/ml1m --split=test
 """
 
-from absl import app, flags
+from absl import flags
 
-from rec_jax.mesh import use_cpu_cores
+from experiments.launch import launch
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a trained run.")
 _SPLIT = flags.DEFINE_enum("split", "test", ["val", "test"], "Which held-out part to score.")
 flags.mark_flag_as_required("workdir")
 
 
-def main(argv):
+def main():
     from rec_jax.experiment import Experiment, write_json
     from rec_jax.report import print_breakdown, print_scores
 
-    del argv
-    use_cpu_cores()
     experiment = Experiment.open(_WORKDIR.value)
     model = experiment.evaluate(experiment.scorer(experiment.best_params()), _SPLIT.value)
     scores = {"model": model, **experiment.evaluate_baselines(_SPLIT.value)}
@@ -29,4 +27,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    launch(main)

@@ -7,9 +7,9 @@
 import difflib
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from rec_jax.mesh import use_cpu_cores
+from experiments.launch import launch
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a trained run.")
 _USER = flags.DEFINE_string("user", None, "A user id of the log; all of that user's events are used.")
@@ -19,13 +19,11 @@ _SEEN = flags.DEFINE_bool("seen", False, "Recommend items of the history again, 
 flags.mark_flag_as_required("workdir")
 
 
-def main(argv):
+def main():
     from rec_jax.experiment import Experiment
 
-    del argv
     if (_USER.value is None) == (_HISTORY.value is None):
-        raise app.UsageError("give either --user=ID or --history=ID,ID,...")
-    use_cpu_cores()
+        raise ValueError("give either --user=ID or --history=ID,ID,...")
     experiment = Experiment.open(_WORKDIR.value)
     histories = experiment.histories
     if _USER.value is not None:
@@ -54,7 +52,7 @@ def _find(wanted: list[str], known: np.ndarray, kind: str) -> np.ndarray:
     if unknown:
         near = difflib.get_close_matches(unknown[0], rows, n=3)
         hint = f"; near {unknown[0]!r}: {', '.join(near)}" if near else ""
-        raise SystemExit(f"unknown {kind} ids, in no event of the training log: {unknown}{hint}")
+        raise ValueError(f"unknown {kind} ids, in no event of the training log: {unknown}{hint}")
     return np.array([rows[name] for name in wanted])
 
 
@@ -65,4 +63,4 @@ def _name(histories, item: int) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    launch(main)

@@ -13,24 +13,21 @@ metrics.jsonl, tensorboard/, checkpoints/, curves.png and result.json.
 
 import sys
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from rec_jax.mesh import use_cpu_cores
+from experiments.launch import launch
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional :variant.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if it is not there.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
-def main(argv):
+def main():
     from rec_jax.config import build
     from rec_jax.experiment import Experiment, ExperimentConfig, write_json
     from rec_jax.report import print_scores
 
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: overrides are --config.section.key=value")
-    use_cpu_cores()
     config = build(ExperimentConfig, _CONFIG.value)
     experiment = Experiment(config, _WORKDIR.value)
     fitted = experiment.fit()
@@ -62,4 +59,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    launch(main)

@@ -93,15 +93,17 @@ class Experiment:
             self.model,
             optimizer,
             config.loss,
-            make_sampler(config.loss.sampler, self.item_counts),
+            make_sampler(config.loss.sampler, self.split.train_item_counts(self.histories)),
             self.mesh,
             micro_rows=config.train.micro_rows,
             precision=config.train.precision,
             seed=config.seed,
         )
         config_json = dataclasses.asdict(config)
-        write_json(self.workdir / "config.json", config_json)
-        return fit(
+        path = self.workdir / "config.json"
+        if not path.exists():
+            write_json(path, config_json)
+        fitted = fit(
             mesh_lib.replicate(init_state(self._init_params, optimizer), self.mesh),
             step,
             make_iterator(source),
@@ -113,14 +115,8 @@ class Experiment:
             place=lambda batch: mesh_lib.place_batch(batch, self.mesh),
             describe_batch=lambda step: _name_users(self.histories, source.users(step)),
         )
-
-    @functools.cached_property
-    def item_counts(self) -> np.ndarray:
-        """int64[V + 1]: training events of each item."""
-        histories = self.histories
-        train_end = np.repeat(self.split.train_end, np.diff(histories.offsets))
-        train_items = histories.items[np.arange(histories.num_events) < train_end]
-        return np.bincount(train_items, minlength=histories.num_items + 1)
+        write_json(path, config_json)  # an extended run has other epochs than the file says
+        return fitted
 
     def best_params(self):
         """Parameters of the best validation score.

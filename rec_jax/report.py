@@ -1,30 +1,31 @@
 """Scores as tables and pictures that people read."""
 
-import sys
-
 def format_scores(scores: dict[str, dict]) -> str:
-    """A table with a row for each scored thing: filtered metrics, their interval, and unfiltered ones.
+    """A table with a row for each scored thing: the headline metrics, then those
+    of the other policy on seen items.
 
     scores: name -> the dict that `evaluate` returns.
     """
-    head = ["", "hr@10", "ndcg@10", "95 % interval", "mrr", "coverage@10", "unfiltered hr@10", "ndcg@10"]
+    is_filtered = next(iter(scores.values()))["filter_seen"]
+    other = "unfiltered" if is_filtered else "filtered"
+    head = ["", "hr@10", "ndcg@10", "95 % interval", "mrr", "coverage@10", f"{other} hr@10", "ndcg@10"]
     rows = [head]
     for name, metrics in scores.items():
-        low, high = metrics["ndcg@10_ci"]
+        interval = "..".join(f"{x:.4f}" for x in metrics["ndcg@10_ci"]) if "ndcg@10_ci" in metrics else ""
         rows.append(
             [
                 name,
                 f"{metrics['hr@10']:.4f}",
                 f"{metrics['ndcg@10']:.4f}",
-                f"{low:.4f}..{high:.4f}",
+                interval,
                 f"{metrics['mrr']:.4f}",
                 f"{metrics['coverage@10']:.4f}",
-                f"{metrics['unfiltered/hr@10']:.4f}",
-                f"{metrics['unfiltered/ndcg@10']:.4f}",
+                f"{metrics[f'{other}/hr@10']:.4f}",
+                f"{metrics[f'{other}/ndcg@10']:.4f}",
             ]
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(lines)
 
 
@@ -39,7 +40,7 @@ def print_scores(scores: dict[str, dict], part: str) -> None:
     if "oracle" in scores and "model" in scores:
         key = "unfiltered/ndcg@10"
         share = scores["model"][key] / scores["oracle"][key]
-        print(f"the model reaches {share:.1%} of what anything could reach ({key})", file=sys.stdout)
+        print(f"the model reaches {share:.1%} of what anything could reach ({key})")
 
 
 def print_breakdown(metrics: dict) -> None:

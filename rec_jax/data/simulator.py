@@ -16,12 +16,12 @@ from rec_jax.data.interactions import InteractionLog
 @dataclass(frozen=True)
 class SimulatorConfig:
     num_items: int = 1000
-    num_users: int = 5000
-    num_interests: int = 16
+    num_users: int = 6000
+    num_interests: int = 32
     mean_len: int = 40  # events of a user, geometric above min_len
     min_len: int = 5
-    stay: float = 0.8  # probability that the interest does not move
-    zipf: float = 1.0  # item popularity falls as rank ** -zipf
+    stay: float = 0.9  # probability that the interest does not move
+    zipf: float = 0.8  # item popularity falls as rank ** -zipf
     seed: int = 0
 
     def __post_init__(self):

@@ -138,23 +138,25 @@ def sample_unseen(histories, users: np.ndarray, num: int, seed: int) -> np.ndarr
 def evaluate(score_fn: ScoreFn, histories, split, part: str, config: EvalConfig, seed: int = 0) -> dict:
     """Every metric of one part ("val" or "test") of a split, as plain numbers.
 
-    Headline names (`ndcg@10`) follow `config.filter_seen`; the other policy is under `unfiltered/` or
-    `filtered/`. `ndcg@10_ci` is the bootstrap interval. `by_history_length` and `by_popularity` break the
+    Headline names (`ndcg@10`) follow `config.filter_seen`; both policies are under `filtered/` and
+    `unfiltered/`. `ndcg@10_ci` is the bootstrap interval. `by_history_length` and `by_popularity` break the
     headline down. `sampled100/...` appears only on request and says what it is.
     """
     ex = examples(histories, split, part)
     if len(ex.users) == 0:
         raise ValueError(f"the {part} part of the split has no example: nothing to evaluate")
     ranks = rank_examples(score_fn, histories, ex, config, seed)
-    both = {
-        True: (ranks.greater, ranks.equal),
-        False: (ranks.greater_unfiltered, ranks.equal_unfiltered),
+    places = {
+        "filtered": (ranks.greater, ranks.equal),
+        "unfiltered": (ranks.greater_unfiltered, ranks.equal_unfiltered),
     }
-    values = M.rank_metrics(*both[config.filter_seen], config.ks, histories.num_items)
-    result = {name: float(value.mean()) for name, value in values.items()}
-    other = "unfiltered" if config.filter_seen else "filtered"
-    other_values = M.rank_metrics(*both[not config.filter_seen], config.ks, histories.num_items)
-    result |= {f"{other}/{name}": float(value.mean()) for name, value in other_values.items()}
+    result = {}
+    for name, (greater, equal) in places.items():
+        policy = M.rank_metrics(greater, equal, config.ks, histories.num_items)
+        result |= {f"{name}/{key}": float(value.mean()) for key, value in policy.items()}
+        if (name == "filtered") == config.filter_seen:
+            values = policy
+    result = {key: float(value.mean()) for key, value in values.items()} | result
     if config.bootstrap:
         for name in ("hr@10", "ndcg@10"):
             result[f"{name}_ci"] = M.bootstrap_interval(values[name], config.bootstrap, seed)
