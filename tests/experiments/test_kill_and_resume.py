@@ -1,0 +1,107 @@
+"""Runs of the smoke config as a user starts them: killed at ten random moments, and repeated."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from rec_jax.experiment import Experiment
+
+ROOT = pathlib.Path(__file__).parents[2]
+NUM_KILLS = 10
+
+
+def start(workdir, cache):
+    command = [sys.executable, "-m", "experiments.train", "--config=configs/sasrec_ml1m.py:smoke"]
+    overrides = [
+        f"--workdir={workdir}",
+        "--config.train.epochs=40",
+        "--config.train.checkpoint_every_steps=7",
+        "--config.train.eval_every_epochs=5.0",
+        "--config.loss.type=sampled_softmax",
+        "--config.eval.bootstrap=0",
+    ]
+    # Two devices, so that reductions over a mesh take part; one compilation for all starts.
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    env.pop("XLA_FLAGS", None)
+    return subprocess.Popen(
+        [*command, *overrides], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def last_step(workdir) -> int:
+    """The newest logged training step of a run in progress."""
+    try:
+        lines = (workdir / "metrics.jsonl").read_text().splitlines()
+        return json.loads(lines[-1])["step"]
+    except (FileNotFoundError, IndexError, json.JSONDecodeError):
+        return 0
+
+
+def outcome(workdir):
+    """The final and best states bit for bit, and the scores."""
+    experiment = Experiment.open(workdir)
+    result = json.loads((workdir / "result.json").read_text())
+    leaves = [np.asarray(x).tobytes() for x in jax.tree.leaves(experiment.best_params())]
+    evaluations = [
+        {k: v for k, v in json.loads(line).items() if k == "step" or k.startswith("val/")}
+        for line in (workdir / "metrics.jsonl").read_text().splitlines()
+        if "val/ndcg@10" in line
+    ]
+    final = sorted((workdir / "checkpoints").glob("*/*/record/metadata"), key=lambda p: int(p.parts[-3]))[-1]
+    digests = json.loads(final.read_text())
+    return leaves, evaluations, digests["record"]["digests"], result["test"], result["steps"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, cache):
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    finish(start(workdir, cache))
+    return outcome(workdir)
+
+
+def test_two_runs_are_bit_equal(tmp_path, cache, uninterrupted):
+    finish(start(tmp_path / "again", cache))
+    assert outcome(tmp_path / "again") == uninterrupted
+
+
+def test_ten_kills_change_nothing(tmp_path, cache, uninterrupted):
+    workdir, rng = tmp_path / "killed", random.Random(0)
+    kills = 0
+    while kills < NUM_KILLS:
+        process = start(workdir, cache)
+        before = last_step(workdir)
+        # Most kills hit the training, some the start-up.
+        deadline = time.monotonic() + (rng.uniform(1, 6) if kills % 5 == 4 else 60)
+        while process.poll() is None and last_step(workdir) <= before and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.3))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+    assert kills >= 5, "the run was over too soon to be killed often"
+    output = finish(start(workdir, cache))
+    assert "resumed from step" in output
+    assert outcome(workdir) == uninterrupted
