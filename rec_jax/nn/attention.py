@@ -1,4 +1,4 @@
-"""Causal self-attention over packed rows: a token attends to itself and what precedes it in its own segment."""
+"""Causal self-attention over packed rows: a token attends to itself and what precedes it in its segment."""
 
 import flax.nnx as nnx
 import jax
@@ -35,7 +35,7 @@ def segment_attention(
     bounds = [round(i * length / num_blocks) for i in range(num_blocks + 1)]
     scale = q_BSNH.shape[-1] ** -0.5
     out = []
-    for start, stop in zip(bounds[:-1], bounds[1:]):
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
         logits = jnp.einsum("bqnh,bknh->bnqk", q_BSNH[:, start:stop] * scale, k_BSNH[:, :stop])
         causal = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
         same = segments_BS[:, start:stop, None] == segments_BS[:, None, :stop]
@@ -51,14 +51,19 @@ class SelfAttention(nnx.Module):
     def __init__(self, width: int, num_heads: int, *, rngs: nnx.Rngs):
         init = nnx.initializers.xavier_uniform()
         self.num_heads = num_heads
-        self.qkv = nnx.Linear(width, 3 * width, kernel_init=init, rngs=rngs)
+        self.query = nnx.Linear(width, width, kernel_init=init, rngs=rngs)
+        self.key_value = nnx.Linear(width, 2 * width, kernel_init=init, rngs=rngs)
         self.out = nnx.Linear(width, width, kernel_init=init, rngs=rngs)
 
-    def __call__(self, x_BSD, segments_BS, positions_BS=None):
-        """positions_BS: given for rotary positions, None where positions are in the input already."""
+    def __call__(self, x_BSD, memory_BSD, segments_BS, positions_BS=None):
+        """Queries from `x_BSD`, keys and values from `memory_BSD`, usually the same array.
+
+        positions_BS: given for rotary positions, None where positions are in the input already.
+        """
         batch, length, width = x_BSD.shape
-        qkv = self.qkv(x_BSD).reshape(batch, length, 3, self.num_heads, width // self.num_heads)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        q = self.query(x_BSD).reshape(batch, length, self.num_heads, -1)
+        kv = self.key_value(memory_BSD).reshape(batch, length, 2, self.num_heads, -1)
+        k, v = kv[:, :, 0], kv[:, :, 1]
         if positions_BS is not None:
             q, k = rotary(q, positions_BS), rotary(k, positions_BS)
         return self.out(segment_attention(q, k, v, segments_BS).reshape(batch, length, width))

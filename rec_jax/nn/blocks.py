@@ -22,8 +22,9 @@ class FeedForward(nnx.Module):
 class TransformerBlock(nnx.Module):
     """Attention then feed-forward, each with a residual.
 
-    norm="pre": x + f(norm(x)), twice. norm="original": SASRec's own order, in which the residual of the
-    attention is added to the normalised query and that of the feed-forward to its normalised input.
+    norm="pre": x + f(norm(x)), twice.
+    norm="post": norm(x) + f(norm(x)), twice: what follows a residual sum is always its normalised form.
+    norm="original": SASRec's own order: as "post", but keys and values see the input before the norm.
     """
 
     def __init__(self, config, index: int, *, rngs: nnx.Rngs):
@@ -41,7 +42,8 @@ class TransformerBlock(nnx.Module):
 
         normed = self.attention_norm(x_BSD)
         residual = x_BSD if self.norm == "pre" else normed
-        x_BSD = residual + drop(self.attention(normed, segments_BS, positions_BS), 1)
+        memory = x_BSD if self.norm == "original" else normed
+        x_BSD = residual + drop(self.attention(normed, memory, segments_BS, positions_BS), 1)
         normed = self.ff_norm(x_BSD)
         residual = x_BSD if self.norm == "pre" else normed
         return residual + drop(self.ff(normed), 2)
