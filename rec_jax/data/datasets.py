@@ -1,47 +1,277 @@
-import os, pathlib
+"""From a config to histories and their split, read once and kept on disk."""
+
+import dataclasses
+import json
+import os
 from dataclasses import dataclass
-import numpy as np
-from rec_jax.data.histories import *
-from rec_jax.data.interactions import InteractionLog
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from rec_jax.data.cleaning import CleaningReport, clean
+from rec_jax.data.histories import (
+    Histories,
+    Split,
+    build_histories,
+    global_temporal,
+    leave_one_out,
+    replaced_directory,
+    temporal_cuts,
+)
+from rec_jax.data.interactions import InteractionLog, read_log
 from rec_jax.data.simulator import SimulatorConfig, World
+from rec_jax.data.tables import format_table
+from rec_jax.data.titles import read_titles
+
+_ABOUT = "prepared.json"
+_VERSION = 1  # of the files on disk and of the rules behind them; raise it when either changes
+_NOT_PREPARED = ("path", "max_len")  # fields that do not change what is on disk
 
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Where interactions come from, how they are cleaned and how they are split.
+
+    path: a file, a directory that prepare_data wrote, or for format "tfds" a name (movielens/1m-ratings).
+    A relative one is looked up in the current directory, then in $REC_JAX_DATA; titles and titles_ids too.
+    The fields up to time_unit are as in `read_log`, those up to k_core as in `clean`.
+    """
+
     path: str = ""
-    format: str = "auto"
+    format: Literal[
+        "auto", "movielens", "tfds", "sasrec", "sequences", "recbole", "csv", "parquet", "simulator"
+    ] = "auto"
     user: str = ""
     item: str = ""
     time: str = ""
-    titles: str = ""
-    titles_ids: str = ""
-    split: str = "leave_one_out"
-    max_len: int = 200
-    sim: SimulatorConfig = SimulatorConfig()
+    rating: str = ""
+    features: tuple[str, ...] = ()
+    delimiter: str = ""
+    time_unit: Literal["s", "ms", "us", "ns"] = "s"
+    titles: str = ""  # a file of titles: movies.dat, a RecBole .item file, csv, tsv
+    titles_ids: str = ""  # a file of `item id_in_titles` lines, where the log's items were renumbered
+    min_rating: float = 0.0
+    duplicates: Literal["keep", "first", "last"] = "keep"
+    min_item_events: int = 1
+    min_user_events: int = 1
+    k_core: int = 0
+    split: Literal["leave_one_out", "global_temporal"] = "leave_one_out"
+    val_time: int = 0  # global_temporal: the first second of validation and of test;
+    test_time: int = 0  # 0 takes them from the fractions of events below
+    val_fraction: float = 0.1
+    test_fraction: float = 0.1
+    max_len: int = 200  # events of a user that a model sees
+    sim: SimulatorConfig = SimulatorConfig()  # format "simulator"
+
+    def __post_init__(self):
+        if self.max_len < 1:
+            raise ValueError(f"max_len={self.max_len} must be 1 or more (DataConfig)")
+        if (self.val_time == 0) != (self.test_time == 0):
+            raise ValueError(
+                f"val_time={self.val_time}, test_time={self.test_time}: set both, or none (DataConfig)"
+            )
+        if self.split != "global_temporal" and self.val_time:
+            raise ValueError(f"val_time={self.val_time} has no use with split={self.split!r} (DataConfig)")
+        if not (0 < self.val_fraction and 0 < self.test_fraction and self._held_out < 1):
+            raise ValueError(
+                f"val_fraction={self.val_fraction} and test_fraction={self.test_fraction} must be above 0 "
+                "and together below 1 (DataConfig)"
+            )
+        if self.titles_ids and not self.titles:
+            raise ValueError(f"titles_ids={self.titles_ids!r} needs titles (DataConfig)")
+
+    @property
+    def _held_out(self) -> float:
+        return self.val_fraction + self.test_fraction
 
 
-@dataclass
+@dataclass(frozen=True)
 class Dataset:
+    """Histories and their split. report: text tables of what was read, removed and held out. world: the
+    simulator that drew the log, or None."""
+
     histories: Histories
     split: Split
-    report: list
-    world: object
+    report: list[str]
+    world: World | None
 
 
-def load_dataset(config, directory):
-    world = None
-    if config.format == "simulator":
-        world = World(config.sim); log = world.sample()
+def load_dataset(config: DataConfig, directory: Path | str) -> Dataset:
+    """The data set of a config, prepared in `directory` unless it is there already; prints its report.
+
+    A directory made from another config, or from a file that has changed since, is prepared anew.
+
+    Raises:
+      ValueError: whatever is wrong with the files or the config, with the way out.
+    """
+    directory = Path(directory)
+    world = World(config.sim) if config.format == "simulator" else None
+    path = _source(config)
+    if path and Path(path).is_dir():
+        dataset = _load(Path(path), _about_of_directory(config, Path(path)), world)
     else:
-        path = pathlib.Path(config.path)
-        if not path.exists(): path = pathlib.Path(os.environ["REC_JAX_DATA"]) / path
-        if config.format == "sasrec":
-            a = np.loadtxt(path, dtype=np.int64); u, i = a[:, 0] - 1, a[:, 1]
-        else:
-            u, i = [], []
-            for n, l in enumerate(open(path)):
-                x = [int(t) for t in l.split()[1:]]; i += x; u += [n] * len(x)
-            u, i = np.array(u), np.array(i)
-        log = InteractionLog(u.astype(np.int32), i.astype(np.int32), None, None, np.array([str(x+1) for x in range(u.max() + 1)]), np.array([""] + [str(x) for x in range(1, i.max() + 1)]))
-    h = build_histories(log)
-    return Dataset(h, leave_one_out(h), [], world)
+        fingerprint = _fingerprint(config, path)
+        about = _read_about(directory)
+        if about is None or about["fingerprint"] != fingerprint:
+            about = _prepare(config, path, world, directory, fingerprint)
+        dataset = _load(directory, about, world)
+    print("\n\n".join(dataset.report), flush=True)
+    return dataset
+
+
+def resolve_path(path: str, name: str) -> Path:
+    """An existing path: in the current directory, or else in $REC_JAX_DATA.
+
+    Raises ValueError saying where it was looked for.
+    """
+    root = os.environ.get("REC_JAX_DATA")
+    places = [Path(path)] + ([Path(root) / path] if root else [])
+    for place in places:
+        if place.exists():
+            return place.resolve()
+    looked = " and ".join(str(place.absolute()) for place in dict.fromkeys(places))
+    hint = (
+        "" if root else ", or put the directory of your data sets into the environment variable REC_JAX_DATA"
+    )
+    tfds = "; for TFDS set format='tfds'" if path.startswith("movielens/") else ""
+    raise ValueError(f"{name}={path!r} does not exist (looked for {looked}): give the right path{hint}{tfds}")
+
+
+def _source(config: DataConfig) -> str:
+    """The resolved path, the TFDS name, or "" for the simulator."""
+    if config.format == "simulator":
+        if config.path:
+            raise ValueError(f"path={config.path!r} has no use with format='simulator' (DataConfig)")
+        return ""
+    if not config.path:
+        raise ValueError("path is empty: give a file, or set format='simulator' (DataConfig)")
+    return config.path if config.format == "tfds" else str(resolve_path(config.path, "path"))
+
+
+def _fingerprint(config: DataConfig, path: str) -> dict[str, Any]:
+    """What the files on disk were made from."""
+    files = [path] if path and config.format != "tfds" else []
+    files += [
+        str(resolve_path(getattr(config, x), x)) for x in ("titles", "titles_ids") if getattr(config, x)
+    ]
+    stats = [(file, os.stat(file)) for file in files]
+    values = dataclasses.asdict(config)
+    values = {name: value for name, value in values.items() if name not in _NOT_PREPARED}
+    if config.format != "simulator":
+        del values["sim"]
+    fingerprint = {
+        "version": _VERSION,
+        "source": path,
+        "config": values,
+        "files": [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats],
+    }
+    return json.loads(json.dumps(fingerprint))  # as it will be read back: tuples are lists
+
+
+def _read_about(directory: Path) -> dict[str, Any] | None:
+    file = directory / _ABOUT
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def _about_of_directory(config: DataConfig, path: Path) -> dict[str, Any]:
+    """What a prepared directory says of itself, if the config asks for nothing else."""
+    about = _read_about(path)
+    if about is None:
+        raise ValueError(
+            f"path={str(path)!r} is a directory, but not one that experiments.prepare_data wrote "
+            f"({_ABOUT} is missing): give a file"
+        )
+    made_with, defaults = about["fingerprint"]["config"], dataclasses.asdict(DataConfig())
+    asked = json.loads(json.dumps(dataclasses.asdict(config)))
+    for name, value in made_with.items():
+        is_asked = name == "split" or asked[name] != json.loads(json.dumps(defaults[name]))
+        if is_asked and asked[name] != value:
+            raise ValueError(
+                f"{name}={asked[name]!r}, but {path} was prepared with {name}={value!r}: set it to that, or "
+                "prepare the data again (DataConfig)"
+            )
+    return about
+
+
+def _load(directory: Path, about: dict[str, Any], world: World | None) -> Dataset:
+    if about["fingerprint"]["version"] != _VERSION:
+        raise ValueError(f"{directory} was prepared by another version of rec_jax: prepare the data again")
+    histories = Histories.load(directory / "histories")
+    split = Split.load(directory / "split", histories)
+    return Dataset(histories, split, about["report"], world)
+
+
+def _prepare(config, path: str, world, directory: Path, fingerprint) -> dict[str, Any]:
+    log = world.sample() if world else _read(config, path)
+    log, cleaning = clean(
+        log,
+        min_rating=config.min_rating,
+        duplicates=config.duplicates,
+        min_item_events=config.min_item_events,
+        min_user_events=config.min_user_events,
+        k_core=config.k_core,
+    )
+    titles = None
+    if config.titles:
+        ids = resolve_path(config.titles_ids, "titles_ids") if config.titles_ids else None
+        titles = read_titles(resolve_path(config.titles, "titles"), ids)
+    histories = build_histories(log, titles)
+    split = _split(config, histories)
+    about = {"fingerprint": fingerprint, "report": _report(log, cleaning, histories, split, world)}
+    try:
+        with replaced_directory(directory, _ABOUT) as new:
+            histories.save(new / "histories")
+            split.save(new / "split")
+            (new / _ABOUT).write_text(json.dumps(about, indent=1))
+    except OSError:  # Another process of the same run may have put its copy there first.
+        if (there := _read_about(directory)) is None or there["fingerprint"] != fingerprint:
+            raise
+    return about
+
+
+def _read(config: DataConfig, path: str) -> InteractionLog:
+    return read_log(
+        path,
+        format=config.format,
+        user=config.user,
+        item=config.item,
+        time=config.time,
+        rating=config.rating,
+        features=config.features,
+        delimiter=config.delimiter,
+        time_unit=config.time_unit,
+    )
+
+
+def _split(config: DataConfig, histories: Histories) -> Split:
+    if config.split == "leave_one_out":
+        return leave_one_out(histories)
+    val_time, test_time = config.val_time, config.test_time
+    if not val_time and histories.times is not None:
+        val_time, test_time = temporal_cuts(histories.times, config.val_fraction, config.test_fraction)
+    return global_temporal(histories, val_time, test_time)
+
+
+def _report(log, cleaning: CleaningReport, histories: Histories, split: Split, world) -> list[str]:
+    source = log.notes or (f"simulated: {world.config}",)
+    lengths = histories.offsets[1:] - histories.offsets[:-1]
+    about = {
+        "users": histories.num_users,
+        "items": histories.num_items,
+        "events": histories.num_events,
+        "fewest events of a user": int(lengths.min()),
+        "most events of a user": int(lengths.max()),
+        **histories.notes,
+        "items with a title": len(histories.titles),
+    }
+    rows = [(x, _iso(value) if x.endswith(" time") else value) for x, value in split.notes.items()]
+    return [
+        "\n".join(("Reading", *source)),
+        format_table("Cleaning", CleaningReport.HEADER, cleaning.rows),
+        format_table("Histories", ("what", "count"), list(about.items())),
+        format_table(f"Split: {split.kind}", ("what", "count"), rows) + f"\nchecksum {split.checksum}",
+    ]
+
+
+def _iso(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

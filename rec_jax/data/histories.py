@@ -1,11 +1,17 @@
 """Histories: every user's events in time order, as memory-mapped CSR files, and their splits."""
 
+import contextlib
 import hashlib
 import json
-import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
+
+_SPLIT_FILES = ("train_end.npy", "val_end.npy")
 
 
 @dataclass(frozen=True)
@@ -14,7 +20,8 @@ class Histories:
 
     items: int32[N] in 1..V, an array or a memory map. times: int64[N] seconds UTC, or None.
     offsets: int64[U + 1]. user_ids: str[U] and item_ids: str[V + 1] are the ids of the log;
-    item_ids[0] == "" is padding. titles: item id -> title, where known.
+    item_ids[0] == "" is padding. titles: item id -> title, where known. features: other columns of the
+    events, [N] each. notes: what sorting met.
     """
 
     items: np.ndarray
@@ -23,6 +30,8 @@ class Histories:
     user_ids: np.ndarray
     item_ids: np.ndarray
     titles: dict[str, str] = field(default_factory=dict)
+    features: dict[str, np.ndarray] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_users(self) -> int:
@@ -36,46 +45,107 @@ class Histories:
     def num_events(self) -> int:
         return len(self.items)
 
-    def save(self, directory: pathlib.Path) -> None:
-        """Writes the arrays; `load` maps them into memory."""
-        directory.mkdir(parents=True, exist_ok=True)
-        np.save(directory / "items.npy", np.asarray(self.items, np.int32))
-        np.save(directory / "offsets.npy", self.offsets)
-        if self.times is not None:
-            np.save(directory / "times.npy", self.times)
-        vocabulary = {
-            "user_ids": [str(x) for x in self.user_ids],
-            "item_ids": [str(x) for x in self.item_ids],
-            "titles": self.titles,
-        }
-        (directory / "vocabulary.json").write_text(json.dumps(vocabulary))
+    def save(self, directory: Path) -> None:
+        """Writes the arrays, all or nothing; `load` maps them into memory."""
+        with replaced_directory(Path(directory), "vocabulary.json") as new:
+            np.save(new / "items.npy", np.asarray(self.items, np.int32))
+            np.save(new / "offsets.npy", self.offsets)
+            if self.times is not None:
+                np.save(new / "times.npy", self.times)
+            for i, column in enumerate(self.features.values()):
+                if column.dtype == object:
+                    (new / f"feature_{i}.json").write_text(json.dumps(column.tolist()))
+                else:
+                    np.save(new / f"feature_{i}.npy", column)
+            about = {
+                "user_ids": [str(x) for x in self.user_ids],
+                "item_ids": [str(x) for x in self.item_ids],
+                "titles": self.titles,
+                "features": list(self.features),
+                "notes": self.notes,
+            }
+            (new / "vocabulary.json").write_text(json.dumps(about))
 
     @classmethod
-    def load(cls, directory: pathlib.Path) -> "Histories":
-        vocabulary = json.loads((directory / "vocabulary.json").read_text())
-        times = directory / "times.npy"
+    def load(cls, directory: Path) -> "Histories":
+        directory = Path(directory)
+        about = json.loads((directory / "vocabulary.json").read_text())
+
+        def mapped(name: str) -> np.ndarray:
+            return np.load(directory / f"{name}.npy", mmap_mode="r")
+
+        def feature(name: str) -> np.ndarray:
+            text = directory / f"{name}.json"
+            return np.array(json.loads(text.read_text()), object) if text.exists() else mapped(name)
+
         return cls(
-            items=np.load(directory / "items.npy", mmap_mode="r"),
-            times=np.load(times, mmap_mode="r") if times.exists() else None,
+            items=mapped("items"),
+            times=mapped("times") if (directory / "times.npy").exists() else None,
             offsets=np.load(directory / "offsets.npy"),
-            user_ids=np.array(vocabulary["user_ids"]),
-            item_ids=np.array(vocabulary["item_ids"]),
-            titles=vocabulary["titles"],
+            user_ids=np.array(about["user_ids"], object),
+            item_ids=np.array(about["item_ids"], object),
+            titles=about["titles"],
+            features={name: feature(f"feature_{i}") for i, name in enumerate(about["features"])},
+            notes=about["notes"],
         )
 
 
+@contextlib.contextmanager
+def replaced_directory(directory: Path, mark: str) -> Iterator[Path]:
+    """A new, empty directory to fill, which takes the place of `directory` once all went well.
+
+    mark: a file that tells an earlier version of it. Raises ValueError if `directory` holds other things.
+    """
+    if directory.exists() and any(directory.iterdir()) and not (directory / mark).exists():
+        raise ValueError(f"{directory} holds other files and would be replaced: give an empty or a new one")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    new.chmod(0o755)  # mkdtemp's is private
+    try:
+        yield new
+        if directory.exists():  # Renamed away first: a directory can only be renamed onto an empty one.
+            old = new.with_name(new.name + ".old")
+            directory.rename(old)
+            new.rename(directory)
+            shutil.rmtree(old)
+        else:
+            new.rename(directory)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
 def build_histories(log, titles: dict[str, str] | None = None) -> Histories:
-    """Sorts a log by (user, time); events of equal time keep their order in the file."""
-    keys = (log.users,) if log.times is None else (log.times, log.users)
-    order = np.lexsort(keys)
+    """Sorts a log by (user, time); events of equal time keep their order in the log.
+
+    titles: item id -> title; without it, those of the log.
+    """
+    by_user = np.argsort(log.users, kind="stable")
+    order, times, notes = by_user, None, {}
+    if log.times is not None:
+        order = np.lexsort((log.times, log.users))
+        times = log.times[order]
+        same_user = np.diff(log.users[order]) == 0
+        as_read = log.times[by_user]
+        notes = {
+            "events earlier than the one before them in the file, sorted": int(
+                np.count_nonzero(same_user & (np.diff(as_read) < 0))
+            ),
+            "events at the same time as the one before them, in the order of the file": int(
+                np.count_nonzero(same_user & (np.diff(times) == 0))
+            ),
+        }
     counts = np.bincount(log.users, minlength=len(log.user_ids))
+    titles = log.titles if titles is None else titles
     return Histories(
         items=log.items[order].astype(np.int32),
-        times=None if log.times is None else log.times[order],
+        times=times,
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         user_ids=log.user_ids,
         item_ids=log.item_ids,
-        titles=titles or {},
+        titles={x: titles[x] for x in log.item_ids.tolist() if x in titles},
+        features={name: column[order] for name, column in log.features.items()},
+        notes=notes,
     )
 
 
@@ -84,7 +154,7 @@ class Split:
     """Where each user's training and validation parts end, as indices into `Histories.items`.
 
     Training is items[offsets[u]:train_end[u]], validation targets items[train_end[u]:val_end[u]], test
-    targets items[val_end[u]:offsets[u + 1]]. checksum: sha256 over events, offsets and bounds: equal
+    targets items[val_end[u]:offsets[u + 1]]. checksum: sha256 over items, offsets and bounds: equal
     checksums are equal splits of equal data.
     """
 
@@ -96,29 +166,29 @@ class Split:
 
     def in_train(self, histories) -> np.ndarray:
         """bool[N]: is the event in the training part?"""
-        return np.arange(histories.num_events) < np.repeat(
-            self.train_end, np.diff(histories.offsets)
-        )
+        return np.arange(histories.num_events) < np.repeat(self.train_end, np.diff(histories.offsets))
 
     def train_item_counts(self, histories) -> np.ndarray:
         """int64[V + 1]: training events of each item."""
         train_items = np.asarray(histories.items)[self.in_train(histories)]
         return np.bincount(train_items, minlength=histories.num_items + 1)
 
-    def save(self, directory: pathlib.Path) -> None:
-        np.save(directory / "train_end.npy", self.train_end)
-        np.save(directory / "val_end.npy", self.val_end)
-        about = {"kind": self.kind, "checksum": self.checksum, "notes": self.notes}
-        (directory / "split.json").write_text(json.dumps(about, indent=1))
+    def save(self, directory: Path) -> None:
+        with replaced_directory(Path(directory), "split.json") as new:
+            for name, bounds in zip(_SPLIT_FILES, (self.train_end, self.val_end), strict=True):
+                np.save(new / name, bounds)
+            about = {"kind": self.kind, "checksum": self.checksum, "notes": self.notes}
+            (new / "split.json").write_text(json.dumps(about, indent=1))
 
     @classmethod
-    def load(cls, directory: pathlib.Path, histories: Histories) -> "Split":
+    def load(cls, directory: Path, histories: Histories) -> "Split":
         """Raises ValueError if the files are not what the checksum was taken of."""
+        directory = Path(directory)
         about = json.loads((directory / "split.json").read_text())
-        train_end, val_end = (np.load(directory / f"{x}_end.npy") for x in ("train", "val"))
+        train_end, val_end = (np.load(directory / name) for name in _SPLIT_FILES)
         if _checksum(histories, train_end, val_end) != about["checksum"]:
             raise ValueError(
-                f"{directory} is damaged: its events and split do not have the checksum in split.json. "
+                f"{directory} is damaged: its events and bounds do not have the checksum in split.json. "
                 "Delete it and prepare the data again"
             )
         return cls(about["kind"], train_end, val_end, about["checksum"], about["notes"])
@@ -126,23 +196,42 @@ class Split:
 
 def _checksum(histories, train_end, val_end) -> str:
     digest = hashlib.sha256()
-    for array in (histories.items, histories.offsets, train_end, val_end):
-        digest.update(np.ascontiguousarray(array).astype("<i8").tobytes())
+    for array, dtype in (
+        (histories.items, "<i4"),
+        (histories.offsets, "<i8"),
+        (train_end, "<i8"),
+        (val_end, "<i8"),
+    ):
+        digest.update(np.ascontiguousarray(array, dtype))
     return digest.hexdigest()
 
 
 def _make_split(kind, histories, train_end, val_end, notes) -> Split:
-    return Split(kind, train_end, val_end, _checksum(histories, train_end, val_end), notes)
+    notes = {
+        **notes,
+        "training events": int((train_end - histories.offsets[:-1]).sum()),
+        "validation targets": int((val_end - train_end).sum()),
+        "test targets": int((histories.offsets[1:] - val_end).sum()),
+    }
+    split = Split(kind, train_end, val_end, _checksum(histories, train_end, val_end), notes)
+    for part, name in (("val", "validation"), ("test", "test")):
+        ex = examples(histories, split, part)
+        notes[f"{name} targets without an earlier event, left out"] = ex.num_without_history
+        notes[f"{name} targets that no user has in training, kept"] = ex.num_unseen
+    return split
 
 
 def leave_one_out(histories: Histories) -> Split:
     """The last event of each user is the test, the one before it the validation.
 
-    Users with fewer than three events are for training only, and counted.
+    Users with fewer than three events are for training only, and counted. Source: Kang & McAuley, ICDM'18,
+    section IV.A. Raises ValueError if that leaves no target.
     """
     ends = histories.offsets[1:]
     enough = np.diff(histories.offsets) >= 3
-    notes = {"users": histories.num_users, "users with < 3 events (training only)": int((~enough).sum())}
+    if not enough.any():
+        raise ValueError("split='leave_one_out' needs users with three events or more, and there is none")
+    notes = {"users with fewer than 3 events, training only": int((~enough).sum())}
     return _make_split("leave_one_out", histories, ends - 2 * enough, ends - enough, notes)
 
 
@@ -153,37 +242,50 @@ def global_temporal(histories: Histories, val_time: int, test_time: int) -> Spli
     later part. Raises ValueError without times, or if a part is empty.
     """
     if histories.times is None:
-        raise ValueError("split='global_temporal' needs times, and this log has none (DataConfig)")
+        raise ValueError("split='global_temporal' needs times, and this log has none")
     if not val_time < test_time:
-        raise ValueError(f"val_time={val_time} must be before test_time={test_time} (DataConfig)")
+        raise ValueError(f"val_time={val_time} must be before test_time={test_time}")
     users = np.repeat(np.arange(histories.num_users), np.diff(histories.offsets))
 
     def end_before(cut):
         early = np.bincount(users[np.asarray(histories.times) < cut], minlength=histories.num_users)
         return histories.offsets[:-1] + early
 
-    train_end, val_end = end_before(val_time), end_before(test_time)
-    notes = {
-        "train events": int((train_end - histories.offsets[:-1]).sum()),
-        "val events": int((val_end - train_end).sum()),
-        "test events": int((histories.offsets[1:] - val_end).sum()),
-    }
-    if min(notes.values()) == 0:
-        low, high = int(histories.times.min()), int(histories.times.max())
-        raise ValueError(
-            f"val_time={val_time}, test_time={test_time} leave a part empty ({notes}); "
-            f"the log spans {low} to {high} (DataConfig)"
-        )
-    return _make_split("global_temporal", histories, train_end, val_end, notes)
+    notes = {"first validation time": int(val_time), "first test time": int(test_time)}
+    split = _make_split("global_temporal", histories, end_before(val_time), end_before(test_time), notes)
+    for part in ("training events", "validation targets", "test targets"):
+        if not split.notes[part]:
+            low, high = int(histories.times.min()), int(histories.times.max())
+            raise ValueError(
+                f"val_time={val_time}, test_time={test_time} leave no {part}: the times are from {low} to {high}"
+            )
+    return split
+
+
+def temporal_cuts(times: np.ndarray, val_fraction: float, test_fraction: float) -> tuple[int, int]:
+    """(val_time, test_time) such that the last fractions of all events are validation and test.
+
+    Events at the time of a cut go to the later part, so ties make it larger than asked for.
+    """
+    ordered = np.sort(times)
+    test_at = int(len(ordered) * (1 - test_fraction))
+    val_at = int(len(ordered) * (1 - test_fraction - val_fraction))
+    return int(ordered[val_at]), int(ordered[min(test_at, len(ordered) - 1)])
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Example e: predict targets[e] = items[ends[e]] from items[offsets[users[e]]:ends[e]]."""
+    """Example e: predict targets[e] = items[ends[e]] from items[offsets[users[e]]:ends[e]].
+
+    users: int32[E]. ends: int64[E]. targets: int32[E]. num_without_history: held-out events left out,
+    because their user has none before. num_unseen: targets that are in no training part.
+    """
 
     users: np.ndarray
     ends: np.ndarray
     targets: np.ndarray
+    num_without_history: int = 0
+    num_unseen: int = 0
 
 
 def examples(histories: Histories, split: Split, part: str) -> Examples:
@@ -192,10 +294,15 @@ def examples(histories: Histories, split: Split, part: str) -> Examples:
     if part not in bounds:
         raise ValueError(f"part={part!r} must be 'val' or 'test'")
     starts, stops = bounds[part]
+    num_targets = int((stops - starts).sum())
     starts = np.maximum(starts, histories.offsets[:-1] + 1)
     lengths = np.maximum(stops - starts, 0)
     users = np.repeat(np.arange(histories.num_users), lengths)
     last = np.cumsum(lengths)
     total = int(last[-1]) if len(last) else 0
     ends = np.repeat(starts - (last - lengths), lengths) + np.arange(total)
-    return Examples(users.astype(np.int32), ends.astype(np.int64), np.asarray(histories.items)[ends])
+    targets = np.asarray(histories.items)[ends]
+    unseen = split.train_item_counts(histories)[targets] == 0
+    return Examples(
+        users.astype(np.int32), ends.astype(np.int64), targets, num_targets - total, int(unseen.sum())
+    )

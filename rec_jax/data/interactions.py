@@ -1,13 +1,289 @@
+"""The interaction log: who did what, and when, as columns. Reading it from files, with nothing silent.
+
+A thing in the file that no rule covers is a ValueError that quotes the line; whatever a rule changes or
+leaves out is counted in `InteractionLog.notes`.
+"""
+
+import re
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rec_jax.data.readers import READERS, ColumnNames, Columns, detect_format, read_tfds
+from rec_jax.data.textfile import count
+
+FORMATS = ("auto", *READERS, "tfds")
+MISSING = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None")
+_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+_YEAR_2100 = 4_102_444_800
 
 
 @dataclass(frozen=True)
 class InteractionLog:
+    """One row an event; users count from 0, items from 1 (0 is padding).
+
+    users: int32[N] in 0..U-1. items: int32[N] in 1..V. times: int64[N] seconds UTC, or None. ratings:
+    float32[N] (NaN where missing), or None. user_ids: str[U] and item_ids: str[V + 1] are the user's own
+    ids; item_ids[0] == "". features: other columns of the events. titles: item id -> title, where the
+    source knows them. notes: what was chosen, left out and counted while reading.
+
+    The order of rows is the order of events where times is None, and where times tie.
+    """
+
     users: np.ndarray
     items: np.ndarray
     times: np.ndarray | None
     ratings: np.ndarray | None
     user_ids: np.ndarray
     item_ids: np.ndarray
-    features: dict = field(default_factory=dict)
+    features: dict[str, np.ndarray] = field(default_factory=dict)
+    titles: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_events(self) -> int:
+        return len(self.users)
+
+
+def read_log(
+    path: Path | str,
+    *,
+    format: str = "auto",
+    user: str = "",
+    item: str = "",
+    time: str = "",
+    rating: str = "",
+    features: tuple[str, ...] = (),
+    delimiter: str = "",
+    time_unit: str = "s",
+) -> InteractionLog:
+    """Reads a log of interactions.
+
+    Ids are text: `7` and `07` differ. Where the format knows only whole numbers (movielens, sasrec,
+    sequences, tfds), anything else is an error. A row without a user, an item or (where there are times)
+    a time is left out and counted. Times are numbers in `time_unit`, or ISO 8601 dates (UTC unless they
+    say otherwise); fractions of a second are dropped, after they have ordered the rows.
+
+    Args:
+      path: a file, or for format "tfds" the name of a data set (`movielens/1m-ratings`).
+      format: movielens, tfds, sasrec, sequences, recbole, csv, parquet, or auto (by name and content).
+      user, item, time, rating, features: columns, for files with a header. Without a time, the order of
+        the file is the order of events.
+      delimiter: what separates fields, where it is not the usual one; `\\t` is a tab.
+      time_unit: of numeric times: s, ms, us or ns.
+
+    Raises:
+      ValueError: a malformed line (with its number and text), an unknown column, an empty file, an
+        implausible time; says what was expected and what to set.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} is not one of {', '.join(FORMATS)}")
+    if time_unit not in _PER_SECOND:
+        raise ValueError(f"time_unit={time_unit!r} is not one of {', '.join(_PER_SECOND)}")
+    names = ColumnNames(user, item, time, rating, tuple(features))
+    if format == "tfds":
+        if delimiter or names != ColumnNames():
+            raise ValueError("format='tfds' has its own columns: leave user, item, ... and delimiter empty")
+        return _make_log(read_tfds(str(path)), time_unit, (f"{path}: read from TFDS",))
+    path, reason = Path(path), "as told"
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    if format == "auto":
+        format, reason = detect_format(path)
+    columns = READERS[format](path, names, delimiter.replace("\\t", "\t"))
+    return _make_log(columns, time_unit, (f"{path}: read as {format}, {reason}",))
+
+
+def compact(codes: np.ndarray, ids: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """Renumbers `codes` so that every id from `first` on has an event; ids keep their order."""
+    kept = np.bincount(codes, minlength=len(ids)) > 0
+    kept[:first] = True
+    return (np.cumsum(kept, dtype=np.int32) - 1)[codes], ids[kept]
+
+
+def _make_log(columns: Columns, time_unit: str, notes: tuple[str, ...]) -> InteractionLog:
+    notes = [*notes, *columns.notes]
+    users, user_ids = _encode(columns.users, "user", columns, notes)
+    items, item_ids = _encode(columns.items, "item", columns, notes)
+    missing = {"user": users < 0, "item": items < 0}
+    times = order = ratings = None
+    if columns.times is None:
+        notes.append("no times: the order of the file is the order of events")
+    else:
+        times, missing["time"], order = _seconds(columns.times, time_unit, columns.where, notes)
+    if columns.ratings is not None:
+        ratings = _numbers(columns.ratings, "rating", columns.where).astype(np.float32)
+        if np.isnan(ratings).any():
+            notes.append(f"{count(int(np.isnan(ratings).sum()), 'event')} without a rating kept")
+    keep = np.ones(len(users), bool)
+    for name, is_missing in missing.items():
+        if num := int((keep & is_missing).sum()):
+            notes.append(f"{count(num, 'row')} without a {name} left out")
+            keep &= ~is_missing
+    if not keep.any():
+        raise ValueError(f"{columns.where(0)}: no row has all of {', '.join(missing)}")
+    rows = slice(None) if keep.all() and order is None else np.flatnonzero(keep)
+    if order is not None:
+        rows = order[keep[order]]
+    users, user_ids = compact(users[rows], user_ids, 0)
+    items, item_ids = compact(items[rows] + 1, np.concatenate([np.array([""], object), item_ids]), 1)
+    times = times if times is None else times[rows]
+    if times is not None:
+        first, last = (datetime.fromtimestamp(int(t), UTC).date() for t in (times.min(), times.max()))
+        notes.append(f"times from {first} to {last} (UTC)")
+    return InteractionLog(
+        users=users,
+        items=items,
+        times=times,
+        ratings=ratings if ratings is None else ratings[rows],
+        user_ids=user_ids,
+        item_ids=item_ids,
+        features={name: _feature(column)[rows] for name, column in columns.features.items()},
+        titles=columns.titles,
+        notes=tuple(notes),
+    )
+
+
+def _encode(column, kind: str, columns: Columns, notes: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(int32[N] codes, -1 where missing; object[U] ids in order of appearance)."""
+    encoded = _id_text(column, kind, columns.where).dictionary_encode().combine_chunks()
+    if isinstance(encoded, pa.ChunkedArray):  # an empty or a very long column
+        encoded = encoded.unify_dictionaries().combine_chunks()
+    raw = encoded.dictionary.to_pylist()
+    codes = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False).astype(np.int32)
+    ids = [text.strip() for text in raw]
+    if columns.whole_ids:
+        for code, text in enumerate(raw):
+            if not re.fullmatch(r"0|[1-9]\d{0,18}", text, re.ASCII) or int(text) >= 2**63:
+                raise ValueError(
+                    f"{columns.where(int(np.argmax(codes == code)))}: {kind} {text!r} is not a whole number "
+                    "from 0 to 2^63 - 1 without leading zeros; for ids that are text use csv or parquet"
+                )
+    elif num := sum(text != stripped for text, stripped in zip(raw, ids, strict=True)):
+        notes.append(f"{count(num, f'{kind} id')} had blanks around, removed")
+    new_codes, seen = np.full(len(ids) + 1, -1, np.int32), {}  # the last one stays -1, for null
+    for code, text in enumerate(ids):
+        if text not in MISSING:
+            new_codes[code] = seen.setdefault(text, len(seen))
+    odd = [x for x in seen if re.fullmatch(r"-\d+|\d{19,}", x, re.ASCII) and not 0 <= int(x) < 2**63]
+    if odd and not columns.whole_ids and all(re.fullmatch(r"-?\d+", text) for text in seen):
+        notes.append(f"{count(len(odd), f'{kind} id')} negative or beyond 64 bits ({odd[0]}): kept, as text")
+    return new_codes[codes], np.array([*seen], object)
+
+
+def _id_text(column: pa.ChunkedArray, kind: str, where) -> pa.ChunkedArray:
+    """Ids as text; whole floats, which pandas makes of integers with gaps, as integers."""
+    kind_of = column.type
+    if pa.types.is_dictionary(kind_of):
+        column = column.cast(kind_of.value_type)
+        kind_of = column.type
+    if pa.types.is_floating(kind_of):
+        values = column.to_numpy()
+        bad = ~np.isnan(values) & ((values != np.floor(values)) | (np.abs(values) >= 2**53))
+        if bad.any():
+            row = int(np.argmax(bad))
+            raise ValueError(f"{where(row)}: {kind} {values[row]} is not a whole number; store ids as text")
+        column = pc.if_else(pc.is_nan(column), None, column).cast(pa.int64())
+    elif not (
+        pa.types.is_integer(kind_of) or pa.types.is_string(kind_of) or pa.types.is_large_string(kind_of)
+    ):
+        raise ValueError(f"{where(0)}: the {kind} column has type {kind_of}; expected text or whole numbers")
+    return column.cast(pa.string())
+
+
+def _seconds(column, unit: str, where, notes) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """(int64[N] seconds UTC, bool[N] missing, row order by time where fractions matter, or None)."""
+    if _is_text(column):
+        column = _parse_times(_null_missing(column), where)
+    missing = pc.is_null(column, nan_is_null=True).to_numpy()
+    if pa.types.is_temporal(column.type):
+        if unit != "s":
+            raise ValueError(f"time_unit={unit!r} has no use: the times are dates, not numbers")
+        if getattr(column.type, "tz", None) is None:
+            notes.append("times without a time zone read as UTC")
+        column, unit = column.cast(pa.timestamp("us")).cast(pa.int64()), "us"
+    elif not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        raise ValueError(f"{where(0)}: the time column has type {column.type}; expected numbers or dates")
+    exact = pc.fill_null(column, 0).to_numpy()
+    exact = np.where(missing, 0, exact)
+    per_second = _PER_SECOND[unit]
+    bad = ~missing & ~((exact >= 0) & (exact < _YEAR_2100 * per_second))  # also catches infinities
+    if bad.any():
+        row = int(np.argmax(bad))
+        fits = [u for u, per in _PER_SECOND.items() if 10**8 * per < exact[row] < _YEAR_2100 * per]
+        hint = f"; if it is in {fits[0]}, set time_unit={fits[0]!r}" if fits else ""
+        raise ValueError(f"{where(row)}: time {exact[row]} is not between 1970 and 2100 in {unit}{hint}")
+    seconds = (exact // per_second).astype(np.int64)
+    num_fractions = int(np.count_nonzero(exact != seconds * per_second))
+    if not num_fractions:
+        return seconds, missing, None
+    notes.append(f"{count(num_fractions, 'time')} had fractions of a second: dropped, after ordering by them")
+    return seconds, missing, np.argsort(exact, kind="stable")
+
+
+def _parse_times(column: pa.ChunkedArray, where) -> pa.ChunkedArray:
+    """Text as int64 or float64 numbers, or as timestamps."""
+    types = (pa.int64(), pa.float64(), pa.timestamp("us"), pa.timestamp("us", "UTC"))
+    for kind in types:
+        try:
+            return column.cast(kind)
+        except pa.ArrowInvalid:
+            continue
+    # Some value differs from the rest: find the first that cannot be read as the first value can.
+    values = column.to_pylist()
+    first = next(value for value in values if value is not None)
+    readable = [kind for kind in types if _casts(first, kind)]
+    row = next(
+        row
+        for row, value in enumerate(values)
+        if value is not None and not any(_casts(value, kind) for kind in readable)
+    )
+    expected = "a number or an ISO 8601 date" if values[row] == first else f"a time like {first!r}"
+    raise ValueError(f"{where(row)}: time {values[row]!r} is not {expected}")
+
+
+def _casts(value: str, kind: pa.DataType) -> bool:
+    try:
+        pa.scalar(value).cast(kind)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def _numbers(column, kind: str, where) -> np.ndarray:
+    """float64[N], NaN where missing."""
+    if _is_text(column):
+        column = _null_missing(column)
+    try:
+        values = column.cast(pa.float64()).to_numpy()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        values = column.to_pylist()
+        row = next((i for i, v in enumerate(values) if isinstance(v, str) and not _casts(v, pa.float64())), 0)
+        raise ValueError(f"{where(row)}: {kind} {values[row]!r} is not a number") from None
+    if np.isinf(values).any():
+        raise ValueError(f"{where(int(np.argmax(np.isinf(values))))}: {kind} is infinite")
+    return values
+
+
+def _feature(column: pa.ChunkedArray) -> np.ndarray:
+    """Numbers as float64 with NaN where missing, anything else as text with "" where missing."""
+    if _is_text(column):
+        column = _null_missing(column)
+    try:
+        return column.cast(pa.float64()).to_numpy()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return np.array(["" if value is None else str(value) for value in column.to_pylist()], object)
+
+
+def _is_text(column: pa.ChunkedArray) -> bool:
+    return pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+
+
+def _null_missing(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Trimmed text, null where it spells a missing value."""
+    column = pc.utf8_trim_whitespace(column)
+    return pc.if_else(pc.is_in(column, pa.array(MISSING, column.type)), None, column)

@@ -1,0 +1,120 @@
+"""Rules that remove events from a log. Each is stated, counted and off by default."""
+
+import dataclasses
+
+import numpy as np
+
+from rec_jax.data.interactions import InteractionLog, compact
+
+
+@dataclasses.dataclass(frozen=True)
+class CleaningReport:
+    """What each rule left, in the order in which the rules were applied.
+
+    rows: (rule, users, items, events left, events removed by the rule).
+    """
+
+    rows: tuple[tuple[str, int, int, int, int], ...]
+
+    HEADER = ("rule", "users", "items", "events", "removed")
+
+
+def clean(
+    log: InteractionLog,
+    *,
+    min_rating: float = 0.0,
+    duplicates: str = "keep",
+    min_item_events: int = 1,
+    min_user_events: int = 1,
+    k_core: int = 0,
+) -> tuple[InteractionLog, CleaningReport]:
+    """Applies the rules in the order of the arguments.
+
+    Users and items that lose all their events leave the vocabulary; the others keep their order.
+
+    Args:
+      min_rating: the least rating of an event; events without a rating go too. 0 is off.
+      duplicates: which events of the same user with the same item stay: "keep" for all of them, else the
+        "first" or the "last" in time.
+      min_item_events, min_user_events: the fewest events of an item, then of a user; each once, so that
+        the second can bring an item below the first again.
+      k_core: the fewest events of both users and items, repeated until both hold. 0 is off.
+
+    Raises:
+      ValueError: a rule that is unknown, lacks its column, or leaves nothing.
+    """
+    if duplicates not in ("keep", "first", "last"):
+        raise ValueError(f"duplicates={duplicates!r} is not one of keep, first, last")
+    keep = np.ones(log.num_events, bool)
+    rows = [_row("as read", log, keep, 0)]
+
+    def apply(rule: str, kept: np.ndarray):
+        nonlocal keep
+        removed = int(keep.sum() - kept.sum())
+        keep = kept
+        rows.append(_row(rule, log, keep, removed))
+        if not keep.any():
+            raise ValueError(f"{rule} leaves no event of {log.num_events:,}")
+
+    if min_rating:
+        if log.ratings is None:
+            raise ValueError(f"min_rating={min_rating} needs ratings, and the log has none (set rating)")
+        apply(f"min_rating={min_rating:g}", keep & (log.ratings >= min_rating))
+    repeated = _repeated(log, keep, last=duplicates == "last")
+    if duplicates == "keep":
+        rows.append((f"duplicates=keep ({int(repeated.sum()):,} repeat a user and item)", *rows[-1][1:4], 0))
+    else:
+        apply(f"duplicates={duplicates}", keep & ~repeated)
+    if min_item_events > 1:
+        apply(f"min_item_events={min_item_events}", keep & _frequent(log.items, keep, min_item_events))
+    if min_user_events > 1:
+        apply(f"min_user_events={min_user_events}", keep & _frequent(log.users, keep, min_user_events))
+    if k_core > 1:
+        core, before = keep, None
+        while before is None or core.sum() < before:
+            before = core.sum()
+            core = core & _frequent(log.users, core, k_core)
+            core = core & _frequent(log.items, core, k_core)
+        apply(f"k_core={k_core}", core)
+    return (log if keep.all() else _select(log, keep)), CleaningReport(tuple(rows))
+
+
+def _row(rule: str, log: InteractionLog, keep: np.ndarray, removed: int):
+    users, items = (np.count_nonzero(np.bincount(x[keep])) for x in (log.users, log.items))
+    return rule, int(users), int(items), int(keep.sum()), removed
+
+
+def _frequent(codes: np.ndarray, keep: np.ndarray, least: int) -> np.ndarray:
+    """bool[N]: does the row's code have at least `least` events among the kept ones?"""
+    return np.bincount(codes[keep], minlength=int(codes.max()) + 1)[codes] >= least
+
+
+def _repeated(log: InteractionLog, keep: np.ndarray, last: bool) -> np.ndarray:
+    """bool[N]: kept events whose user and item have an earlier event (later, if `last`)."""
+    rows = np.flatnonzero(keep)
+    if log.times is not None:
+        rows = rows[np.argsort(log.times[rows], kind="stable")]
+    if last:
+        rows = rows[::-1]
+    pairs = log.users[rows].astype(np.int64) * len(log.item_ids) + log.items[rows]
+    by_pair = np.argsort(pairs, kind="stable")
+    again = np.zeros(len(rows), bool)
+    again[by_pair[1:]] = pairs[by_pair[1:]] == pairs[by_pair[:-1]]
+    repeated = np.zeros(log.num_events, bool)
+    repeated[rows[again]] = True
+    return repeated
+
+
+def _select(log: InteractionLog, keep: np.ndarray) -> InteractionLog:
+    users, user_ids = compact(log.users[keep], log.user_ids, 0)
+    items, item_ids = compact(log.items[keep], log.item_ids, 1)
+    return dataclasses.replace(
+        log,
+        users=users,
+        items=items,
+        times=None if log.times is None else log.times[keep],
+        ratings=None if log.ratings is None else log.ratings[keep],
+        user_ids=user_ids,
+        item_ids=item_ids,
+        features={name: column[keep] for name, column in log.features.items()},
+    )

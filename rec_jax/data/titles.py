@@ -1,0 +1,58 @@
+"""Titles of items, from the files in which data sets keep them."""
+
+from pathlib import Path
+
+from rec_jax.data.readers import pick_column
+from rec_jax.data.textfile import TextFile, is_utf8, numbered_lines, where
+
+_USUAL_NAMES = ("title", "name", "movietitle", "itemname", "itemtitle", "productname")
+
+
+def read_titles(path: Path, ids_path: Path | None = None) -> dict[str, str]:
+    """Item id -> title.
+
+    Args:
+      path: MovieLens' `item::title::genres` (UTF-8, or latin-1 as in MovieLens-1M), a RecBole .item file,
+        or a csv or tsv file whose header names the item and the title.
+      ids_path: a file of `id id_in_path` lines, for logs whose items were renumbered.
+
+    Raises:
+      ValueError: a malformed line, or columns that cannot be told.
+    """
+    _, first = next(numbered_lines(path), (0, ""))
+    titles = _read_dat(path) if "::" in first else _read_table(path)
+    if ids_path is None:
+        return titles
+    file = TextFile(ids_path, " ", ["item", "original"])
+    columns = file.columns(["item", "original"])
+    pairs = zip(columns["item"].to_pylist(), columns["original"].to_pylist(), strict=True)
+    return {item: titles[original] for item, original in pairs if original in titles}
+
+
+def _read_dat(path: Path) -> dict[str, str]:
+    titles = {}
+    for number, line in numbered_lines(path):
+        if not line:
+            continue
+        if not is_utf8(line):
+            line = line.encode(errors="surrogateescape").decode("latin-1")
+        item, *rest = line.split("::")
+        if not rest:
+            raise ValueError(f"{where(path, number, line)}: expected `item::title::...` (titles)")
+        titles[item] = rest[0]
+    return titles
+
+
+def _read_table(path: Path) -> dict[str, str]:
+    file = TextFile(path, "\t" if path.suffix in (".item", ".tsv") else ",", quotes=path.suffix != ".item")
+    if path.suffix == ".item":
+        file.names = [name.partition(":")[0] for name in file.names]
+    named = [name for name in file.names if name.lower().replace("_", "") in _USUAL_NAMES]
+    item = pick_column("item", "", file.names, path)
+    if item is None or len(named) != 1:
+        raise ValueError(
+            f"{path}: cannot tell the columns of item and title among {', '.join(file.names)}; call them "
+            "item_id and title (titles)"
+        )
+    columns = file.columns([item, named[0]])
+    return dict(zip(columns[item].to_pylist(), columns[named[0]].to_pylist(), strict=True))
