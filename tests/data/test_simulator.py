@@ -1,0 +1,90 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from rec_jax.data.histories import build_histories, examples, leave_one_out
+from rec_jax.data.simulator import SimulatorConfig, World
+from rec_jax.eval.evaluator import EvalConfig, evaluate
+from rec_jax.models.baselines import BASELINES
+
+TINY = SimulatorConfig(num_items=6, num_users=50, num_interests=3, mean_len=8, min_len=3)
+
+
+def brute_force(world, history):
+    """P(next | history) by summing over every path of hidden interests."""
+    num_z = world.config.num_interests
+    joint_V = np.zeros(world.config.num_items + 1)
+    for path in itertools.product(range(num_z), repeat=len(history) + 1):
+        prob = world.start_Z[path[0]]
+        for now, after, item in zip(path[:-1], path[1:], history, strict=True):
+            prob *= world.emission_ZV[now, item] * world.transition_ZZ[now, after]
+        joint_V += prob * world.emission_ZV[path[-1]]
+    return joint_V / joint_V.sum()
+
+
+def test_filter_equals_the_sum_over_all_hidden_paths():
+    world = World(TINY)
+    histories = [[1], [2, 5], [3, 3, 1, 6], [4, 2, 2, 1, 5]]
+    padded = np.array([h + [0] * (5 - len(h)) for h in histories])
+    probs = world.next_item_probs(padded)
+    for row, history in zip(probs, histories, strict=True):
+        np.testing.assert_allclose(row, brute_force(world, history), atol=1e-12)
+    assert np.all(probs[:, 0] == 0)
+
+
+def test_sample_is_seeded_and_follows_the_world():
+    log, again = World(TINY).sample(), World(TINY).sample()
+    np.testing.assert_array_equal(log.items, again.items)
+    other = World(SimulatorConfig(**{**vars(TINY), "seed": 1})).sample()
+    assert len(other.items) != len(log.items) or np.any(other.items != log.items)
+    assert log.items.min() >= 1 and log.items.max() <= 6
+    histories = build_histories(log)
+    assert np.all(np.diff(histories.offsets) > TINY.min_len)
+
+
+def test_pairs_of_events_have_the_frequencies_of_the_chain():
+    world = World(SimulatorConfig(num_items=6, num_users=4000, num_interests=3, mean_len=8, min_len=3))
+    histories = build_histories(world.sample())
+    first, second = (histories.items[histories.offsets[:-1] + i] for i in (0, 1))
+    seen_VV = np.zeros((7, 7))
+    np.add.at(seen_VV, (first, second), 1 / len(first))
+    start_ZV = world.start_Z[:, None] * world.emission_ZV
+    expected_VV = start_ZV.T @ world.transition_ZZ @ world.emission_ZV
+    np.testing.assert_allclose(seen_VV, expected_VV, atol=4 * np.sqrt(0.25 / 4000) / 2)
+
+
+def test_oracle_beats_bigram_beats_popularity():
+    config = SimulatorConfig(num_items=100, num_users=1500, num_interests=8, mean_len=20)
+    world = World(config)
+    histories = build_histories(world.sample())
+    split = leave_one_out(histories)
+    scorers = {name: make(histories, split) for name, make in BASELINES.items()}
+    scorers["oracle"] = world.score_fn(histories)
+    config = EvalConfig(filter_seen=False, bootstrap=0)
+    ndcg = {n: evaluate(s, histories, split, "test", config)["ndcg@10"] for n, s in scorers.items()}
+    assert ndcg["oracle"] > 1.1 * ndcg["bigram"] > 1.2 * ndcg["popularity"]
+
+
+def test_oracle_reads_renumbered_items():
+    """A cleaned log may number items otherwise; their names lead back to the world."""
+    world = World(TINY)
+    histories = build_histories(world.sample())
+    order = np.array([0, 3, 1, 2, 6, 5, 4])  # new number of each old one
+    names = np.empty(7, object)
+    names[order] = histories.item_ids
+    renumbered = type(histories)(
+        order[histories.items], histories.times, histories.offsets, histories.user_ids, names
+    )
+    ex = examples(histories, leave_one_out(histories), "test")
+    scores = world.score_fn(histories)(ex.users, ex.ends)
+    np.testing.assert_allclose(world.score_fn(renumbered)(ex.users, ex.ends)[:, order], scores)
+
+
+def test_impossible_worlds_are_refused():
+    with pytest.raises(ValueError, match="num_items=3"):
+        SimulatorConfig(num_items=3, num_interests=2)
+    with pytest.raises(ValueError, match="stay=1"):
+        SimulatorConfig(stay=1.0)
+    with pytest.raises(ValueError, match="mean_len=4"):
+        SimulatorConfig(mean_len=4, min_len=5)

@@ -1,0 +1,62 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rec_jax.eval import metrics as M
+
+
+def slow(metric, greater, equal):
+    """The mean of metric(place) over the tied places."""
+    return np.mean([metric(place) for place in range(greater + 1, greater + equal + 1)])
+
+
+def test_hand_computed_without_ties():
+    greater, equal = np.array([0, 2, 10]), np.array([1, 1, 1])
+    np.testing.assert_allclose(M.hit_rate(greater, equal, 10), [1, 1, 0])
+    np.testing.assert_allclose(M.ndcg(greater, equal, 10), [1, 0.5, 0])  # 1 / log2(4) = 0.5
+    np.testing.assert_allclose(M.reciprocal_rank(greater, equal, 100), [1, 1 / 3, 1 / 11])
+    np.testing.assert_allclose(M.mean_rank(greater, equal), [1, 3, 11])
+
+
+def test_hand_computed_tie_across_the_cut():
+    # Places 10 and 11 are tied: one order of two is a hit.
+    assert M.hit_rate(np.array([9]), np.array([2]), 10)[0] == 0.5
+    assert M.ndcg(np.array([9]), np.array([2]), 10)[0] == pytest.approx(0.5 / math.log2(11))
+
+
+@given(st.integers(0, 40), st.integers(1, 40), st.integers(1, 30))
+def test_ties_are_the_mean_over_places(greater, equal, k):
+    g, e = np.array([greater]), np.array([equal])
+    assert M.hit_rate(g, e, k)[0] == pytest.approx(slow(lambda p: p <= k, greater, equal))
+    expected = slow(lambda p: (p <= k) / math.log2(1 + p), greater, equal)
+    assert M.ndcg(g, e, k)[0] == pytest.approx(expected)
+    expected = slow(lambda p: (p <= k) / p, greater, equal)
+    assert M.reciprocal_rank(g, e, k)[0] == pytest.approx(expected)
+
+
+def test_means_merge_as_sums():
+    whole, left, right = M.Mean(), M.Mean(), M.Mean()
+    whole.add([1.0, 2.0, 6.0])
+    left.add([1.0])
+    right.add([2.0, 6.0])
+    assert left.merge(right) == whole and whole.value == 3
+    assert math.isnan(M.Mean().value)
+
+
+def test_bootstrap_interval_is_seeded_and_of_the_right_width():
+    values = np.random.default_rng(0).normal(5, 2, 4000)
+    low, high = M.bootstrap_interval(values, 1000, seed=1)
+    assert [low, high] == M.bootstrap_interval(values, 1000, seed=1)
+    assert low < values.mean() < high
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / math.sqrt(4000), rel=0.1)
+
+
+def test_recommendation_metrics():
+    counts = np.array([7, 5, 3, 1])
+    even = M.recommendation_metrics(np.array([2, 2, 2, 2]), counts, 10)
+    assert even == {"coverage@10": 1.0, "gini@10": 0.0, "popularity@10": 4.0}
+    one = M.recommendation_metrics(np.array([8, 0, 0, 0]), counts, 10)
+    assert one == {"coverage@10": 0.25, "gini@10": 0.75, "popularity@10": 7.0}
