@@ -85,6 +85,7 @@ class Experiment:
             batch_rows=config.train.batch_rows,
             epochs=config.train.epochs,
             seed=config.seed,
+            all_windows=config.train.all_windows,
             host=jax.process_index(),
             num_hosts=jax.process_count(),
         )

@@ -30,6 +30,7 @@ class TrainConfig:
     epochs: int = 100
     batch_rows: int = 32  # packed rows per step, over all devices
     micro_rows: int = 4  # rows per device that a step works on at a time
+    all_windows: bool = False  # learn from whole histories, not only from their last data.max_len events
     precision: Literal["f32", "bf16"] = "f32"  # of the compute; parameters are f32
     eval_every_epochs: float = 1.0
     patience: int = 10  # evaluations without improvement until the run stops; 0 = never
