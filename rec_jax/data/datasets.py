@@ -25,6 +25,10 @@ from rec_jax.data.titles import read_titles
 
 _ABOUT = "prepared.json"
 _VERSION = 1  # of the files on disk and of the rules behind them; raise it when either changes
+_CLEANING_AND_SPLIT = (
+    *("min_rating", "duplicates", "min_item_events", "min_user_events", "k_core"),
+    *("split", "val_time", "test_time", "val_fraction", "test_fraction"),
+)
 _NOT_PREPARED = ("path", "max_len")  # fields that do not change what is on disk
 
 
@@ -174,23 +178,23 @@ def _read_about(directory: Path) -> dict[str, Any] | None:
 
 
 def _about_of_directory(config: DataConfig, path: Path) -> dict[str, Any]:
-    """What a prepared directory says of itself, if the config asks for nothing else."""
+    """What a prepared directory says of itself. How it was read is settled there; a config that asks for
+    other cleaning or another split is an error."""
     about = _read_about(path)
     if about is None:
         raise ValueError(
             f"path={str(path)!r} is a directory, but not one that experiments.prepare_data wrote "
             f"({_ABOUT} is missing): give a file"
         )
-    made_with, defaults = about["fingerprint"]["config"], dataclasses.asdict(DataConfig())
-    asked = json.loads(json.dumps(dataclasses.asdict(config)))
-    for name, value in made_with.items():
-        is_asked = name == "split" or asked[name] != json.loads(json.dumps(defaults[name]))
-        if is_asked and asked[name] != value:
+    made_with, default = about["fingerprint"]["config"], DataConfig()
+    for name in _CLEANING_AND_SPLIT:
+        asked = getattr(config, name)
+        if asked != made_with[name] and (name == "split" or asked != getattr(default, name)):
             raise ValueError(
-                f"{name}={asked[name]!r}, but {path} was prepared with {name}={value!r}: set it to that, or "
-                "prepare the data again (DataConfig)"
+                f"{name}={asked!r}, but {path} was prepared with {name}={made_with[name]!r}: set it to that, "
+                "or prepare the data again (DataConfig)"
             )
-    return about
+    return {**about, "report": [f"{path}: prepared before, as follows", *about["report"]]}
 
 
 def _load(directory: Path, about: dict[str, Any], world: World | None) -> Dataset:

@@ -257,7 +257,7 @@ def global_temporal(histories: Histories, val_time: int, test_time: int) -> Spli
         if not split.notes[part]:
             low, high = int(histories.times.min()), int(histories.times.max())
             raise ValueError(
-                f"val_time={val_time}, test_time={test_time} leave no {part}: the times are from {low} to {high}"
+                f"val_time={val_time}, test_time={test_time} leave no {part}: the times are {low} to {high}"
             )
     return split
 

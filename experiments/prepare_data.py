@@ -1,0 +1,73 @@
+"""Reads, cleans and splits a log of interactions, and writes it where training finds it.
+
+    python -m experiments.prepare_data --input=log.csv --user=customer --item=product --time=when \\
+        --k_core=5 --output=data/log
+    python -m experiments.train --config=configs/sasrec_ml1m.py --workdir=runs/log \\
+        --config.data.path=data/log
+
+Prints which format was chosen, what each rule left out, and the split with its checksum. The input is
+looked up in the current directory, then in $REC_JAX_DATA.
+"""
+
+from absl import flags
+
+from experiments.launch import launch
+
+_FORMATS = ("auto", "movielens", "tfds", "sasrec", "sequences", "recbole", "csv", "parquet", "simulator")
+
+flags.DEFINE_string("input", "", "The log: a file, or for --format=tfds a name (movielens/1m-ratings).")
+flags.DEFINE_enum(
+    "format",
+    "auto",
+    _FORMATS,
+    "auto tells by name and content. movielens: ratings.dat (::), u.data, ratings.csv; sasrec: `user item` "
+    "lines; sequences: `user item item ...` lines; recbole: .inter files; csv and parquet: named columns.",
+)
+flags.DEFINE_string("user", "", "Column of the user; without it, a column of the usual name (user_id).")
+flags.DEFINE_string("item", "", "Column of the item; without it, a column of the usual name (item_id).")
+flags.DEFINE_string(
+    "time",
+    "",
+    "Column of the time, numbers or ISO 8601 dates; without one, the order of the file is that in time.",
+)
+flags.DEFINE_enum("time_unit", "s", ("s", "ms", "us", "ns"), "Unit of numeric times since 1970.")
+flags.DEFINE_string("rating", "", "Column of the rating.")
+flags.DEFINE_list("features", [], "Other columns to keep with the events, separated by commas.")
+flags.DEFINE_string("delimiter", "", "What separates fields, where it is not the usual one; \\t is a tab.")
+flags.DEFINE_string("titles", "", "File of titles: movies.dat, a RecBole .item file, csv or tsv.")
+flags.DEFINE_string("titles_ids", "", "File of `item id_in_titles` lines, where items were renumbered.")
+flags.DEFINE_float("min_rating", 0.0, "Leave out events with a lower rating, or none. 0: off.")
+flags.DEFINE_enum(
+    "duplicates", "keep", ("keep", "first", "last"), "Which events of the same user and item stay."
+)
+flags.DEFINE_integer("min_item_events", 1, "Leave out items with fewer events, once.")
+flags.DEFINE_integer("min_user_events", 1, "Then leave out users with fewer events, once.")
+flags.DEFINE_integer("k_core", 0, "Then leave out users and items with fewer, until none is left. 0: off.")
+flags.DEFINE_enum(
+    "split",
+    "leave_one_out",
+    ("leave_one_out", "global_temporal"),
+    "leave_one_out: each user's last event is the test, the one before it the validation. global_temporal: "
+    "cut at two times, the same for all users.",
+)
+flags.DEFINE_integer("val_time", 0, "global_temporal: first second (UTC) of validation. 0: by val_fraction.")
+flags.DEFINE_integer("test_time", 0, "global_temporal: first second (UTC) of test. 0: by test_fraction.")
+flags.DEFINE_float("val_fraction", 0.1, "global_temporal: share of all events for validation.")
+flags.DEFINE_float("test_fraction", 0.1, "global_temporal: share of all events for test, the latest ones.")
+_OUTPUT = flags.DEFINE_string("output", None, "Directory to write; give it to training as data.path.")
+flags.mark_flag_as_required("output")
+
+
+def main():
+    from rec_jax.config import build
+    from rec_jax.data.datasets import DataConfig, load_dataset
+
+    values = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(__name__)}
+    values["path"] = values.pop("input")
+    output = values.pop("output")
+    load_dataset(build(DataConfig, values, "data"), output)
+    print(f"\nwritten to {output}: train on it with --config.data.path={output}")
+
+
+if __name__ == "__main__":
+    launch(main)
