@@ -23,7 +23,9 @@ def apply_variant(cfg: ConfigDict, variant: str | None) -> ConfigDict:
     cfg.data.sim.num_interests, cfg.data.sim.mean_len = 4, 12
     cfg.model.width, cfg.model.ff_width, cfg.model.num_heads = 16, 16, 1
     cfg.loss.num_negatives = min(cfg.loss.num_negatives, 8)
-    cfg.train.epochs, cfg.train.batch_rows, cfg.train.micro_rows = 3, 32, 4
-    cfg.train.log_every_steps, cfg.train.checkpoint_every_steps = 5, 5
-    cfg.eval.bootstrap = 100
+    cfg.optim.learning_rate, cfg.optim.warmup_steps = 1e-2, 5
+    cfg.train.epochs, cfg.train.eval_every_epochs = 20, 5.0
+    cfg.train.batch_rows, cfg.train.micro_rows = 32, 4
+    cfg.train.log_every_steps, cfg.train.checkpoint_every_steps = 5, 20
+    cfg.eval.filter_seen, cfg.eval.bootstrap = False, 100
     return cfg
