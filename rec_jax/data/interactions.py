@@ -117,13 +117,13 @@ def _make_log(columns: Columns, time_unit: str, notes: tuple[str, ...]) -> Inter
         times, missing["time"], order = _seconds(columns.times, time_unit, columns.where, notes)
     if columns.ratings is not None:
         ratings = _numbers(columns.ratings, "rating", columns.where).astype(np.float32)
-        if np.isnan(ratings).any():
-            notes.append(f"{count(int(np.isnan(ratings).sum()), 'event')} without a rating kept")
     keep = np.ones(len(users), bool)
     for name, is_missing in missing.items():
         if num := int((keep & is_missing).sum()):
-            notes.append(f"{count(num, 'row')} without a {name} left out")
+            notes.append(f"{count(num, 'row')} without {'an' if name == 'item' else 'a'} {name} left out")
             keep &= ~is_missing
+    if ratings is not None and (num := int(np.isnan(ratings[keep]).sum())):
+        notes.append(f"{count(num, 'event')} without a rating kept")
     if not keep.any():
         raise ValueError(f"{columns.where(0)}: no row has all of {', '.join(missing)}")
     rows = slice(None) if keep.all() and order is None else np.flatnonzero(keep)

@@ -277,12 +277,15 @@ def detect_format(path: Path) -> tuple[str, str]:
         return "csv", f"by its name (*{suffix})"
     if "::" in lines[0] or path.name == "u.data":
         return "movielens", "by '::' in its first line" if "::" in lines[0] else "by its name"
-    lengths = {len(line.split()) for line in lines}
-    if all(re.fullmatch(r"[-+\w]+(\s+[-+\w]+)+\s*", line) for line in lines):
-        if lengths == {2}:
-            return "sasrec", f"by its first {count(len(lines), 'line')} of two ids each"
-        if len(lengths) > 1:
-            return "sequences", f"by its first {count(len(lines), 'line')} of various lengths"
+    if all(re.fullmatch(r"[-+\w]+(\s+[-+\w]+)*\s*", line) for line in lines):
+        fields = [line.split() for line in lines]
+        num_pairs = sum(len(x) == 2 for x in fields)
+        users_repeat = len({x[0] for x in fields}) < len(fields)
+        seen = f"by its first {count(len(lines), 'line')}"
+        if num_pairs == len(fields) or (users_repeat and num_pairs > len(fields) / 2):
+            return "sasrec", f"{seen}, of two ids each"
+        if not users_repeat and len({len(x) for x in fields}) > 1:
+            return "sequences", f"{seen}, of various lengths, one a user"
     raise ValueError(
         f"{where(path, 1, lines[0])}: cannot tell the format from this line; set format to one of "
         f"{', '.join(READERS)}"

@@ -110,10 +110,12 @@ class TextFile:
             here = where(self.path, number, line)
             if not is_utf8(line):
                 raise ValueError(f"{here} is not UTF-8 text; convert the file (iconv -f latin1 -t utf8)")
-            num_fields = len(self._split(line))
-            if num_fields != expected:
+            fields = self._split(line)
+            if self.delimiter == "::" and any(":" in field for field in fields):
+                raise ValueError(f"{here} has a single ':' inside a field")
+            if len(fields) != expected:
                 raise ValueError(
-                    f"{here} has {count(num_fields, 'field')}, expected {expected} "
+                    f"{here} has {count(len(fields), 'field')}, expected {expected} "
                     f"({self.delimiter.join(self.names)}) separated by {self.delimiter!r}"
                     + delimiter_hint(line, self.delimiter)
                 )
