@@ -28,4 +28,5 @@ def apply_variant(cfg: ConfigDict, variant: str | None) -> ConfigDict:
     cfg.train.batch_rows, cfg.train.micro_rows = 32, 4
     cfg.train.log_every_steps, cfg.train.checkpoint_every_steps = 5, 20
     cfg.eval.filter_seen, cfg.eval.bootstrap = False, 100
+    cfg.eval.sampled_negatives = min(cfg.eval.sampled_negatives, 10)
     return cfg
