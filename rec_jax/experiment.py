@@ -108,7 +108,7 @@ class Experiment:
             mesh_lib.replicate(init_state(self._init_params, optimizer), self.mesh),
             step,
             make_iterator(source),
-            lambda params: self.evaluate(self.scorer(params), "val"),
+            lambda params: self.evaluate(self.scorer(params), "val", quick=True),
             config=config.train,
             steps_per_epoch=source.steps_per_epoch,
             workdir=self.workdir,
@@ -132,8 +132,12 @@ class Experiment:
     def scorer(self, params) -> SequenceScorer:
         return SequenceScorer(self.model, params, self.histories, self.config.data.max_len, self.mesh)
 
-    def evaluate(self, score_fn, part: str) -> dict:
-        return evaluate(score_fn, self.histories, self.split, part, self.config.eval, seed=self.config.seed)
+    def evaluate(self, score_fn, part: str, *, quick: bool = False) -> dict:
+        """Every metric of one part; `quick` leaves out intervals and sampled protocols."""
+        config = self.config.eval
+        if quick:
+            config = dataclasses.replace(config, bootstrap=0, sampled_negatives=0)
+        return evaluate(score_fn, self.histories, self.split, part, config, seed=self.config.seed)
 
     def evaluate_baselines(self, part: str) -> dict[str, dict]:
         """The same evaluation for every baseline, and for the oracle where the data come from a simulator."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,11 @@ def _rank(scores_BV, targets_B, seen_rows_P, seen_items_P):
     return filtered, unfiltered, is_bad_B, scores_BV, filtered_BV
 
 
+@partial(jax.jit, static_argnums=1)
+def _top(scores_BV, k):
+    return jax.lax.top_k(scores_BV, k)[1]
+
+
 @jax.jit
 def _rank_sampled(scores_BV, targets_B, negatives_BK):
     rows_B = jnp.arange(scores_BV.shape[0])[:, None]
@@ -83,7 +89,6 @@ def rank_examples(score_fn: ScoreFn, histories, ex: Examples, config: EvalConfig
     num_rows = histories.num_items + 1
     size = int(np.clip(config.batch_bytes // (4 * num_rows), 1, len(ex.users)))
     top_k = min(max(config.ks), histories.num_items)
-    top = jax.jit(lambda scores_BV: jax.lax.top_k(scores_BV, top_k)[1].astype(jnp.int32))
     columns = []
     for first in range(0, len(ex.users), size):
         chunk = np.arange(first, min(first + size, len(ex.users)))
@@ -96,7 +101,7 @@ def rank_examples(score_fn: ScoreFn, histories, ex: Examples, config: EvalConfig
         if bad.any():
             user = histories.user_ids[users[np.argmax(bad)]]
             raise ValueError(f"NaN among the scores of user {user}: the model or baseline is broken")
-        tile = [*filtered, *unfiltered, top(unseen_BV if config.filter_seen else all_BV)]
+        tile = [*filtered, *unfiltered, _top(unseen_BV if config.filter_seen else all_BV, top_k)]
         if config.sampled_negatives:
             negatives_BK = sample_unseen(histories, users, config.sampled_negatives, seed)
             tile += _rank_sampled(all_BV, targets, negatives_BK)

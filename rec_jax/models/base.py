@@ -1,21 +1,22 @@
 """The one place where Flax NNX modules become plain pytrees and back."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import flax.nnx as nnx
 import jax
 
 
-class Model(NamedTuple):
+@dataclass(frozen=True, eq=False)  # compared by identity, so that it can be a static argument of jit
+class Model:
     """A module's definition: `bind(params)` gives the module, at trace time only."""
 
     graphdef: Any
     abstract_params: Any
 
     def bind(self, params) -> nnx.Module:
-        state = nnx.State(params)
-        return nnx.merge(self.graphdef, state)
+        return nnx.merge(self.graphdef, nnx.State(params))
 
 
 def init_model(build: Callable[[nnx.Rngs], nnx.Module], seed: int) -> tuple[Model, dict]:

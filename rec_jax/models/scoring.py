@@ -1,5 +1,7 @@
 """Scores of a trained sequence model for any history: what evaluation and recommendation read."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,22 @@ from rec_jax.models.base import Model
 _ENCODE_TOKENS = 12_800
 
 
+@partial(jax.jit, static_argnums=0)
+def _encode(model: Model, params, batch, row_Q, column_Q):
+    return model.bind(params)(batch)[row_Q, column_Q]
+
+
+@partial(jax.jit, static_argnums=0)
+def _item_vectors(model: Model, params):
+    return model.bind(params).item_vectors()
+
+
+@jax.jit
+def _scores(table_VD, x_BD):
+    scores_BV = jnp.matmul(x_BD, table_VD.T, preferred_element_type=jnp.float32)
+    return scores_BV.at[:, 0].set(-jnp.inf)
+
+
 class SequenceScorer:
     """`score_fn(users, ends)` over the histories of a data set, or over one given history.
 
@@ -24,19 +42,8 @@ class SequenceScorer:
         num_devices = mesh.shape["data"]
         self._rows = -(-max(1, _ENCODE_TOKENS // max_len) // num_devices) * num_devices
 
-        @jax.jit
-        def encode(params, batch, row_Q, column_Q):
-            return model.bind(params)(batch)[row_Q, column_Q]
-
-        @jax.jit
-        def scores(table_VD, x_BD):
-            scores_BV = jnp.matmul(x_BD, table_VD.T, preferred_element_type=jnp.float32)
-            return scores_BV.at[:, 0].set(-jnp.inf)
-
-        self._encode, self._scores = encode, scores
-        self._params = replicate(params, mesh)
-        table_VD = jax.jit(lambda params: model.bind(params).item_vectors())(params)
-        self._table_VD = jax.device_put(table_VD, mesh.devices.flat[0])
+        self._model, self._params = model, replicate(params, mesh)
+        self._table_VD = jax.device_put(_item_vectors(model, params), mesh.devices.flat[0])
 
     def __call__(self, users: np.ndarray, ends: np.ndarray) -> jax.Array:
         """Scores of the whole catalogue for the event after each history.
@@ -73,6 +80,6 @@ class SequenceScorer:
             size = 1 << int(len(row_Q) - 1).bit_length()  # few shapes to compile
             pad = (0, size - len(row_Q))
             placed = place_batch(batch, self._mesh)
-            x_QD = self._encode(self._params, placed, np.pad(row_Q, pad), np.pad(column_Q, pad))
+            x_QD = _encode(self._model, self._params, placed, np.pad(row_Q, pad), np.pad(column_Q, pad))
             x_BD[users_Q] = np.asarray(x_QD)[: len(row_Q)]
-        return self._scores(self._table_VD, x_BD)
+        return _scores(self._table_VD, x_BD)
