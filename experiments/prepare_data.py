@@ -60,12 +60,13 @@ flags.mark_flag_as_required("output")
 
 def main():
     from rec_jax.config import build
-    from rec_jax.data.datasets import DataConfig, load_dataset
+    from rec_jax.data.datasets import DataConfig, prepare_dataset
 
     values = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(__name__)}
     values["path"] = values.pop("input")
     output = values.pop("output")
-    load_dataset(build(DataConfig, values, "data"), output)
+    dataset, _ = prepare_dataset(build(DataConfig, values, "data"), output)
+    print("\n\n".join(dataset.report))
     print(f"\nwritten to {output}: train on it with --config.data.path={output}")
 
 

@@ -101,26 +101,40 @@ class Dataset:
 
 
 def load_dataset(config: DataConfig, directory: Path | str) -> Dataset:
-    """The data set of a config, prepared in `directory` unless it is there already; prints its report.
+    """The data set of a config, prepared in `directory` unless it is there already.
 
-    A directory made from another config, or from a file that has changed since, is prepared anew.
+    A directory made from another config, or from a file that has changed since, is prepared anew. Prints
+    the report of what is new, and a line of what was there.
 
     Raises:
       ValueError: whatever is wrong with the files or the config, with the way out.
     """
+    dataset, is_new = prepare_dataset(config, directory)
+    if is_new:
+        print("\n\n".join(dataset.report), flush=True)
+    else:
+        h = dataset.histories
+        print(
+            f"data prepared before: {h.num_users:,} users, {h.num_items:,} items, {h.num_events:,} events, "
+            f"{dataset.split.kind}, checksum {dataset.split.checksum[:12]}",
+            flush=True,
+        )
+    return dataset
+
+
+def prepare_dataset(config: DataConfig, directory: Path | str) -> tuple[Dataset, bool]:
+    """As `load_dataset`, but prints nothing, and tells whether the data set was prepared just now."""
     directory = Path(directory)
     world = World(config.sim) if config.format == "simulator" else None
     path = _source(config)
     if path and Path(path).is_dir():
-        dataset = _load(Path(path), _about_of_directory(config, Path(path)), world)
-    else:
-        fingerprint = _fingerprint(config, path)
-        about = _read_about(directory)
-        if about is None or about["fingerprint"] != fingerprint:
-            about = _prepare(config, path, world, directory, fingerprint)
-        dataset = _load(directory, about, world)
-    print("\n\n".join(dataset.report), flush=True)
-    return dataset
+        return _load(Path(path), _about_of_directory(config, Path(path)), world), False
+    fingerprint = _fingerprint(config, path)
+    about = _read_about(directory)
+    is_new = about is None or about["fingerprint"] != fingerprint
+    if is_new:
+        about = _prepare(config, path, world, directory, fingerprint)
+    return _load(directory, about, world), is_new
 
 
 def resolve_path(path: str, name: str) -> Path:
@@ -174,7 +188,14 @@ def _fingerprint(config: DataConfig, path: str) -> dict[str, Any]:
 
 def _read_about(directory: Path) -> dict[str, Any] | None:
     file = directory / _ABOUT
-    return json.loads(file.read_text()) if file.exists() else None
+    try:
+        return json.loads(file.read_text()) if file.exists() else None
+    except ValueError as error:
+        raise _damaged(directory, error) from error
+
+
+def _damaged(directory: Path, error: Exception) -> ValueError:
+    return ValueError(f"{directory} is damaged: delete it, so that the data are prepared again ({error})")
 
 
 def _about_of_directory(config: DataConfig, path: Path) -> dict[str, Any]:
@@ -194,14 +215,17 @@ def _about_of_directory(config: DataConfig, path: Path) -> dict[str, Any]:
                 f"{name}={asked!r}, but {path} was prepared with {name}={made_with[name]!r}: set it to that, "
                 "or prepare the data again (DataConfig)"
             )
-    return {**about, "report": [f"{path}: prepared before, as follows", *about["report"]]}
+    return about
 
 
 def _load(directory: Path, about: dict[str, Any], world: World | None) -> Dataset:
     if about["fingerprint"]["version"] != _VERSION:
         raise ValueError(f"{directory} was prepared by another version of rec_jax: prepare the data again")
-    histories = Histories.load(directory / "histories")
-    split = Split.load(directory / "split", histories)
+    try:
+        histories = Histories.load(directory / "histories")
+        split = Split.load(directory / "split", histories)
+    except (OSError, KeyError, ValueError) as error:
+        raise _damaged(directory, error) from error
     return Dataset(histories, split, about["report"], world)
 
 

@@ -188,8 +188,8 @@ class Split:
         train_end, val_end = (np.load(directory / name) for name in _SPLIT_FILES)
         if _checksum(histories, train_end, val_end) != about["checksum"]:
             raise ValueError(
-                f"{directory} is damaged: its events and bounds do not have the checksum in split.json. "
-                "Delete it and prepare the data again"
+                f"{directory}: events and bounds do not have the checksum in split.json; the split is of "
+                "other data, or a file is damaged"
             )
         return cls(about["kind"], train_end, val_end, about["checksum"], about["notes"])
 

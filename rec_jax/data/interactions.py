@@ -163,7 +163,13 @@ def _encode(column, kind: str, columns: Columns, notes: list[str]) -> tuple[np.n
                     f"{columns.where(int(np.argmax(codes == code)))}: {kind} {text!r} is not a whole number "
                     "from 0 to 2^63 - 1 without leading zeros; for ids that are text use csv or parquet"
                 )
-    elif num := sum(text != stripped for text, stripped in zip(raw, ids, strict=True)):
+    for code, text in enumerate(raw):
+        if "\n" in text or "\r" in text:
+            raise ValueError(
+                f"{columns.where(int(np.argmax(codes == code)))}: {kind} {text!r} holds a line end; is a "
+                "double quote missing?"
+            )
+    if num := sum(text != stripped for text, stripped in zip(raw, ids, strict=True)):
         notes.append(f"{count(num, f'{kind} id')} had blanks around, removed")
     new_codes, seen = np.full(len(ids) + 1, -1, np.int32), {}  # the last one stays -1, for null
     for code, text in enumerate(ids):
@@ -200,7 +206,8 @@ def _seconds(column, unit: str, where, notes) -> tuple[np.ndarray, np.ndarray, n
     if _is_text(column):
         column = _parse_times(_null_missing(column), where)
     missing = pc.is_null(column, nan_is_null=True).to_numpy()
-    if pa.types.is_temporal(column.type):
+    dates = pa.types.is_temporal(column.type)
+    if dates:
         if unit != "s":
             raise ValueError(f"time_unit={unit!r} has no use: the times are dates, not numbers")
         if getattr(column.type, "tz", None) is None:
@@ -215,8 +222,9 @@ def _seconds(column, unit: str, where, notes) -> tuple[np.ndarray, np.ndarray, n
     if bad.any():
         row = int(np.argmax(bad))
         fits = [u for u, per in _PER_SECOND.items() if 10**8 * per < exact[row] < _YEAR_2100 * per]
-        hint = f"; if it is in {fits[0]}, set time_unit={fits[0]!r}" if fits else ""
-        raise ValueError(f"{where(row)}: time {exact[row]} is not between 1970 and 2100 in {unit}{hint}")
+        hint = f" in {unit}; if it is in {fits[0]}, set time_unit={fits[0]!r}" if fits and not dates else ""
+        seen = f"{exact[row]} is" if not dates else "is"
+        raise ValueError(f"{where(row)}: the time {seen} not between 1970 and 2100{hint}")
     seconds = (exact // per_second).astype(np.int64)
     num_fractions = int(np.count_nonzero(exact != seconds * per_second))
     if not num_fractions:

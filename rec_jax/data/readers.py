@@ -196,6 +196,8 @@ def pick_column(kind: str, given: str, available: Sequence[str], path: Path) -> 
         near = difflib.get_close_matches(given, available, n=1)
         near = near or [name for name in available if name.lower() == given.lower()]
         hint = f"; did you mean {near[0]!r}?" if near else ""
+        if all(re.fullmatch(r"[\d.]*", name) for name in available):
+            hint = "; the first line must name the columns, and it seems to be an event"
         raise ValueError(f"{path} has no column {given!r} (set {kind}): {listed}{hint}")
     usual = [name for name in available if name.lower().replace("_", "") in _USUAL_NAMES[kind]]
     if len(usual) > 1:

@@ -42,6 +42,9 @@ class TextFile:
         self._data = open_bytes(path)
         # Quoted line ends force a slower parser: only where there is a quote at all.
         self._quotes = quotes and self._data.find(b'"') >= 0
+        if self._quotes and _count_byte(self._data, '"') % 2:
+            *_, (number, line) = self._records()
+            raise ValueError(f"{where(path, number, line)}...: from here on, a double quote has no partner")
         self.names = list(names) if names is not None else self._read_header()
         self.num_blank = 0
 
@@ -79,7 +82,7 @@ class TextFile:
             header = self.delimiter.join(self.names)
             raise ValueError(f"{self.path} holds no events, only the header line {header!r}")
         if not self._quotes:
-            self.num_blank = max(0, self._num_lines(start) - table.num_rows - self.has_header)
+            self.num_blank = max(0, self._num_lines() - table.num_rows - self.has_header)
         return {name: table[name] for name in wanted}
 
     def where(self, row: int) -> str:
@@ -117,7 +120,7 @@ class TextFile:
                 raise ValueError(
                     f"{here} has {count(len(fields), 'field')}, expected {expected} "
                     f"({self.delimiter.join(self.names)}) separated by {self.delimiter!r}"
-                    + delimiter_hint(line, self.delimiter)
+                    + delimiter_hint(line.strip(), self.delimiter)
                 )
         raise ValueError(f"{self.path} cannot be read as text separated by {self.delimiter!r}: {reason}")
 
@@ -140,10 +143,15 @@ class TextFile:
     def _num_header_lines(self) -> int:
         return next(self._records())[0] if self.has_header else 0
 
-    def _num_lines(self, start: int) -> int:
-        data, block = np.frombuffer(self._data, np.uint8)[start:], 1 << 24
-        ends = sum(np.count_nonzero(data[i : i + block] == ord("\n")) for i in range(0, data.size, block))
-        return int(ends) + int(data[-1] != ord("\n"))
+    def _num_lines(self) -> int:
+        return _count_byte(self._data, "\n") + (self._data[-1:] != b"\n")
+
+
+def _count_byte(data: mmap.mmap, char: str) -> int:
+    values, block = np.frombuffer(data, np.uint8), 1 << 24
+    return sum(
+        int(np.count_nonzero(values[i : i + block] == ord(char))) for i in range(0, values.size, block)
+    )
 
 
 def open_bytes(path: Path) -> mmap.mmap:

@@ -35,7 +35,11 @@ def test_prepares_once_and_reports(log, tmp_path, count_reads, capsys):
     first = load_dataset(config, tmp_path / "data")
     printed = capsys.readouterr().out
     second = load_dataset(config, tmp_path / "data")
-    assert capsys.readouterr().out == printed
+    assert capsys.readouterr().out == (
+        "data prepared before: 4 users, 4 items, 13 events, leave_one_out, checksum "
+        f"{first.split.checksum[:12]}\n"
+    )
+    assert second.report == first.report
     assert len(count_reads) == 1
     for text in ("read as csv, by its name", "user=user, item=item, time=time", "as read", "leave_one_out"):
         assert text in printed
@@ -69,7 +73,13 @@ def test_a_damaged_directory_is_named(log, tmp_path):
     items = np.load(tmp_path / "data" / "histories" / "items.npy", mmap_mode="r+")
     items[0] += 1
     items.flush()
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="data is damaged: delete it.*checksum"):
+        load_dataset(DataConfig(path=str(log)), tmp_path / "data")
+    (tmp_path / "data" / "histories" / "items.npy").unlink()
+    with pytest.raises(ValueError, match="data is damaged: delete it.*items.npy"):
+        load_dataset(DataConfig(path=str(log)), tmp_path / "data")
+    (tmp_path / "data" / "prepared.json").write_text("{")
+    with pytest.raises(ValueError, match="data is damaged: delete it"):
         load_dataset(DataConfig(path=str(log)), tmp_path / "data")
 
 
@@ -79,7 +89,7 @@ def test_prepared_directory_as_path(log, tmp_path, count_reads):
     again = load_dataset(config, tmp_path / "unused")
     assert again.split.checksum == made.split.checksum and len(count_reads) == 1
     assert not (tmp_path / "unused").exists()
-    assert "prepared before" in again.report[0]
+    assert again.report == made.report
     with pytest.raises(ValueError, match="k_core=3, but .* was prepared with k_core=0"):
         load_dataset(DataConfig(path=str(tmp_path / "data"), k_core=3), tmp_path / "unused")
     with pytest.raises(ValueError, match="split='global_temporal', but"):
