@@ -1,0 +1,197 @@
+"""Our training step against the naive padded one, and the loader by itself."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tqdm
+
+from experiments.speed.lengths import LENGTHS, load_lengths
+from experiments.speed.naive import bce_loss, make_naive_step, pad_batch
+from experiments.speed.timing import interleaved, peak_run
+from rec_jax.data.negatives import Sampler, make_sampler
+from rec_jax.data.pipeline import BatchSource
+from rec_jax.mesh import MeshConfig, make_mesh, place_batch, replicate
+from rec_jax.models.base import init_model
+from rec_jax.models.sasrec import SASRec, SASRecConfig
+from rec_jax.train.losses import LossConfig, loss_sum
+from rec_jax.train.step import init_state, make_train_step
+
+NUM_USERS = 128  # of a batch
+NUM_BATCHES = 4  # different ones, in turn
+BLOCK_SECS = 1.0  # of steps between two readings of the clock
+MICRO_TOKENS = 800  # that a device works on at a time: what fits the cache of a core
+MODEL = SASRecConfig(width=50, ff_width=50, num_layers=2, num_heads=1, dropout=0.2, norm="original")
+LOSS = LossConfig(type="bce", num_negatives=1, sharing="position")
+
+
+def measure_training(name: str, repeats: int) -> dict:
+    """The comparison on the lengths of one data set, `repeats` times naive, ours, peak in turn."""
+    histories, split, lengths = load_lengths(name)
+    max_len = LENGTHS[name].max_len
+    targets_U = np.clip(split.train_end - histories.offsets[:-1] - 1, 0, max_len)
+    model, params = init_model(lambda rngs: SASRec(MODEL, histories.num_items, max_len, rngs=rngs), seed=0)
+    mesh = make_mesh(MeshConfig())
+    difference = loss_difference(model, params, histories, split, max_len)
+    print(f"{name}: {lengths} lengths; the two losses differ by {difference:.1e} without dropout", flush=True)
+
+    source = packed_source(histories, split, max_len, mesh.size, targets_U)
+    naive, ours = naive_loop(params, histories, split, max_len), our_loop(model, params, mesh, source)
+    run_peak, peak_flops = peak_run()
+    with tqdm.tqdm(total=repeats, desc=f"{name}: pairs", mininterval=1.0) as bar:
+        runs = {"naive": naive, "ours": ours, "peak": run_peak}
+        secs = interleaved(runs, repeats, lambda _: bar.update(1))
+    naive_rate, our_rate = (loop.num_tokens / secs[key] for key, loop in (("naive", naive), ("ours", ours)))
+    peak = peak_flops / secs["peak"]
+    flops = useful_flops_per_token(MODEL, targets_U)
+    ratio = our_rate / naive_rate
+    return {
+        "ours_tokens_per_sec": float(np.median(our_rate)),
+        "naive_tokens_per_sec": float(np.median(naive_rate)),
+        "ratio": float(np.median(ratio)),
+        "ratio_min": float(ratio.min()),
+        "ratio_max": float(ratio.max()),
+        "pairs": repeats,
+        "ours_sequences_per_sec": float(np.median(our_rate) / targets_U.mean()),
+        "naive_sequences_per_sec": float(np.median(naive_rate) / targets_U.mean()),
+        "percent_of_limit": float(np.median(100 * our_rate * flops / peak)),
+        "naive_percent_of_limit": float(np.median(100 * naive_rate * flops / peak)),
+        "limit": f"f32 matmul of 2048 x 2048 on all cores, in the same run: {np.median(peak) / 1e9:.0f} "
+        f"GFLOP/s, over {flops:.0f} FLOP a real token (6 x multiply-adds of forward; causal attention "
+        "within the history only; no optimizer)",
+        "lengths": lengths,
+        "fill": source.plan.fill,
+        "naive_fill": float(targets_U[targets_U > 0].mean() / max_len),
+        "ours_step": ours.describe() | {"devices": mesh.size, "batch_rows": ours.rows},
+        "naive_step": naive.describe() | {"devices": 1, "batch_rows": naive.rows},
+        "loss_difference": difference,
+        "max_len": max_len,
+        "items": histories.num_items,
+    }
+
+
+class Loop:
+    """A number of training steps with placing of their batches: NUM_BATCHES batches in turn, long enough
+    to time, waited for at the end."""
+
+    def __init__(self, step, state, batches: list[dict], place):
+        self._step, self._state, self._batches, self._place = step, state, batches, place
+        self.rows = len(batches[0]["items"])
+        self._tokens = sum(int((batch["targets"] > 0).sum()) for batch in batches)
+        self._rounds = 1
+        self()  # compiles
+        start = time.perf_counter()
+        self()
+        self._rounds = max(1, round(BLOCK_SECS / (time.perf_counter() - start)))
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens of one call."""
+        return self._tokens * self._rounds
+
+    def describe(self) -> dict:
+        return {
+            "tokens_per_step": self._tokens / len(self._batches),
+            "steps_per_reading": self._rounds * len(self._batches),
+        }
+
+    def __call__(self):
+        for _ in range(self._rounds):
+            for batch in self._batches:
+                self._state, aux = self._step(self._state, self._place(batch))
+        jax.block_until_ready((self._state, aux))
+
+
+def naive_loop(params, histories, split, max_len: int) -> Loop:
+    optimizer = optax.adam(1e-3, b2=0.98)
+    step = make_naive_step(
+        histories.num_items, MODEL.num_layers, MODEL.num_heads, MODEL.dropout, optimizer
+    )
+    users = np.random.default_rng(0).permutation(histories.num_users)
+    batches = [
+        pad_batch(histories, split, users[i * NUM_USERS : (i + 1) * NUM_USERS], max_len)
+        for i in range(NUM_BATCHES)
+    ]
+    params = jax.tree.map(jnp.copy, params)  # the step consumes its state
+    state = (params, optimizer.init(params), jax.random.key(0))
+    return Loop(step, state, batches, jax.device_put)
+
+
+def packed_source(histories, split, max_len: int, num_devices: int, targets_U) -> BatchSource:
+    """Batches of about NUM_USERS users each, in rows that divide over the devices."""
+    source = BatchSource(histories, split, max_len=max_len, batch_rows=1, epochs=1, seed=0)
+    rows = NUM_USERS * source.plan.num_rows / np.count_nonzero(targets_U)
+    per_device = max(1, round(rows / num_devices))
+    micro = min(per_device, max(1, MICRO_TOKENS // max_len))
+    batch_rows = num_devices * micro * max(1, round(per_device / micro))
+    return BatchSource(histories, split, max_len=max_len, batch_rows=batch_rows, epochs=1, seed=0)
+
+
+def our_loop(model, params, mesh, source: BatchSource) -> Loop:
+    optimizer = optax.adam(1e-3, b2=0.98)
+    batches = [source[i] for i in range(NUM_BATCHES)]
+    rows, max_len = batches[0]["items"].shape
+    micro_rows = min(rows // mesh.size, max(1, MICRO_TOKENS // max_len))
+    num_rows = model.abstract_params["items"]["embedding"].shape[0]
+    sampler = make_sampler("uniform", np.ones(num_rows))
+    step = make_train_step(model, optimizer, LOSS, sampler, mesh, micro_rows=micro_rows)
+    state = replicate(init_state(jax.tree.map(jnp.copy, params), optimizer), mesh)
+    return Loop(step, state, batches, lambda batch: place_batch(batch, mesh))
+
+
+def loss_difference(model, params, histories, split, max_len: int) -> float:
+    """|packed - padded| / padded mean loss of the same users, without dropout and with one and the same
+    negative everywhere."""
+    source = BatchSource(histories, split, max_len=max_len, batch_rows=16, epochs=1, seed=0)
+    packed, padded = source[0], pad_batch(histories, split, source.users(0), max_len)
+    negative, num_items = 7, histories.num_items
+    always = Sampler(jnp.zeros(num_items), jnp.full(num_items, negative - 1), jnp.zeros(num_items + 1))
+
+    def ours(params):
+        module = model.bind(params)
+        batch = packed | {"row_ids": np.arange(16)}
+        key, shared = jax.random.key(0), jnp.zeros((1, 1, 0), jnp.int32)
+        return loss_sum(LOSS, always, module(batch), module.item_vectors(), batch, key, shared)
+
+    def naive(params):
+        negatives = np.full(padded["items"].shape, negative)
+        return bce_loss(params, padded, negatives, MODEL.num_layers, MODEL.num_heads, lambda x, site: x)
+
+    (our_sum, our_count), (naive_sum, naive_count) = jax.jit(ours)(params), jax.jit(naive)(params)
+    if int(our_count) != int(naive_count):
+        raise AssertionError(f"{int(our_count)} packed tokens but {int(naive_count)} padded ones")
+    return float(abs(our_sum - naive_sum) / naive_sum)
+
+
+def useful_flops_per_token(config: SASRecConfig, targets_U) -> float:
+    """Floating-point operations that forward and backward cannot do without, per real token.
+
+    Two a multiply-add, and the backward pass twice the forward. Attention counts the keys that a token may
+    see: those of its own history up to itself.
+    """
+    n = targets_U.astype(np.float64)
+    keys = (n * (n + 1)).sum() / 2 / n.sum()
+    dense = 4 * config.width**2 + 2 * config.width * config.ff_width
+    multiply_adds = config.num_layers * (dense + 2 * config.width * keys) + 2 * config.width
+    return float(6 * multiply_adds)
+
+
+def measure_loader(repeats: int) -> dict:
+    """One epoch of packed batches built in one process, Beauty lengths, nothing else going on."""
+    histories, split, lengths = load_lengths("beauty")
+    sequences_per_sec = []
+    for epoch_seed in range(repeats):
+        source = BatchSource(histories, split, max_len=50, batch_rows=32, epochs=1, seed=epoch_seed)
+        start = time.perf_counter()
+        tokens = sum(np.count_nonzero(source[i]["targets"]) for i in range(len(source)))
+        sequences_per_sec.append(source.plan.users_by_len.size / (time.perf_counter() - start))
+    return {
+        "sequences_per_sec": float(np.median(sequences_per_sec)),
+        "sequences_per_sec_min": min(sequences_per_sec),
+        "sequences_per_sec_max": max(sequences_per_sec),
+        "tokens_per_epoch": int(tokens),
+        "batch_rows": 32,
+        "lengths": lengths,
+    }
