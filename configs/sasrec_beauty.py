@@ -5,7 +5,7 @@ from configs import common
 
 def get_config(variant=None):
     cfg = common.base()
-    cfg.data.path, cfg.data.format, cfg.data.max_len = "beauty/Beauty.txt", "sequences", 50
+    cfg.data.path, cfg.data.max_len = "beauty/Beauty.txt", 50
     cfg.model.width = cfg.model.ff_width = 256
     cfg.model.num_layers, cfg.model.norm, cfg.model.dropout = 1, "pre", 0.5
     cfg.loss.type, cfg.loss.num_negatives = "sampled_softmax", 256

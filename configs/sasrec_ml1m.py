@@ -5,7 +5,7 @@ from configs import common
 
 def get_config(variant=None):
     cfg = common.base()
-    cfg.data.path, cfg.data.format, cfg.data.max_len = "ml-1m/ml-1m.txt", "sasrec", 200
+    cfg.data.path, cfg.data.max_len = "ml-1m/ml-1m.txt", 200
     cfg.model.width = cfg.model.ff_width = 128
     cfg.model.num_heads = 2
     cfg.model.dropout = 0.3

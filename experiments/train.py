@@ -2,8 +2,8 @@
 
     python -m experiments.train --config=configs/sasrec_ml1m.py --workdir=runs/ml1m
     python -m experiments.train --config=configs/sasrec_ml1m.py:smoke --workdir=/tmp/smoke
-    python -m experiments.train --config=configs/sasrec_ml1m.py --workdir=runs/mine \\
-        --config.data.path=my.csv --config.data.format=csv \\
+    python -m experiments.train --config=configs/sasrec.py --workdir=runs/mine \\
+        --config.data.path=my.csv \\
         --config.data.user=customer --config.data.item=product --config.data.time=when
 
 Any key of the config is a flag, `--config.section.key=value`; a variant of it follows a colon. The same
