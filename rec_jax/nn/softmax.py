@@ -105,7 +105,7 @@ def _item_tiles(h_TD, table_VD, targets_T, weights_T):
 
 
 def _item_tiling(num_tokens, num_rows):
-    size = max(128, min(num_rows, TILE_ELEMENTS // max(1, num_tokens)))
+    size = min(num_rows, max(128, TILE_ELEMENTS // num_tokens))
     num_tiles = -(-num_rows // size)
     return num_tiles, size
 
