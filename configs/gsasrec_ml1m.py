@@ -11,6 +11,7 @@ def get_config(variant=None):
     cfg.loss.type = "gbce"
     cfg.loss.num_negatives, cfg.loss.gbce_t = 256, 0.75
     cfg.optim.learning_rate, cfg.optim.schedule, cfg.optim.warmup_steps = 1.5e-3, "cosine", 200
-    cfg.train.epochs, cfg.train.eval_every_epochs = 40, 4.0
+    cfg.train.epochs, cfg.train.eval_every_epochs = 24, 3.0
+    cfg.train.all_windows = True
     cfg.train.batch_rows, cfg.train.micro_rows = 32, 4
     return common.apply_variant(cfg, variant)

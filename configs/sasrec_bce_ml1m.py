@@ -13,7 +13,8 @@ def get_config(variant=None):
     cfg.loss.num_negatives, cfg.loss.sharing = 1, "position"
     cfg.loss.exclude_history = True
     cfg.optim.learning_rate, cfg.optim.schedule, cfg.optim.warmup_steps = 2e-3, "cosine", 200
-    cfg.train.epochs, cfg.train.eval_every_epochs = 100, 5.0
+    cfg.train.epochs, cfg.train.eval_every_epochs = 60, 5.0
+    cfg.train.all_windows = True
     cfg.train.batch_rows, cfg.train.micro_rows = 32, 4
     cfg.eval.sampled_negatives = 100  # the paper's protocol, beside the full ranking
     return common.apply_variant(cfg, variant)
