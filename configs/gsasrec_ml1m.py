@@ -1,4 +1,15 @@
-"""gSASRec: generalised binary cross-entropy against many negatives, on MovieLens-1M."""
+"""gSASRec: generalised binary cross-entropy against many negatives, on MovieLens-1M.
+
+Paper: Petrov & Macdonald, RecSys'23 (arXiv 2308.07192), gBCE with t = 0.75 and 256 uniform negatives; the
+authors' checkpoint reaches HR@10 0.3003 and NDCG@10 0.1726. Differs: the negatives are drawn once a packed
+row instead of once a position (one matrix product instead of a gather), post-norm, learns from all windows
+of long histories.
+Protocol: leave-one-out, full ranking, seen items filtered, picked on validation NDCG@10.
+
+    python -m experiments.train --config=configs/gsasrec_ml1m.py --workdir=runs/gsasrec
+
+@RESULT@
+"""
 
 from configs import common
 

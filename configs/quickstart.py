@@ -1,6 +1,12 @@
 """A small SASRec on a simulated world whose best possible predictor is known.
 
-What the README's first command runs. Nothing is downloaded.
+What the README's first command runs; nothing is downloaded. 6,000 users walk between 32 hidden interests
+over 1,000 items (data/simulator.py). The model must reach 90 % of the exact oracle's NDCG@10. No item is
+filtered out: items repeat in this world, and the oracle is the best only among unfiltered rankings.
+
+    python -m experiments.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+@QSRESULT@
 """
 
 from configs import common
@@ -10,12 +16,9 @@ def get_config(variant=None):
     cfg = common.base()
     cfg.data.format = "simulator"
     cfg.data.max_len = 64
-    cfg.model.width = cfg.model.ff_width = 64
     cfg.model.dropout = 0.1
-    cfg.optim.learning_rate = 3e-3
-    cfg.optim.schedule = "cosine"
-    cfg.optim.warmup_steps = 50
-    cfg.train.epochs = 12
+    cfg.optim.learning_rate, cfg.optim.schedule, cfg.optim.warmup_steps = 3e-3, "cosine", 50
+    cfg.train.epochs = 10
     cfg.train.batch_rows, cfg.train.micro_rows = 64, 8
     cfg.eval.filter_seen = False
     return common.apply_variant(cfg, variant)

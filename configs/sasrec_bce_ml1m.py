@@ -1,4 +1,16 @@
-"""SASRec as published: binary cross-entropy with one negative, on MovieLens-1M."""
+"""SASRec as published, with binary cross-entropy against one negative, on MovieLens-1M.
+
+Paper: Kang & McAuley, ICDM'18 (arXiv 1808.09781): HR@10 0.8245 and NDCG@10 0.5905 under 100 sampled
+negatives, a protocol that orders models wrongly and is computed here only to meet that table
+(`sampled100/...` in result.json). Its checkpoint under full ranking, as run by the gSASRec authors:
+0.2392 and 0.1259. Differs: learns from all windows of long histories, no dropout on attention weights,
+cosine schedule, positions from the start.
+Protocol of the headline: leave-one-out, full ranking, seen items filtered, picked on validation NDCG@10.
+
+    python -m experiments.train --config=configs/sasrec_bce_ml1m.py --workdir=runs/bce
+
+@RESULT@
+"""
 
 from configs import common
 

@@ -1,4 +1,17 @@
-"""SASRec with sampled softmax on Amazon Beauty (2014, 5-core)."""
+"""SASRec with sampled softmax on Amazon Beauty (2014, 5-core, the split of S3Rec and TIGER).
+
+Best published for this split: SASRec with sampled softmax 0.0921 (R@10) and 0.0531 (NDCG@10), eSASRec 0.0928
+and 0.0523 (github.com/blondered/transformer_benchmark). Differs: importance weights on the negatives (logQ),
+drawn once a packed row; pre-norm, dropout 0.5, cosine schedule.
+Protocol: leave-one-out, full-catalogue ranking (12,101 items), seen items filtered, picked on validation
+NDCG@10. Data: `user item item ...` lines.
+
+    python -m experiments.train --config=configs/sasrec_beauty.py --workdir=runs/beauty
+
+@RESULT@
+
+The search behind it, on validation, is in LOG.md (2026-11-20).
+"""
 
 from configs import common
 

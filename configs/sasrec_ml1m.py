@@ -1,4 +1,17 @@
-"""SASRec with exact cross-entropy on MovieLens-1M."""
+"""SASRec with exact cross-entropy on MovieLens-1M.
+
+Paper: Klenitskiy & Vasilev, RecSys'23 (arXiv 2309.07602): SASRec with the full softmax, HR@10 0.3152; the
+architecture is Kang & McAuley, ICDM'18. Differs: post-norm, 128 wide with 2 heads, learns from all windows
+of long histories, counts positions from the start.
+Protocol: leave-one-out, full-catalogue ranking (3,416 items), seen items filtered, model picked on
+validation NDCG@10, ties in expectation. Data: the SASRec version of MovieLens-1M, `user item` lines.
+
+    python -m experiments.train --config=configs/sasrec_ml1m.py --workdir=runs/ml1m --config.seed=0
+
+@RESULT@
+
+The search behind it, on validation, is in LOG.md (2026-11-20).
+"""
 
 from configs import common
 

@@ -2,7 +2,7 @@
 
     python -m experiments.prepare_data --input=log.csv --user=customer --item=product --time=when \\
         --k_core=5 --output=data/log
-    python -m experiments.train --config=configs/sasrec_ml1m.py --workdir=runs/log \\
+    python -m experiments.train --config=configs/sasrec.py --workdir=runs/log \\
         --config.data.path=data/log
 
 Prints which format was chosen, what each rule left out, and the split with its checksum. The input is

@@ -47,7 +47,7 @@ def plan_packing(num_tokens: np.ndarray, row_len: int) -> PackingPlan:
     # Rows with equal contents are made at once: `left[l]` users of length l remain to be placed.
     left = np.bincount(lengths[users], minlength=row_len + 1)
     rows: list[list[int]] = []
-    while (longest := _longest(left, row_len)) > 0:
+    while left.any():
         row, room = [], row_len
         while (length := _longest(left, room)) > 0:
             take = min(room // length, left[length])

@@ -66,20 +66,26 @@ class World:
         rng = np.random.default_rng((config.seed, 1))
         lengths = config.min_len + rng.geometric(1 / (config.mean_len - config.min_len), config.num_users)
         longest = lengths.max()
+        interest_US = np.empty((config.num_users, longest), np.int64)
+        interest_US[:, 0] = rng.integers(config.num_interests, size=config.num_users)
         transition_cdf = np.cumsum(self.transition_ZZ, axis=1)
-        emission_cdf = np.cumsum(self.emission_ZV, axis=1)
-        items_US = np.empty((config.num_users, longest), np.int32)
-        interest_U = rng.integers(config.num_interests, size=config.num_users)
-        for event in range(longest):
-            items_US[:, event] = _draw(emission_cdf[interest_U], rng)
-            interest_U = _draw(transition_cdf[interest_U], rng)
+        for event in range(1, longest):
+            uniform_U1 = rng.random((config.num_users, 1))
+            moved_U = np.sum(transition_cdf[interest_US[:, event - 1]] <= uniform_U1, axis=1)
+            interest_US[:, event] = np.minimum(moved_U, config.num_interests - 1)
         real_US = np.arange(longest) < lengths[:, None]
+        interests = interest_US[real_US]
+        items = np.empty(len(interests), np.int32)
+        for interest, cdf_V in enumerate(np.cumsum(self.emission_ZV, axis=1)):
+            here = np.flatnonzero(interests == interest)
+            drawn = np.searchsorted(cdf_V, rng.random(len(here)) * cdf_V[-1], side="right")
+            items[here] = np.minimum(drawn, config.num_items)  # a rounded sum may fall short of 1
         users = np.repeat(np.arange(config.num_users, dtype=np.int32), lengths)
         start_U = rng.integers(10**6, size=config.num_users)
         times_US = 1_600_000_000 + 3600 * (start_U[:, None] + np.arange(longest))
         return InteractionLog(
             users=users,
-            items=items_US[real_US],
+            items=items,
             times=times_US[real_US],
             ratings=None,
             user_ids=np.array([f"u{user}" for user in range(config.num_users)]),
@@ -117,9 +123,3 @@ class World:
             return self.next_item_probs(padded_BS)[:, world_item_V].astype(np.float32)
 
         return score_fn
-
-
-def _draw(cdf_BX: np.ndarray, rng) -> np.ndarray:
-    """One index a row, from cumulative probabilities."""
-    uniform_B1 = rng.random((len(cdf_BX), 1)) * cdf_BX[:, -1:]
-    return np.sum(cdf_BX <= uniform_B1, axis=1)
