@@ -1,0 +1,36 @@
+import jax
+import numpy as np
+import pytest
+from scipy.stats import chisquare
+
+from rec_jax.data.negatives import make_sampler
+
+COUNTS = np.array([99, 0, 1, 10, 50, 3])  # row 0 is padding; item 1 is unseen
+
+
+@pytest.mark.parametrize("kind", ["uniform", "popularity"])
+def test_draws_follow_the_stated_probabilities(kind):
+    sampler = make_sampler(kind, COUNTS)
+    draws = np.asarray(sampler.draw(jax.random.key(0), (20_000,)))
+    expected = np.full(5, 0.2) if kind == "uniform" else np.array([1, 1, 10, 50, 3]) / 65
+    np.testing.assert_allclose(np.exp(sampler.log_prob_V[1:]), expected, rtol=1e-6)
+    assert sampler.log_prob_V[0] == -np.inf
+    counts = np.bincount(draws, minlength=6)
+    assert counts[0] == 0
+    assert chisquare(counts[1:], expected * 20_000).pvalue > 1e-3
+
+
+def test_alias_table_is_exact_for_a_long_tail():
+    counts = np.concatenate([[0], 1000 / np.arange(1, 500)])
+    sampler = make_sampler("popularity", counts)
+    accept, alias = np.asarray(sampler.accept_V, np.float64), np.asarray(sampler.alias_V)
+    probs = accept / len(accept)
+    np.add.at(probs, alias, (1 - accept) / len(accept))
+    np.testing.assert_allclose(probs, np.exp(sampler.log_prob_V[1:]), rtol=1e-4)
+
+
+def test_mistakes():
+    with pytest.raises(ValueError, match="sampler='zipf'"):
+        make_sampler("zipf", COUNTS)
+    with pytest.raises(ValueError, match="empty"):
+        make_sampler("uniform", np.array([0]))

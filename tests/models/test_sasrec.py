@@ -1,0 +1,178 @@
+"""SASRec against its formulas in plain NumPy, and the promises of packed rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rec_jax.models.base import init_model
+from rec_jax.models.sasrec import SASRec, SASRecConfig
+from rec_jax.nn.attention import rotary, segment_attention
+from rec_jax.nn.dropout import row_keys
+
+NUM_ITEMS, MAX_LEN = 20, 12
+
+
+def make(**kwargs):
+    config = SASRecConfig(**({"width": 8, "ff_width": 12, "num_heads": 2, "dropout": 0.0} | kwargs))
+    model, params = init_model(lambda rngs: SASRec(config, NUM_ITEMS, MAX_LEN, rngs=rngs), seed=0)
+    # Far from their start, so that scales, biases and the logits of the attention take part.
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return config, model, jax.tree.unflatten(treedef, leaves)
+
+
+def reference(config, params, history):
+    """The encoding of every position of one history, f64[S, D], one head and one query at a time."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+    def norm(x, p):
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
+
+    def linear(x, p):
+        return x @ p["kernel"] + p["bias"]
+
+    def rotate(x, position):
+        half = len(x) // 2
+        out = np.empty_like(x)
+        for i in range(half):
+            angle = position * 10_000.0 ** (-i / half)
+            out[i] = x[i] * np.cos(angle) - x[i + half] * np.sin(angle)
+            out[i + half] = x[i + half] * np.cos(angle) + x[i] * np.sin(angle)
+        return out
+
+    def attention(x, memory, p):
+        q = linear(x, p["query"])
+        k, v = np.split(linear(memory, p["key_value"]), 2, axis=-1)
+        width = config.width // config.num_heads
+        out = np.zeros_like(q)
+        for head in range(config.num_heads):
+            part = slice(head * width, (head + 1) * width)
+            for s in range(len(x)):
+                logits = []
+                for t in range(s + 1):
+                    a, b = q[s, part], k[t, part]
+                    if config.position == "rotary":
+                        a, b = rotate(a, s), rotate(b, t)
+                    logits.append(a @ b / np.sqrt(width))
+                weights = np.exp(logits - np.max(logits))
+                out[s, part] = (weights / weights.sum()) @ v[: s + 1, part]
+        return linear(out, p["out"])
+
+    x = p["items"]["embedding"][history] * np.sqrt(config.width)
+    if config.position == "learned":
+        x = x + p["positions"]["embedding"][: len(history)]
+    for index in range(config.num_layers):
+        block = p["blocks"][index]
+        y = norm(x, block["attention_norm"])
+        residual = x if config.norm == "pre" else y
+        memory = x if config.norm == "original" else y
+        x = residual + attention(y, memory, block["attention"])
+        y = norm(x, block["ff_norm"])
+        residual = x if config.norm == "pre" else y
+        x = residual + linear(np.maximum(linear(y, block["ff"]["up"]), 0), block["ff"]["down"])
+    x = norm(x, p["final_norm"])
+    if config.l2_normalize:
+        x = x / np.linalg.norm(x, axis=-1, keepdims=True)
+    return x / config.temperature
+
+
+def pack(histories, length):
+    """All histories in one row, in order."""
+    batch = {name: np.zeros((1, length), np.int32) for name in ("items", "segments", "positions")}
+    at = 0
+    for segment, history in enumerate(histories, 1):
+        inside = slice(at, at + len(history))
+        batch["items"][0, inside] = history
+        batch["segments"][0, inside] = segment
+        batch["positions"][0, inside] = np.arange(len(history))
+        at += len(history)
+    return batch
+
+
+HISTORIES = [[3, 7, 7, 1], [20], [5, 6, 2, 9, 11]]
+
+
+@pytest.mark.parametrize("norm", ["pre", "post", "original"])
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+def test_packed_rows_equal_the_reference_of_each_history(norm, position):
+    config, model, params = make(norm=norm, position=position)
+    x_SD = model.bind(params)(pack(HISTORIES, MAX_LEN))[0]
+    expected = np.concatenate([reference(config, params, history) for history in HISTORIES])
+    np.testing.assert_allclose(x_SD[: len(expected)], expected, rtol=2e-4, atol=2e-5)
+
+
+def test_normalised_scoring_is_the_cosine_over_the_temperature():
+    config, model, params = make(l2_normalize=True, temperature=0.05)
+    module = model.bind(params)
+    x_SD = module(pack(HISTORIES, MAX_LEN))[0]
+    expected = np.concatenate([reference(config, params, history) for history in HISTORIES])
+    table = np.asarray(params["items"]["embedding"], np.float64)
+    table /= np.linalg.norm(table, axis=1, keepdims=True)
+    scores = x_SD @ module.item_vectors().T
+    np.testing.assert_allclose(scores[: len(expected)], expected @ table.T, rtol=1e-3, atol=1e-3)
+    assert np.abs(scores).max() <= 20 * (1 + 1e-5)
+
+
+def test_nothing_leaks_from_later_events_or_other_histories():
+    _, model, params = make()
+    x_SD = model.bind(params)(pack(HISTORIES, MAX_LEN))[0]
+    changed = [[3, 7, 7, 8], [20], [5, 6, 2, 10, 4]]
+    y_SD = model.bind(params)(pack(changed, MAX_LEN))[0]
+    same = np.array([0, 1, 2, 4, 5, 6, 7])  # all before the events that changed
+    np.testing.assert_array_equal(x_SD[same], y_SD[same])
+    changes = np.array([3, 8, 9])
+    assert np.all(np.any(x_SD[changes] != y_SD[changes], axis=1))
+
+
+@pytest.mark.parametrize("query_block", [1, 3, 5, 6, 7, 18, 100])
+def test_attention_equals_a_loop_for_any_query_block(query_block):
+    rng = np.random.default_rng(0)
+    length = 18
+    q, k, v = (jnp.asarray(rng.normal(size=(2, length, 2, 4)), jnp.float32) for _ in range(3))
+    segments = np.array([[1] * 7 + [2] * 8 + [0] * 3, [1] * 18])
+    out = segment_attention(q, k, v, jnp.asarray(segments), query_block)
+    for b in range(2):
+        for s in range(length):
+            keys = [t for t in range(s + 1) if segments[b, t] == segments[b, s]]
+            for head in range(2):
+                logits = np.array([q[b, s, head] @ k[b, t, head] / 2 for t in keys])
+                weights = np.exp(logits - logits.max())
+                expected = (weights / weights.sum()) @ np.stack([v[b, t, head] for t in keys])
+                np.testing.assert_allclose(out[b, s, head], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rotary_depends_on_distance_alone():
+    x, y = (jnp.asarray(np.random.default_rng(i).normal(size=(1, 1, 1, 8)), jnp.float32) for i in (0, 1))
+
+    def score(s, t):
+        return jnp.sum(rotary(x, jnp.array([[s]])) * rotary(y, jnp.array([[t]])))
+
+    assert score(9, 4) == pytest.approx(float(score(25, 20)), rel=1e-4)
+    assert abs(score(9, 4) - score(9, 5)) > 1e-3
+
+
+def test_dropout_changes_with_the_key_and_not_without_one():
+    _, model, params = make(dropout=0.5)
+    batch = pack(HISTORIES, MAX_LEN)
+    module = model.bind(params)
+    keys = [row_keys(jnp.uint32(seed), jnp.arange(1)) for seed in (0, 0, 1)]
+    a, again, other = (np.asarray(module(batch, key)) for key in keys)
+    np.testing.assert_array_equal(a, again)
+    assert np.any(a != other) and np.any(a != np.asarray(module(batch)))
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"num_heads": 6, "width": 64}, "num_heads=6 does not divide width=64"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"width": 6, "num_heads": 2, "position": "rotary"}, "even"),
+    ],
+)
+def test_mistakes_in_the_config(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        SASRecConfig(**kwargs)
