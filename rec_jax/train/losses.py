@@ -77,8 +77,11 @@ def loss_sum(config: LossConfig, sampler, x_BSD, table_VD, batch, key, shared) -
         beta = 1.0
         if config.type == "gbce":
             beta = gbce_beta(config.num_negatives, table_VD.shape[0] - 1, config.gbce_t)
-        neg_scores_BSK = jnp.where(dropped_BSK, _DROPPED, neg_scores_BSK)
-        loss_BS = jnp.sum(jax.nn.softplus(neg_scores_BSK), axis=-1) - beta * jax.nn.log_sigmoid(pos_BS)
+        # Scores start where positives and negatives balance (0 for one negative), as a constant that no
+        # ranking sees: else all vectors first move together to reach it, and learning starts epochs later.
+        prior = math.log(beta / config.num_negatives)
+        neg_BSK = jnp.where(dropped_BSK, _DROPPED, neg_scores_BSK + prior)
+        loss_BS = jnp.sum(jax.nn.softplus(neg_BSK), axis=-1) - beta * jax.nn.log_sigmoid(pos_BS + prior)
     return jnp.sum(jnp.where(real_BS, loss_BS, 0)), count
 
 
