@@ -1,5 +1,6 @@
 """Our training step against the naive padded one, and the loader by itself."""
 
+import collections
 import time
 
 import jax
@@ -21,6 +22,7 @@ from rec_jax.train.step import init_state, make_train_step
 
 NUM_USERS = 128  # of a batch
 NUM_BATCHES = 4  # different ones, in turn
+MAX_STEPS_AHEAD = 4  # of the host. XLA:CPU can hang when its queue (32 deep) is full on a collective
 BLOCK_SECS = 1.0  # of steps between two readings of the clock
 MICRO_TOKENS = 800  # that a device works on at a time: what fits the cache of a core
 MODEL = SASRecConfig(width=50, ff_width=50, num_layers=2, num_heads=1, dropout=0.2, norm="original")
@@ -80,6 +82,7 @@ class Loop:
         self._step, self._state, self._batches, self._place = step, state, batches, place
         self.rows = len(batches[0]["items"])
         self._tokens = sum(int((batch["targets"] > 0).sum()) for batch in batches)
+        self._ahead = collections.deque()
         self._rounds = 1
         self()  # compiles
         start = time.perf_counter()
@@ -101,7 +104,11 @@ class Loop:
         for _ in range(self._rounds):
             for batch in self._batches:
                 self._state, aux = self._step(self._state, self._place(batch))
-        jax.block_until_ready((self._state, aux))
+                self._ahead.append(aux)
+                if len(self._ahead) > MAX_STEPS_AHEAD:
+                    jax.block_until_ready(self._ahead.popleft())
+        self._ahead.clear()
+        jax.block_until_ready(self._state)
 
 
 def naive_loop(params, histories, split, max_len: int) -> Loop:
