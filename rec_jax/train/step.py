@@ -89,7 +89,7 @@ def make_train_step(
         one = jnp.ones((), jnp.float32)
         metrics = {
             "loss": (loss, tokens),
-            "grad_norm": (optax.global_norm(grads), one),
+            "grad_norm": (optax.tree.norm(grads), one),
             "tokens": (tokens, one),
         }
         return TrainState(state.step + 1, params, opt_state), metrics

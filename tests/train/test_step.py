@@ -1,0 +1,133 @@
+"""One step on every mesh, however divided, is the same step."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from rec_jax.data.negatives import make_sampler
+from rec_jax.mesh import MeshConfig, make_mesh, place_batch, replicate
+from rec_jax.models.base import init_model
+from rec_jax.models.sasrec import SASRec, SASRecConfig
+from rec_jax.train.losses import LossConfig
+from rec_jax.train.optim import OptimConfig, make_optimizer
+from rec_jax.train.step import init_state, make_train_step
+
+NUM_ITEMS, ROWS, LENGTH = 40, 8, 12
+
+
+def make_batch(seed=0, rows=ROWS):
+    """Packed rows of several segments, some with padding behind, one all padding."""
+    rng = np.random.default_rng(seed)
+    batch = {n: np.zeros((rows, LENGTH), np.int32) for n in ("items", "targets", "segments", "positions")}
+    for row in range(rows - 1):
+        at, segment = 0, 1
+        while at < LENGTH - 2:
+            length = int(rng.integers(1, LENGTH - at))
+            inside = slice(at, at + length)
+            walk = rng.integers(1, NUM_ITEMS + 1, length + 1)
+            batch["items"][row, inside], batch["targets"][row, inside] = walk[:-1], walk[1:]
+            batch["segments"][row, inside], batch["positions"][row, inside] = segment, np.arange(length)
+            at, segment = at + length, segment + 1
+    return batch
+
+
+LOSSES = {
+    "softmax": LossConfig(type="softmax"),
+    "sampled": LossConfig(type="sampled_softmax", num_negatives=5, sampler="popularity"),
+    "in_batch": LossConfig(type="sampled_softmax", num_negatives=5, sampler="in_batch", sharing="batch"),
+    "bce": LossConfig(type="bce", num_negatives=1, sharing="position", exclude_history=True),
+    "gbce": LossConfig(type="gbce", num_negatives=5),
+}
+
+
+def run(loss="softmax", devices=1, micro_rows=8, steps=3, precision="f32", batches=None, seed=0):
+    config = SASRecConfig(width=8, ff_width=8, dropout=0.3)
+    model, params = init_model(lambda rngs: SASRec(config, NUM_ITEMS, LENGTH, rngs=rngs), seed=0)
+    optimizer = make_optimizer(OptimConfig(type="sgd", learning_rate=0.5), params, 10)
+    mesh = make_mesh(MeshConfig(data=devices))
+    sampler = make_sampler(LOSSES[loss].sampler, np.arange(NUM_ITEMS + 1))
+    step = make_train_step(
+        model,
+        optimizer,
+        LOSSES[loss],
+        sampler,
+        mesh,
+        micro_rows=micro_rows,
+        precision=precision,
+        seed=seed,
+    )
+    state = replicate(init_state(params, optimizer), mesh)
+    losses = []
+    for index in range(steps):
+        batch = batches[index] if batches else make_batch(index)
+        state, metrics = step(state, place_batch(batch, mesh))
+        losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+    assert step._cache_size() == 1  # one trace over all steps
+    return losses, jax.device_get(state.params)
+
+
+def assert_close(a, b, rtol=2e-5):
+    np.testing.assert_allclose(a[0], b[0], rtol=rtol)
+    for x, y in zip(jax.tree.leaves(a[1]), jax.tree.leaves(b[1]), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_division_into_devices_and_micro_steps_changes_nothing(loss):
+    whole = run(loss)
+    for devices, micro_rows in [(1, 2), (2, 4), (8, 1), (4, 1)]:
+        assert_close(run(loss, devices, micro_rows), whole)
+
+
+def test_two_runs_are_bit_equal_and_seeds_differ():
+    first, again, other = run("sampled", 2, 2), run("sampled", 2, 2), run("sampled", 2, 2, seed=1)
+    assert first[0] == again[0] != other[0]
+    jax.tree.map(np.testing.assert_array_equal, first[1], again[1])
+
+
+def test_empty_rows_change_nothing():
+    batch = make_batch()
+    padded = {name: np.concatenate([x, np.zeros_like(x)]) for name, x in batch.items()}
+    assert_close(run(batches=[batch], steps=1), run(batches=[padded], steps=1))
+
+
+def test_bf16_computes_near_f32_and_keeps_f32_parameters():
+    f32, bf16 = run(), run(precision="bf16")
+    np.testing.assert_allclose(bf16[0], f32[0], rtol=2e-2)
+    assert bf16[0] != f32[0]
+    assert {x.dtype for x in jax.tree.leaves(bf16[1])} == {np.dtype(np.float32)}
+
+
+def test_the_state_is_donated():
+    config = SASRecConfig(width=8, ff_width=8)
+    model, params = init_model(lambda rngs: SASRec(config, NUM_ITEMS, LENGTH, rngs=rngs), seed=0)
+    optimizer = optax.adam(1e-3)
+    mesh = make_mesh(MeshConfig(data=1))
+    step = make_train_step(model, optimizer, LOSSES["softmax"], None, mesh, micro_rows=8)
+    state = replicate(init_state(params, optimizer), mesh)
+    table = state.params["items"]["embedding"]
+    step(state, place_batch(make_batch(), mesh))
+    assert table.is_deleted()
+
+
+def test_a_tiny_set_is_learnt_by_heart():
+    config = SASRecConfig(width=16, ff_width=16, dropout=0.0)
+    model, params = init_model(lambda rngs: SASRec(config, NUM_ITEMS, LENGTH, rngs=rngs), seed=0)
+    optimizer = make_optimizer(OptimConfig(learning_rate=1e-2), params, 300)
+    mesh = make_mesh(MeshConfig(data=1))
+    step = make_train_step(model, optimizer, LOSSES["softmax"], None, mesh, micro_rows=8)
+    state = replicate(init_state(params, optimizer), mesh)
+    batch = make_batch()
+    batch["items"][:, 0] = np.arange(1, ROWS + 1)  # first items alike would have several futures
+    placed = place_batch(batch, mesh)
+    for _ in range(300):
+        state, metrics = step(state, placed)
+    per_token = float(metrics["loss"][0] / metrics["loss"][1])
+    assert per_token < 0.5 < np.log(NUM_ITEMS)
+
+
+def test_micro_rows_must_divide():
+    with pytest.raises(ValueError, match="micro_rows=3"):
+        run(micro_rows=3, steps=1)
+
