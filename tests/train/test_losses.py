@@ -1,0 +1,166 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rec_jax.data.negatives import make_sampler
+from rec_jax.train.losses import LossConfig, draw_shared, gbce_beta, loss_sum
+
+NUM_ITEMS, D = 9, 4
+RNG = np.random.default_rng(0)
+TABLE = jnp.asarray(RNG.normal(size=(NUM_ITEMS + 1, D)), jnp.float32)
+X = jnp.asarray(RNG.normal(size=(2, 3, D)), jnp.float32)
+BATCH = {
+    "items": jnp.array([[1, 2, 3], [4, 5, 0]]),
+    "targets": jnp.array([[2, 3, 6], [5, 7, 0]]),
+    "segments": jnp.array([[1, 1, 1], [1, 1, 0]]),
+    "row_ids": jnp.arange(2),
+}
+UNIFORM = make_sampler("uniform", np.ones(NUM_ITEMS + 1))
+
+
+class Fixed:
+    """A sampler that draws what it is told."""
+
+    def __init__(self, negatives, log_prob=UNIFORM.log_prob_V):
+        self.negatives, self.log_prob_V = jnp.asarray(negatives), log_prob
+
+    def draw(self, key, shape):
+        return jnp.broadcast_to(self.negatives, shape)
+
+
+def softplus(x):
+    return np.log1p(np.exp(x))
+
+
+def by_hand(per_token):
+    """Sum of per_token(scores of the catalogue, target) over the five real tokens."""
+    total = 0.0
+    for row, place in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]:
+        scores = np.asarray(TABLE, np.float64) @ np.asarray(X[row, place], np.float64)
+        total += per_token(scores, int(BATCH["targets"][row, place]))
+    return total
+
+
+def compute(config, sampler, shared=None):
+    if shared is None:
+        shared = draw_shared(config, sampler, jax.random.key(0), BATCH["targets"])
+    loss, count = loss_sum(config, sampler, X, TABLE, BATCH, jax.random.key(0), shared)
+    assert count == 5
+    return float(loss)
+
+
+def test_bce_with_one_negative():
+    config = LossConfig(type="bce", num_negatives=1, sharing="position")
+    expected = by_hand(lambda s, y: softplus(-s[y]) + softplus(s[9]))
+    assert compute(config, Fixed([9])) == pytest.approx(expected, rel=1e-5)
+
+
+def test_bce_starts_where_positives_and_negatives_balance():
+    config = LossConfig(type="bce", num_negatives=2, sharing="row")
+    prior = np.log(1 / 2)
+    expected = by_hand(
+        lambda s, y: softplus(-s[y] - prior) + softplus(s[8] + prior) + softplus(s[9] + prior)
+    )
+    assert compute(config, Fixed([8, 9])) == pytest.approx(expected, rel=1e-5)
+
+
+def test_gbce_raises_the_positive_to_beta():
+    # K = 2 of V - 1 = 8: alpha = 1/4, beta = 1/4 * (0.5 * (1 - 4) + 4) = 0.625.
+    assert gbce_beta(2, NUM_ITEMS, 0.5) == pytest.approx(0.625)
+    assert gbce_beta(2, NUM_ITEMS, 0.0) == 1 and gbce_beta(2, NUM_ITEMS, 1.0) == pytest.approx(0.25)
+    config = LossConfig(type="gbce", num_negatives=2, gbce_t=0.5)
+    prior = np.log(0.625 / 2)
+    expected = by_hand(
+        lambda s, y: 0.625 * softplus(-s[y] - prior) + softplus(s[8] + prior) + softplus(s[9] + prior)
+    )
+    assert compute(config, Fixed([8, 9])) == pytest.approx(expected, rel=1e-5)
+
+
+def test_sampled_softmax_by_hand():
+    config = LossConfig(type="sampled_softmax", num_negatives=2)
+    log_prob = jnp.log(jnp.arange(10) / 45.0)
+
+    def token(s, y):
+        z = np.exp(s[y]) + np.exp(s[8]) / (2 * 8 / 45) + np.exp(s[9]) / (2 * 9 / 45)
+        return np.log(z) - s[y]
+
+    assert compute(config, Fixed([8, 9], log_prob)) == pytest.approx(by_hand(token), rel=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "popularity"])
+def test_sampled_softmax_tends_to_the_exact_one(sampler):
+    """The estimate of the partition is unbiased, whatever the sampler."""
+    exact = compute(LossConfig(type="softmax"), None)
+    counts = np.array([0, 1, 1, 2, 3, 5, 8, 13, 21, 34])
+    many = LossConfig(type="sampled_softmax", num_negatives=20_000)
+    assert compute(many, make_sampler(sampler, counts)) == pytest.approx(exact, rel=1e-2)
+
+
+def test_a_negative_that_is_the_target_does_not_count():
+    config = LossConfig(type="sampled_softmax", num_negatives=2)
+
+    def token(s, y):
+        others = [np.exp(s[v]) / (2 / NUM_ITEMS) for v in (6, 9) if v != y]
+        return np.log(np.exp(s[y]) + sum(others)) - s[y]
+
+    assert compute(config, Fixed([6, 9])) == pytest.approx(by_hand(token), rel=1e-5)
+
+
+def test_history_may_be_left_out_of_the_negatives():
+    config = LossConfig(type="bce", num_negatives=2, sharing="row", exclude_history=True)
+    prior = np.log(1 / 2)
+    # Item 7 is a target of row 1 and item 1 an input of row 0: each is dropped in its own row alone.
+    expected = 0.0
+    for row, place, drawn in [(0, 0, 7), (0, 1, 7), (0, 2, 7), (1, 0, 1), (1, 1, 1)]:
+        s = np.asarray(TABLE, np.float64) @ np.asarray(X[row, place], np.float64)
+        expected += softplus(-s[BATCH["targets"][row, place]] - prior) + softplus(s[drawn] + prior)
+    assert compute(config, Fixed([1, 7])) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["bce", "gbce", "sampled_softmax"])
+def test_sharing_is_a_matter_of_cost_alone(loss):
+    """The same negatives shared by batch, row or position give the same loss and gradient."""
+    results = []
+    for sharing in ("batch", "row", "position"):
+        config = LossConfig(type=loss, num_negatives=3, sharing=sharing)
+
+        def objective(x, table, config=config):
+            sampler, key = Fixed([1, 8, 9]), jax.random.key(0)
+            shared = draw_shared(config, sampler, key, BATCH["targets"])
+            return loss_sum(config, sampler, x, table, BATCH, key, shared)[0]
+
+        results.append(jax.value_and_grad(objective, (0, 1))(X, TABLE))
+    for other in results[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), other, results[0])
+
+
+def test_in_batch_draws_are_targets_of_the_batch_in_their_frequency():
+    config = LossConfig(type="sampled_softmax", num_negatives=5000, sampler="in_batch", sharing="batch")
+    targets = jnp.array([[2, 2, 0], [5, 7, 0]])
+    drawn = draw_shared(config, UNIFORM, jax.random.key(1), targets)
+    share = np.bincount(np.asarray(drawn).ravel(), minlength=8) / 5000
+    np.testing.assert_allclose(share, [0, 0, 0.5, 0, 0, 0.25, 0, 0.25], atol=0.03)
+
+
+def test_rows_and_positions_draw_differently():
+    for sharing, shape in [("row", (2, 1, 4)), ("position", (2, 3, 4))]:
+        config = LossConfig(type="bce", num_negatives=4, sharing=sharing)
+        losses = {compute(config, UNIFORM)}
+        swapped = BATCH | {"row_ids": BATCH["row_ids"][::-1]}
+        shared = draw_shared(config, UNIFORM, jax.random.key(0), BATCH["targets"])
+        losses.add(float(loss_sum(config, UNIFORM, X, TABLE, swapped, jax.random.key(0), shared)[0]))
+        assert len(losses) == 2, shape
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"num_negatives": 0}, "num_negatives=0"),
+        ({"gbce_t": 1.5}, "gbce_t=1.5"),
+        ({"sampler": "in_batch"}, "sharing='row'"),
+    ],
+)
+def test_mistakes_in_the_config(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        LossConfig(**kwargs)
