@@ -57,6 +57,9 @@ def make_train_step(
         size = min(micro_rows, num_rows)
         if num_rows % size:
             raise ValueError(f"micro_rows={micro_rows} does not divide the {num_rows} rows of a device")
+        if num_rows == size:  # no accumulation: spare a pass over all gradients
+            sums = value_and_grad(params, batch, step_seed, key, shared)
+            return jax.lax.psum(sums, "data")
         micros = jax.tree.map(lambda x: x.reshape(num_rows // size, size, *x.shape[1:]), batch)
 
         def micro_step(sums, micro):
