@@ -9,7 +9,10 @@ Protocol of the headline: leave-one-out, full ranking, seen items filtered, pick
 
     python -m experiments.train --config=configs/sasrec_bce_ml1m.py --workdir=runs/bce
 
-@RESULT@
+Measured 2026-11-21 on 2 cores of an AMD EPYC (Zen 4) shared with other work, seed 0: test HR@10 0.2594,
+NDCG@10 0.1386 (95 % interval 0.1316 to 0.1454); unfiltered 0.1627 / 0.0718; under 100 sampled negatives
+HR@10 0.8184, NDCG@10 0.5979. The validation score still rose at the last of 60 epochs. 690 s of training
+steps. One seed.
 """
 
 from configs import common
