@@ -3,12 +3,14 @@
 Paper: Petrov & Macdonald, RecSys'23 (arXiv 2308.07192), gBCE with t = 0.75 and 256 uniform negatives; the
 authors' checkpoint reaches HR@10 0.3003 and NDCG@10 0.1726. Differs: the negatives are drawn once a packed
 row instead of once a position (one matrix product instead of a gather), post-norm, learns from all windows
-of long histories.
+of long histories, and scores start at a constant offset (train/losses.py).
 Protocol: leave-one-out, full ranking, seen items filtered, picked on validation NDCG@10.
 
     python -m experiments.train --config=configs/gsasrec_ml1m.py --workdir=runs/gsasrec
 
-@RESULT@
+Measured 2026-11-21 on 2 cores of an AMD EPYC (Zen 4) shared with other work, seed 0: test HR@10 0.3134,
+NDCG@10 0.1809 (95 % interval 0.1733 to 0.1886); unfiltered 0.2421 / 0.1224; validation NDCG@10 0.1830 at the
+last of 24 epochs; 614 s of training steps, 56 s of evaluations. One seed.
 """
 
 from configs import common
