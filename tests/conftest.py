@@ -3,10 +3,14 @@
 import os
 import pathlib
 
+import hypothesis
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+# No time limits on examples: a busy machine must not fail a test.
+hypothesis.settings.register_profile("rec_jax", deadline=None)
+hypothesis.settings.load_profile("rec_jax")
 
 
 @pytest.fixture

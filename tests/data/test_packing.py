@@ -57,7 +57,7 @@ def test_rows_are_nearly_full_on_long_tailed_lengths():
     assert plan_packing(lengths, 50).fill > 0.98
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(lengths_lists.filter(lambda x: max(x) > 3), st.integers(1, 5), st.booleans())
 def test_an_epoch_holds_every_training_target_once_and_nothing_else(lengths, rows, all_windows):
     histories, split = make_data(lengths)

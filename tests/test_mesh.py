@@ -1,0 +1,31 @@
+import jax
+import numpy as np
+import pytest
+
+from rec_jax.mesh import MeshConfig, make_mesh, place_batch, replicate
+
+
+def test_a_mesh_takes_all_devices_or_the_first_few():
+    assert make_mesh(MeshConfig()).shape == {"data": 8}
+    assert list(make_mesh(MeshConfig(data=3)).devices) == jax.devices()[:3]
+
+
+def test_a_batch_is_split_and_a_tree_repeated():
+    mesh = make_mesh(MeshConfig(data=4))
+    rows = np.arange(16).reshape(8, 2)
+    placed = place_batch({"items": rows}, mesh)["items"]
+    np.testing.assert_array_equal(placed, rows)
+    for shard in placed.addressable_shards:
+        np.testing.assert_array_equal(shard.data, rows[shard.index])
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 2)}
+    whole = replicate({"w": rows}, mesh)["w"]
+    assert [shard.data.shape for shard in whole.addressable_shards] == [(8, 2)] * 4
+
+
+def test_mistakes_name_the_way_out():
+    with pytest.raises(ValueError, match=r"data=-1 .*MeshConfig"):
+        MeshConfig(data=-1)
+    with pytest.raises(ValueError, match="mesh.data=9 but there are 8 devices.*JAX_NUM_CPU_DEVICES"):
+        make_mesh(MeshConfig(data=9))
+    with pytest.raises(ValueError, match="6 rows.*4 devices"):
+        place_batch({"items": np.zeros((6, 2), np.int32)}, make_mesh(MeshConfig(data=4)))
