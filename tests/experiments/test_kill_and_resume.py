@@ -39,7 +39,7 @@ def start(workdir, cache):
 
 
 def finish(process) -> str:
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
     return output
 
