@@ -45,6 +45,15 @@ def replicate(tree, mesh: Mesh):
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Splits the rows of this host's part of a batch over its devices."""
+    """Splits the rows of this host's part of a batch over its devices.
+
+    Raises ValueError if they cannot be split evenly.
+    """
+    num_rows, num_devices = len(batch["items"]), len(mesh.local_devices)
+    if num_rows % num_devices:
+        raise ValueError(
+            f"a batch of {num_rows} rows cannot be split over {num_devices} devices: make batch_rows a "
+            "multiple of mesh.data"
+        )
     sharding = NamedSharding(mesh, P("data"))
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

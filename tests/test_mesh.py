@@ -27,5 +27,5 @@ def test_mistakes_name_the_way_out():
         MeshConfig(data=-1)
     with pytest.raises(ValueError, match="mesh.data=9 but there are 8 devices.*JAX_NUM_CPU_DEVICES"):
         make_mesh(MeshConfig(data=9))
-    with pytest.raises(ValueError, match="6 rows.*4 devices"):
+    with pytest.raises(ValueError, match="6 rows.*4 devices.*batch_rows"):
         place_batch({"items": np.zeros((6, 2), np.int32)}, make_mesh(MeshConfig(data=4)))

@@ -25,6 +25,9 @@ class OptimConfig:
     def __post_init__(self):
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate={self.learning_rate} must be positive (OptimConfig)")
+        for name in ("warmup_steps", "final_rate", "clip_norm", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative (OptimConfig)")
         if self.weight_decay and self.type != "adamw":
             raise ValueError(
                 f"weight_decay={self.weight_decay} needs type='adamw', not {self.type!r} (OptimConfig)"
