@@ -58,8 +58,8 @@ def test_bf16_stays_bf16_with_the_mask_of_f32():
 
 
 def worst_z(bits):
-    """bool[M, n] masks of rate 1/2 -> the greatest |z| of their sums, of pairs of masks, of each place,
-    and of neighbours at distances at which a hash of the place might repeat itself."""
+    """bool[M, n] masks of rate 1/2 -> the greatest |z| of their sums, of pairs of masks, of each place, and of
+    neighbours at distances at which a hash of the place might repeat itself."""
     signs = bits * 2.0 - 1
     num_masks, n = signs.shape
     pairs = (signs @ signs.T)[np.triu_indices(num_masks, 1)] / np.sqrt(n)
@@ -70,7 +70,8 @@ def worst_z(bits):
 
 def many_masks():
     """Of rows, of sites and of steps next to each other."""
-    return np.concatenate([masks(seed=mix(jnp.uint32(step)), site=site) for step in (0, 1) for site in (0, 1, 2)])
+    seeds = [mix(jnp.uint32(step)) for step in (0, 1)]
+    return np.concatenate([masks(seed, site) for seed in seeds for site in (0, 1, 2)])
 
 
 def test_rows_sites_steps_and_places_are_independent():
