@@ -36,10 +36,15 @@ def segment_attention(
     scale = q_BSNH.shape[-1] ** -0.5
     out = []
     for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
-        logits = jnp.einsum("bqnh,bknh->bnqk", q_BSNH[:, start:stop] * scale, k_BSNH[:, :stop])
+        logits = jnp.einsum(
+            "bqnh,bknh->bnqk",
+            q_BSNH[:, start:stop] * scale,
+            k_BSNH[:, :stop],
+            preferred_element_type=jnp.float32,
+        )
         causal = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
         same = segments_BS[:, start:stop, None] == segments_BS[:, None, :stop]
-        logits = jnp.where((causal & same)[:, None], logits.astype(jnp.float32), -jnp.inf)
+        logits = jnp.where((causal & same)[:, None], logits, -jnp.inf)
         weights = jax.nn.softmax(logits, axis=-1).astype(v_BSNH.dtype)
         out.append(jnp.einsum("bnqk,bknh->bqnh", weights, v_BSNH[:, :stop]))
     return jnp.concatenate(out, axis=1) if num_blocks > 1 else out[0]

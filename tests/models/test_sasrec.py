@@ -7,7 +7,6 @@ import pytest
 
 from rec_jax.models.base import init_model
 from rec_jax.models.sasrec import SASRec, SASRecConfig
-from rec_jax.nn.attention import rotary, segment_attention
 from rec_jax.nn.dropout import row_keys
 
 NUM_ITEMS, MAX_LEN = 20, 12
@@ -125,33 +124,6 @@ def test_nothing_leaks_from_later_events_or_other_histories():
     np.testing.assert_array_equal(x_SD[same], y_SD[same])
     changes = np.array([3, 8, 9])
     assert np.all(np.any(x_SD[changes] != y_SD[changes], axis=1))
-
-
-@pytest.mark.parametrize("query_block", [1, 3, 5, 6, 7, 18, 100])
-def test_attention_equals_a_loop_for_any_query_block(query_block):
-    rng = np.random.default_rng(0)
-    length = 18
-    q, k, v = (jnp.asarray(rng.normal(size=(2, length, 2, 4)), jnp.float32) for _ in range(3))
-    segments = np.array([[1] * 7 + [2] * 8 + [0] * 3, [1] * 18])
-    out = segment_attention(q, k, v, jnp.asarray(segments), query_block)
-    for b in range(2):
-        for s in range(length):
-            keys = [t for t in range(s + 1) if segments[b, t] == segments[b, s]]
-            for head in range(2):
-                logits = np.array([q[b, s, head] @ k[b, t, head] / 2 for t in keys])
-                weights = np.exp(logits - logits.max())
-                expected = (weights / weights.sum()) @ np.stack([v[b, t, head] for t in keys])
-                np.testing.assert_allclose(out[b, s, head], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_rotary_depends_on_distance_alone():
-    x, y = (jnp.asarray(np.random.default_rng(i).normal(size=(1, 1, 1, 8)), jnp.float32) for i in (0, 1))
-
-    def score(s, t):
-        return jnp.sum(rotary(x, jnp.array([[s]])) * rotary(y, jnp.array([[t]])))
-
-    assert score(9, 4) == pytest.approx(float(score(25, 20)), rel=1e-4)
-    assert abs(score(9, 4) - score(9, 5)) > 1e-3
 
 
 def test_dropout_changes_with_the_key_and_not_without_one():

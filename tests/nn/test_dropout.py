@@ -58,8 +58,8 @@ def test_bf16_stays_bf16_with_the_mask_of_f32():
 
 
 def worst_z(bits):
-    """bool[M, n] masks of rate 1/2 -> the greatest |z| of their sums, of pairs of masks, of each place, and of
-    neighbours at distances at which a hash of the place might repeat itself."""
+    """bool[M, n] masks of rate 1/2 -> the greatest |z| of their sums, of pairs of masks, of each place,
+    and of neighbours at distances at which a hash of the place might repeat itself."""
     signs = bits * 2.0 - 1
     num_masks, n = signs.shape
     pairs = (signs @ signs.T)[np.triu_indices(num_masks, 1)] / np.sqrt(n)

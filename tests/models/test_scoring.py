@@ -1,0 +1,96 @@
+"""Scores of many packed histories against one full forward pass each."""
+
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from rec_jax.mesh import MeshConfig, make_mesh
+from rec_jax.models import scoring
+from rec_jax.models.base import init_model
+from rec_jax.models.sasrec import SASRec, SASRecConfig
+from rec_jax.models.scoring import SequenceScorer
+
+NUM_ITEMS, MAX_LEN = 30, 6
+LENGTHS = [1, 3, 6, 7, 20, 2, 1, 5]
+OFFSETS = np.cumsum([0, *LENGTHS])
+HISTORIES = SimpleNamespace(
+    items=np.random.default_rng(0).integers(1, NUM_ITEMS + 1, OFFSETS[-1]).astype(np.int32),
+    offsets=OFFSETS,
+)
+CONFIG = SASRecConfig(width=8, ff_width=8, dropout=0.5)
+MODEL, PARAMS = init_model(lambda rngs: SASRec(CONFIG, NUM_ITEMS, MAX_LEN, rngs=rngs), seed=0)
+PARAMS = jax.tree.map(lambda x: x * 3, PARAMS)
+
+
+def scorer(devices=1):
+    return SequenceScorer(MODEL, PARAMS, HISTORIES, MAX_LEN, make_mesh(MeshConfig(data=devices)))
+
+
+@jax.jit
+def forward(batch):
+    module = MODEL.bind(PARAMS)
+    return module(batch)[0] @ module.item_vectors().T
+
+
+def slow(history):
+    """Scores after the last MAX_LEN events of one history, alone in its row."""
+    history = np.asarray(history)[-MAX_LEN:]
+    pad = (0, MAX_LEN - len(history))
+    batch = {
+        "items": np.pad(history, pad)[None],
+        "segments": np.pad(np.ones(len(history), np.int32), pad)[None],
+        "positions": np.pad(np.arange(len(history)), pad)[None],
+    }
+    return np.asarray(forward(batch))[len(history) - 1]
+
+
+def check(scores, histories):
+    assert scores.shape == (len(histories), NUM_ITEMS + 1)
+    assert np.all(np.asarray(scores[:, 0]) == -np.inf)
+    for row, history in zip(np.asarray(scores), histories, strict=True):
+        np.testing.assert_allclose(row[1:], slow(history)[1:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("tokens", [12_800, MAX_LEN])  # all rows at once, or one row a device at a time
+def test_many_histories_equal_each_alone_in_the_order_asked_for(devices, tokens, monkeypatch):
+    monkeypatch.setattr(scoring, "_ENCODE_TOKENS", tokens)
+    # Users out of order and more than once, whole and cut short.
+    users = np.array([4, 0, 7, 4, 2, 3, 1, 5, 6, 4])
+    ends = OFFSETS[users] + np.array([20, 1, 5, 9, 6, 7, 2, 1, 1, 1])
+    histories = [HISTORIES.items[OFFSETS[u] : end] for u, end in zip(users, ends, strict=True)]
+    check(scorer(devices)(users, ends), histories)
+
+
+def test_one_given_history():
+    model = scorer()
+    for history in ([3], [1, 2, 3, 4, 5, 6], list(range(1, 20))):
+        check(model.score_history(np.array(history))[None], [history])
+
+
+def test_only_the_last_events_count():
+    model = scorer()
+    a, b = model.score_history([9, 9, *range(1, 7)]), model.score_history([*range(1, 7)])
+    np.testing.assert_array_equal(a, b)
+    assert np.any(np.asarray(a) != np.asarray(model.score_history([9, *range(2, 7)])))
+
+
+def test_what_follows_the_end_does_not_count():
+    model = scorer()
+    users, ends = np.array([4]), OFFSETS[[4]] + 4
+    before = np.asarray(model(users, ends))
+    changed = HISTORIES.items.copy()
+    changed[ends[0] :] = changed[ends[0] :] % NUM_ITEMS + 1
+    other = SequenceScorer(
+        MODEL, PARAMS, SimpleNamespace(items=changed, offsets=OFFSETS), MAX_LEN, make_mesh(MeshConfig(data=1))
+    )
+    np.testing.assert_array_equal(before, other(users, ends))
+
+
+def test_a_history_needs_an_event():
+    with pytest.raises(ValueError, match="the history is empty"):
+        scorer().score_history([])
+    with pytest.raises(ValueError, match="history 1 of the batch is empty"):
+        scorer()(np.array([3, 4]), OFFSETS[[3, 4]] + [2, 0])

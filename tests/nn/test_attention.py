@@ -1,0 +1,82 @@
+"""Attention against loops. A whole model against its formulas is in tests/models/test_sasrec.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rec_jax.nn import attention
+from rec_jax.nn.attention import rotary
+
+segment_attention = jax.jit(attention.segment_attention, static_argnums=4)
+LENGTH = 18
+SEGMENTS = np.array([[1] * 7 + [2] * 8 + [0] * 3, [1] * 18])
+
+
+def inputs(seed=0, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=(2, LENGTH, 2, 4)) * 2, dtype) for _ in range(3)]
+
+
+def slow(q, k, v):
+    """One query, one head at a time, in f64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.empty_like(q)
+    for b, s, head in np.ndindex(2, LENGTH, 2):
+        keys = [t for t in range(s + 1) if SEGMENTS[b, t] == SEGMENTS[b, s]]
+        logits = k[b, keys, head] @ q[b, s, head] / np.sqrt(4)
+        weights = np.exp(logits - logits.max())
+        out[b, s, head] = weights @ v[b, keys, head] / weights.sum()
+    return out
+
+
+# One block of queries, thirds of one more, exactly and one less, and single queries.
+@pytest.mark.parametrize("query_block", [100, 18, 7, 6, 5, 1])
+def test_equals_a_loop_for_any_query_block(query_block):
+    out = segment_attention(*inputs(), jnp.asarray(SEGMENTS), query_block)
+    np.testing.assert_allclose(out, slow(*inputs()), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_stay_inside_the_past_of_the_segment():
+    """Row (b, s) of the Jacobian touches exactly the keys and values that it may see."""
+    q, k, v = inputs()
+
+    def outputs(k, v):
+        return segment_attention(q, k, v, jnp.asarray(SEGMENTS), 5).sum((2, 3))  # [2, LENGTH]
+
+    for grad in jax.jit(jax.jacrev(outputs, (0, 1)))(k, v):
+        touched = np.any(np.asarray(grad) != 0, axis=(-2, -1))  # [b, s, b', t]
+        for b, s, other, t in np.ndindex(touched.shape):
+            # Alone with itself a token has weight 1 whatever its key.
+            seen = [u for u in range(s + 1) if SEGMENTS[b, u] == SEGMENTS[b, s]]
+            allowed = b == other and t in seen
+            assert touched[b, s, other, t] <= allowed
+        assert touched[0, 6, 0, :7].all() and touched[0, 14, 0, 7:15].all()
+
+
+def test_huge_logits_stay_finite():
+    q, k, v = inputs()
+    out = segment_attention(q * 1e3, k * 1e3, v, jnp.asarray(SEGMENTS), 6)
+    np.testing.assert_allclose(out, slow(q * 1e3, k * 1e3, v), rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_logits_are_summed_in_f32():
+    """Sharp logits near 200, where bf16 has steps of 1: the softmax must not see them so rounded."""
+    q, k, v = inputs(dtype=jnp.bfloat16)
+    q, k = q * 8, k * 8
+    out = segment_attention(q, k, v, jnp.asarray(SEGMENTS), 6)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(out, np.float32), slow(q, k, v), atol=0.05)
+
+
+def test_rotary_depends_on_distance_alone_and_keeps_lengths():
+    x, y = (jnp.asarray(np.random.default_rng(i).normal(size=(1, 1, 1, 8)), jnp.float32) for i in (0, 1))
+
+    def score(s, t):
+        return float(jnp.sum(rotary(x, jnp.array([[s]])) * rotary(y, jnp.array([[t]]))))
+
+    assert score(9, 4) == pytest.approx(score(25, 20), rel=1e-4)
+    assert score(9, 4) != pytest.approx(score(9, 5), rel=1e-2)
+    assert score(9, 4) != pytest.approx(score(4, 9), rel=1e-2)
+    np.testing.assert_array_equal(rotary(x, jnp.array([[0]])), x)
+    np.testing.assert_allclose(jnp.linalg.norm(rotary(x, jnp.array([[77]]))), jnp.linalg.norm(x), rtol=1e-6)
