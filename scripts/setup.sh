@@ -1,5 +1,5 @@
 # Sourced by the other scripts: makes .venv with Python 3.11 or newer and installs rec_jax into it.
-# Usage: source scripts/setup.sh EXTRAS
+# Usage: source scripts/setup.sh EXTRAS ("" for none)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -14,7 +14,7 @@ if ! cmp -s setup.cfg "$stamp"; then
   echo "setting up .venv (about a minute) ..."
   [ -x .venv/bin/python ] || "$python" -m venv .venv || {
     echo "no venv module: on Debian, apt-get install python3-venv" >&2; exit 1; }
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$1]"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${1:+[$1]}"
   cp setup.cfg "$stamp"
 fi
 python=.venv/bin/python
