@@ -39,8 +39,13 @@ def schedule(request, monkeypatch):
     return request.param
 
 
+def loss_and_grads(*args):
+    """Compiled anew each time, for the tile sizes of the moment."""
+    return jax.jit(jax.value_and_grad(lambda *args: softmax.softmax_cross_entropy(*args), (0, 1)))(*args)
+
+
 def check(args, rtol=2e-5):
-    loss, grads = jax.value_and_grad(softmax.softmax_cross_entropy, (0, 1))(*args)
+    loss, grads = loss_and_grads(*args)
     expected = float64_reference(*args)
     np.testing.assert_allclose(loss, expected[0], rtol=rtol)
     for grad, want in zip(grads, expected[1:], strict=True):
@@ -48,8 +53,10 @@ def check(args, rtol=2e-5):
 
 
 # Tiles of 256 items by 8 tokens: one less, exactly, one more, and three of them.
-@pytest.mark.parametrize("num_tokens", [1, 7, 8, 9, 24])
-@pytest.mark.parametrize("num_rows", [5, 255, 256, 257, 768])
+@pytest.mark.parametrize(
+    "num_tokens, num_rows",
+    [(1, 256), (7, 256), (8, 256), (9, 256), (24, 256)] + [(8, 5), (8, 255), (8, 257), (8, 768), (25, 769)],
+)
 def test_equals_the_formula_around_tile_sizes(schedule, monkeypatch, num_tokens, num_rows):
     monkeypatch.setattr(softmax, "TILE_ELEMENTS", 2048)
     check(inputs(num_tokens, num_rows))
@@ -69,24 +76,23 @@ def test_huge_logits_stay_finite(schedule):
 def test_tokens_of_weight_zero_add_nothing(schedule):
     h, table, targets, _ = inputs(16, 300)
     weights = jnp.arange(16) % 2 * 1.0
-    fn = jax.value_and_grad(softmax.softmax_cross_entropy, (0, 1))
-    loss, (dh, dtable) = fn(h, table, targets, weights)
-    half, (_, dtable_half) = fn(h[1::2], table, targets[1::2], weights[1::2])
+    loss, (dh, dtable) = loss_and_grads(h, table, targets, weights)
+    half, (_, dtable_half) = loss_and_grads(h[1::2], table, targets[1::2], weights[1::2])
     np.testing.assert_allclose(loss, half, rtol=1e-6)
     np.testing.assert_allclose(dtable, dtable_half, rtol=1e-4, atol=1e-5)
     assert np.all(np.asarray(dh[::2]) == 0) and np.all(np.asarray(dtable[0]) == 0)
 
 
-def test_bf16_inputs_get_bf16_gradients_near_f32(schedule):
+def test_bf16_inputs_get_bf16_gradients(schedule):
     h, table, targets, weights = inputs(32, 300)
-    fn = jax.value_and_grad(softmax.softmax_cross_entropy, (0, 1))
-    loss, grads = fn(h.astype(jnp.bfloat16), table.astype(jnp.bfloat16), targets, weights)
-    expected = fn(h, table, targets, weights)
+    h, table = h.astype(jnp.bfloat16), table.astype(jnp.bfloat16)
+    loss, grads = loss_and_grads(h, table, targets, weights)
+    expected = float64_reference(h, table, targets, weights)
     assert loss.dtype == jnp.float32 and {g.dtype for g in grads} == {jnp.dtype(jnp.bfloat16)}
-    np.testing.assert_allclose(loss, expected[0], rtol=1e-2)
-    for grad, want in zip(grads, expected[1], strict=True):
+    np.testing.assert_allclose(loss, expected[0], rtol=1e-5)  # sums are in f32, the target's too
+    for grad, want in zip(grads, expected[1:], strict=True):
         error = np.abs(np.asarray(grad, np.float32) - want).max()
-        assert error < 0.05 * np.abs(want).max()
+        assert error < 0.01 * np.abs(want).max()
 
 
 def temporary_bytes(fn, num_tokens, num_rows):
