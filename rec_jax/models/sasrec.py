@@ -26,6 +26,9 @@ class SASRecConfig:
     temperature: float = 1.0  # scores are divided by it
 
     def __post_init__(self):
+        for name, least in (("width", 1), ("num_layers", 0), ("num_heads", 1), ("ff_width", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least} (SASRecConfig)")
         if self.width % self.num_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide width={self.width} (SASRecConfig)"

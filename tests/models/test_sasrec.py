@@ -1,5 +1,7 @@
 """SASRec against its formulas in plain NumPy, and the promises of packed rows."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,16 @@ def make(**kwargs):
     keys = jax.random.split(jax.random.key(1), len(leaves))
     leaves = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
     return config, model, jax.tree.unflatten(treedef, leaves)
+
+
+def encode(model, params, histories, key_B=None):
+    """x_SD of one packed row."""
+    return np.asarray(_encode(model, params, pack(histories, MAX_LEN), key_B))[0]
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode(model, params, batch, key_B):
+    return model.bind(params)(batch, key_B)
 
 
 def reference(config, params, history):
@@ -98,28 +110,28 @@ HISTORIES = [[3, 7, 7, 1], [20], [5, 6, 2, 9, 11]]
 @pytest.mark.parametrize("position", ["learned", "rotary"])
 def test_packed_rows_equal_the_reference_of_each_history(norm, position):
     config, model, params = make(norm=norm, position=position)
-    x_SD = model.bind(params)(pack(HISTORIES, MAX_LEN))[0]
+    x_SD = encode(model, params, HISTORIES)
     expected = np.concatenate([reference(config, params, history) for history in HISTORIES])
     np.testing.assert_allclose(x_SD[: len(expected)], expected, rtol=2e-4, atol=2e-5)
 
 
 def test_normalised_scoring_is_the_cosine_over_the_temperature():
     config, model, params = make(l2_normalize=True, temperature=0.05)
-    module = model.bind(params)
-    x_SD = module(pack(HISTORIES, MAX_LEN))[0]
+    x_SD = encode(model, params, HISTORIES)
     expected = np.concatenate([reference(config, params, history) for history in HISTORIES])
     table = np.asarray(params["items"]["embedding"], np.float64)
     table /= np.linalg.norm(table, axis=1, keepdims=True)
-    scores = x_SD @ module.item_vectors().T
+    scores = x_SD @ model.bind(params).item_vectors().T
     np.testing.assert_allclose(scores[: len(expected)], expected @ table.T, rtol=1e-3, atol=1e-3)
     assert np.abs(scores).max() <= 20 * (1 + 1e-5)
 
 
-def test_nothing_leaks_from_later_events_or_other_histories():
-    _, model, params = make()
-    x_SD = model.bind(params)(pack(HISTORIES, MAX_LEN))[0]
+@pytest.mark.parametrize("norm, position", [("post", "learned"), ("original", "rotary")])
+def test_nothing_leaks_from_later_events_or_other_histories(norm, position):
+    _, model, params = make(norm=norm, position=position)
+    x_SD = encode(model, params, HISTORIES)
     changed = [[3, 7, 7, 8], [20], [5, 6, 2, 10, 4]]
-    y_SD = model.bind(params)(pack(changed, MAX_LEN))[0]
+    y_SD = encode(model, params, changed)
     same = np.array([0, 1, 2, 4, 5, 6, 7])  # all before the events that changed
     np.testing.assert_array_equal(x_SD[same], y_SD[same])
     changes = np.array([3, 8, 9])
@@ -128,18 +140,20 @@ def test_nothing_leaks_from_later_events_or_other_histories():
 
 def test_dropout_changes_with_the_key_and_not_without_one():
     _, model, params = make(dropout=0.5)
-    batch = pack(HISTORIES, MAX_LEN)
-    module = model.bind(params)
     keys = [row_keys(jnp.uint32(seed), jnp.arange(1)) for seed in (0, 0, 1)]
-    a, again, other = (np.asarray(module(batch, key)) for key in keys)
+    a, again, other = (encode(model, params, HISTORIES, key) for key in keys)
     np.testing.assert_array_equal(a, again)
-    assert np.any(a != other) and np.any(a != np.asarray(module(batch)))
+    assert np.any(a != other) and np.any(a != encode(model, params, HISTORIES))
 
 
 @pytest.mark.parametrize(
     "kwargs, message",
     [
         ({"num_heads": 6, "width": 64}, "num_heads=6 does not divide width=64"),
+        ({"num_heads": 0}, "num_heads=0"),
+        ({"width": 0}, "width=0"),
+        ({"ff_width": 0}, "ff_width=0"),
+        ({"num_layers": -1}, "num_layers=-1"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"width": 6, "num_heads": 2, "position": "rotary"}, "even"),
