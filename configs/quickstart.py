@@ -6,7 +6,8 @@ filtered out: items repeat in this world, and the oracle is the best only among 
 
     python -m experiments.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-@QSRESULT@
+Measured 2026-11-21 on 2 busy cores of an AMD EPYC (Zen 4), seed 0: test NDCG@10 0.3294, the oracle's 0.3525
+(93.5 %), bigram 0.2870, popularity 0.1009; 1 min 37 s of training and evaluations.
 """
 
 from configs import common
