@@ -1,6 +1,6 @@
 """SASRec against its formulas in plain NumPy, and the promises of packed rows."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,14 @@ from rec_jax.nn.dropout import row_keys
 NUM_ITEMS, MAX_LEN = 20, 12
 
 
+@cache  # tests of one model share its compilation
 def make(**kwargs):
     config = SASRecConfig(**({"width": 8, "ff_width": 12, "num_heads": 2, "dropout": 0.0} | kwargs))
     model, params = init_model(lambda rngs: SASRec(config, NUM_ITEMS, MAX_LEN, rngs=rngs), seed=0)
     # Far from their start, so that scales, biases and the logits of the attention take part.
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return config, model, jax.tree.unflatten(treedef, leaves)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: np.asarray(x + 0.3 * rng.normal(size=x.shape), np.float32), params)
+    return config, model, params
 
 
 def encode(model, params, histories, key_B=None):
