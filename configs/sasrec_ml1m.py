@@ -9,8 +9,8 @@ validation NDCG@10, ties in expectation. Data: the SASRec version of MovieLens-1
     python -m experiments.train --config=configs/sasrec_ml1m.py --workdir=runs/ml1m --config.seed=0
 
 Measured 2026-11-21 on 2 cores of an AMD EPYC (Zen 4) shared with other work, seeds 0 and 1: test HR@10 0.3134
-and 0.3099, mean 0.3117; NDCG@10 0.1817 and 0.1806, mean 0.1811 (95 % intervals over users 0.1739 to 0.1893 and
-0.1733 to 0.1885); unfiltered means 0.2431 / 0.1236; 736 s of training steps and 50 s of evaluations
+and 0.3099, mean 0.3117; NDCG@10 0.1817 and 0.1806, mean 0.1811 (95 % intervals over users 0.1739 to 0.1893
+and 0.1733 to 0.1885); unfiltered means 0.2431 / 0.1236; 736 s of training steps and 50 s of evaluations
 (seed 1). A third seed has not been run.
 
 The search behind it, on validation, is in LOG.md (2026-11-20).
