@@ -29,12 +29,16 @@ class EvalConfig:
             raise ValueError(f"ks={self.ks} must be positive list lengths (EvalConfig)")
         if 10 not in self.ks:
             raise ValueError(f"ks={self.ks} must hold 10, which the tables report (EvalConfig)")
+        for name in ("bootstrap", "sampled_negatives"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 (off) or more (EvalConfig)")
 
 
 @dataclass(frozen=True)
 class Ranks:
     """Where the target of each example stands, int[E]: items above it and items level with it (itself
-    included), with seen items left out (`greater`, `equal`) or in; top_EK: the best unseen (or all)."""
+    included), with seen items left out (`greater`, `equal`) or in; top_EK: the best unseen (or all), 0
+    where none is left."""
 
     greater: np.ndarray
     equal: np.ndarray
@@ -45,31 +49,33 @@ class Ranks:
     sampled_equal: np.ndarray | None = None
 
 
-def _count(scores_BV, targets_B, target_B):
-    """(above, level) of each row; a score of -inf is out of the ranking unless it is the target's."""
-    above = jnp.sum(scores_BV > target_B[:, None], axis=-1)
-    level = scores_BV == target_B[:, None]
-    level &= (scores_BV > -jnp.inf) | (jnp.arange(scores_BV.shape[1]) == targets_B[:, None])
-    return above, jnp.sum(level, axis=-1)
+def _count(scores_BV, target_B1, is_ranked_BV):
+    """(above, level) of each row among the ranked items."""
+    above_B = jnp.sum((scores_BV > target_B1) & is_ranked_BV, axis=-1)
+    return above_B, jnp.sum((scores_BV == target_B1) & is_ranked_BV, axis=-1)
 
 
-@jax.jit
-def _rank(scores_BV, targets_B, seen_rows_P, seen_items_P):
-    """Counts of one tile. seen_*_P: padded pairs; a pair of row B is outside and dropped."""
-    scores_BV = scores_BV.astype(jnp.float32).at[:, 0].set(-jnp.inf)
+@partial(jax.jit, static_argnames=("top_k", "filter_seen"))
+def _rank(scores_BV, targets_B, seen_rows_P, seen_items_P, *, top_k, filter_seen):
+    """Counts and best items of one tile. seen_*_P: padded pairs; a pair of row B is outside and dropped.
+
+    Items are left out by a mask, not by a score of -inf: a model may give that score itself, and is then
+    tied with its own like any other.
+    """
+    scores_BV = scores_BV.astype(jnp.float32)
     rows_B = jnp.arange(scores_BV.shape[0])
-    target_B = scores_BV[rows_B, targets_B]
-    unfiltered = _count(scores_BV, targets_B, target_B)
-    filtered_BV = scores_BV.at[seen_rows_P, seen_items_P].set(-jnp.inf, mode="drop")
-    filtered_BV = filtered_BV.at[rows_B, targets_B].set(target_B)  # a repeat is still a target
-    filtered = _count(filtered_BV, targets_B, target_B)
-    is_bad_B = jnp.any(jnp.isnan(scores_BV), axis=-1)
-    return filtered, unfiltered, is_bad_B, scores_BV, filtered_BV
-
-
-@partial(jax.jit, static_argnums=1)
-def _top(scores_BV, k):
-    return jax.lax.top_k(scores_BV, k)[1]
+    target_B1 = scores_BV[rows_B, targets_B][:, None]
+    is_item_BV = jnp.broadcast_to(jnp.arange(scores_BV.shape[1]) > 0, scores_BV.shape)
+    is_unseen_BV = is_item_BV.at[seen_rows_P, seen_items_P].set(False, mode="drop")
+    is_unseen_BV = is_unseen_BV.at[rows_B, targets_B].set(True)  # a repeat is still a target
+    filtered = _count(scores_BV, target_B1, is_unseen_BV)
+    unfiltered = _count(scores_BV, target_B1, is_item_BV)
+    is_listed_BV = is_unseen_BV if filter_seen else is_item_BV
+    finite_BV = jnp.maximum(scores_BV, jnp.finfo(jnp.float32).min)  # still before what is left out
+    top_BK = jax.lax.top_k(jnp.where(is_listed_BV, finite_BV, -jnp.inf), top_k)[1]
+    top_BK = jnp.where(is_listed_BV[rows_B[:, None], top_BK], top_BK, 0)  # fewer than top_k are left
+    is_bad_B = jnp.any(jnp.isnan(scores_BV) & is_item_BV, axis=-1)
+    return (*filtered, *unfiltered, top_BK), is_bad_B
 
 
 @jax.jit
@@ -96,15 +102,14 @@ def rank_examples(score_fn: ScoreFn, histories, ex: Examples, config: EvalConfig
         users, ends, targets = ex.users[padded], ex.ends[padded], ex.targets[padded]
         scores_BV = score_fn(users, ends)
         seen = _seen_pairs(histories, users, ends)
-        filtered, unfiltered, is_bad_B, all_BV, unseen_BV = _rank(scores_BV, targets, *seen)
+        tile, is_bad_B = _rank(scores_BV, targets, *seen, top_k=top_k, filter_seen=config.filter_seen)
         bad = np.asarray(is_bad_B)
         if bad.any():
             user = histories.user_ids[users[np.argmax(bad)]]
             raise ValueError(f"NaN among the scores of user {user}: the model or baseline is broken")
-        tile = [*filtered, *unfiltered, _top(unseen_BV if config.filter_seen else all_BV, top_k)]
         if config.sampled_negatives:
             negatives_BK = sample_unseen(histories, users, config.sampled_negatives, seed)
-            tile += _rank_sampled(all_BV, targets, negatives_BK)
+            tile += _rank_sampled(scores_BV, targets, negatives_BK)
         columns.append([np.asarray(x)[: len(chunk)] for x in tile])
     return Ranks(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 

@@ -33,9 +33,7 @@ def slow_ranks(histories, ex, scores_UV, filter_seen):
         seen = set(histories.items[histories.offsets[user] : end]) if filter_seen else set()
         rivals = [v for v in range(1, NUM_ITEMS + 1) if v != target and v not in seen]
         above = sum(scores_UV[user, v] > scores_UV[user, target] for v in rivals)
-        level = sum(
-            scores_UV[user, v] == scores_UV[user, target] and scores_UV[user, v] > -np.inf for v in rivals
-        )
+        level = sum(scores_UV[user, v] == scores_UV[user, target] for v in rivals)
         out.append((above, 1 + level))
     return np.array(out)
 
@@ -62,10 +60,11 @@ def test_ranks_equal_a_double_loop(kind, batch_bytes):
     np.testing.assert_array_equal(unfiltered, slow_ranks(histories, ex, scores_UV, False))
 
 
-def test_constant_scores_get_exactly_chance_level():
+@pytest.mark.parametrize("score", [0, 1, -1e30, np.inf, -np.inf])
+def test_constant_scores_get_exactly_chance_level(score):
     histories = random_histories()
     result = evaluate(
-        table_scorer(histories, np.ones((40, NUM_ITEMS + 1))),
+        table_scorer(histories, np.full((40, NUM_ITEMS + 1), score)),
         histories,
         leave_one_out(histories),
         "test",
@@ -106,14 +105,29 @@ def test_recommended_lists_hold_no_seen_item():
         assert list(top) == order[:3]
 
 
+@pytest.mark.parametrize("score", [0, -np.inf])
+def test_a_list_is_shorter_when_nothing_unseen_is_left(score):
+    histories = make_histories([[*range(1, NUM_ITEMS + 1)]])  # the target alone is unseen
+    split = leave_one_out(histories)
+    scorer = table_scorer(histories, np.full((1, NUM_ITEMS + 1), score))
+    ranks = rank_examples(scorer, histories, examples(histories, split, "test"), EvalConfig())
+    assert sorted(ranks.top_EK[0])[::-1] == [NUM_ITEMS] + [0] * (NUM_ITEMS - 1)
+    result = evaluate(scorer, histories, split, "test", EvalConfig(bootstrap=0))
+    assert result["coverage@10"] == pytest.approx(1 / NUM_ITEMS)
+
+
+@pytest.mark.parametrize("field", ["bootstrap", "sampled_negatives"])
+def test_negative_counts_name_the_field(field):
+    with pytest.raises(ValueError, match=f"{field}=-1"):
+        EvalConfig(**{field: -1})
+
+
 def test_nan_scores_name_the_user():
     histories = random_histories()
     scores_UV = np.zeros((40, NUM_ITEMS + 1))
     scores_UV[3, 5] = np.nan
     with pytest.raises(ValueError, match="u3"):
-        evaluate(
-            table_scorer(histories, scores_UV), histories, leave_one_out(histories), "val", EvalConfig()
-        )
+        evaluate(table_scorer(histories, scores_UV), histories, leave_one_out(histories), "val", EvalConfig())
 
 
 def test_sampled_negatives_are_untouched_and_reproducible():
