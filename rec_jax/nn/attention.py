@@ -1,11 +1,14 @@
 """Causal self-attention over packed rows: a token attends to itself and what precedes it in its segment."""
 
+import itertools
+from functools import partial
+
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 
 # Queries are processed in blocks of about this many, so that keys of the future are not even computed.
-QUERY_BLOCK = 64
+QUERY_BLOCK = 50
 
 
 def rotary(x_BSNH: jax.Array, positions_BS: jax.Array, base: float = 10_000.0) -> jax.Array:
@@ -18,6 +21,7 @@ def rotary(x_BSNH: jax.Array, positions_BS: jax.Array, base: float = 10_000.0) -
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def segment_attention(
     q_BSNH: jax.Array,
     k_BSNH: jax.Array,
@@ -30,24 +34,51 @@ def segment_attention(
     segments_BS: int32, 0 = padding. A padding token attends to the padding before it, so its row of the
     softmax is never empty; nobody reads it.
     """
-    length = q_BSNH.shape[1]
+    return _forward(q_BSNH, k_BSNH, v_BSNH, segments_BS, query_block)[0]
+
+
+def _blocks(length: int, query_block: int):
+    """(start, stop) of blocks of queries, of even lengths near `query_block`."""
     num_blocks = max(1, round(length / query_block))
     bounds = [round(i * length / num_blocks) for i in range(num_blocks + 1)]
+    return list(itertools.pairwise(bounds))
+
+
+def _forward(q_BSNH, k_BSNH, v_BSNH, segments_BS, query_block):
     scale = q_BSNH.shape[-1] ** -0.5
-    out = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
-        logits = jnp.einsum(
-            "bqnh,bknh->bnqk",
-            q_BSNH[:, start:stop] * scale,
-            k_BSNH[:, :stop],
-            preferred_element_type=jnp.float32,
-        )
+    outs, weights = [], []
+    for start, stop in _blocks(q_BSNH.shape[1], query_block):
+        q, k, v = q_BSNH[:, start:stop] * scale, k_BSNH[:, :stop], v_BSNH[:, :stop]
+        logits = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32)
         causal = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
         same = segments_BS[:, start:stop, None] == segments_BS[:, None, :stop]
         logits = jnp.where((causal & same)[:, None], logits, -jnp.inf)
-        weights = jax.nn.softmax(logits, axis=-1).astype(v_BSNH.dtype)
-        out.append(jnp.einsum("bnqk,bknh->bqnh", weights, v_BSNH[:, :stop]))
-    return jnp.concatenate(out, axis=1) if num_blocks > 1 else out[0]
+        weights.append(jax.nn.softmax(logits, axis=-1).astype(v.dtype))
+        outs.append(jnp.einsum("bnqk,bknh->bqnh", weights[-1], v))
+    out_BSNH = jnp.concatenate(outs, axis=1)
+    return out_BSNH, (q_BSNH, k_BSNH, v_BSNH, out_BSNH, weights)
+
+
+def _backward(query_block, residuals, dout_BSNH):
+    """The gradient of a softmax needs sum_k weight_k * dweight_k a query. That is <out, dout>, which spares
+    a reduction over all weights. Source: FlashAttention, arXiv 2205.14135, appendix B.2."""
+    q_BSNH, k_BSNH, v_BSNH, out_BSNH, weights = residuals
+    scale = q_BSNH.shape[-1] ** -0.5
+    inner_BNS1 = jnp.einsum(
+        "bqnh,bqnh->bnq", out_BSNH, dout_BSNH, preferred_element_type=jnp.float32
+    )[..., None]
+    dqs, dk_BSNH, dv_BSNH = [], jnp.zeros_like(k_BSNH), jnp.zeros_like(v_BSNH)
+    for (start, stop), weight in zip(_blocks(q_BSNH.shape[1], query_block), weights, strict=True):
+        q, k, v, dout = q_BSNH[:, start:stop], k_BSNH[:, :stop], v_BSNH[:, :stop], dout_BSNH[:, start:stop]
+        dweight = jnp.einsum("bqnh,bknh->bnqk", dout, v, preferred_element_type=jnp.float32)
+        dlogits = (weight * (dweight - inner_BNS1[:, :, start:stop]) * scale).astype(q.dtype)
+        dqs.append(jnp.einsum("bnqk,bknh->bqnh", dlogits, k))
+        dk_BSNH = dk_BSNH.at[:, :stop].add(jnp.einsum("bnqk,bqnh->bknh", dlogits, q))
+        dv_BSNH = dv_BSNH.at[:, :stop].add(jnp.einsum("bnqk,bqnh->bknh", weight, dout))
+    return jnp.concatenate(dqs, axis=1), dk_BSNH, dv_BSNH, None
+
+
+segment_attention.defvjp(_forward, _backward)
 
 
 class SelfAttention(nnx.Module):
@@ -66,9 +97,12 @@ class SelfAttention(nnx.Module):
         positions_BS: given for rotary positions, None where positions are in the input already.
         """
         batch, length, width = x_BSD.shape
-        q = self.query(x_BSD).reshape(batch, length, self.num_heads, -1)
-        kv = self.key_value(memory_BSD).reshape(batch, length, 2, self.num_heads, -1)
-        k, v = kv[:, :, 0], kv[:, :, 1]
+        heads = (batch, length, self.num_heads, -1)
+        # Dense layers work on lists of tokens: so XLA:CPU need not transpose for the gradients of their weights.
+        memory_TD = memory_BSD.reshape(-1, width)
+        q = self.query(x_BSD.reshape(-1, width)).reshape(heads)
+        k, v = (x.reshape(heads) for x in jnp.split(self.key_value(memory_TD), 2, axis=-1))
         if positions_BS is not None:
             q, k = rotary(q, positions_BS), rotary(k, positions_BS)
-        return self.out(segment_attention(q, k, v, segments_BS).reshape(batch, length, width))
+        out_TD = segment_attention(q, k, v, segments_BS).reshape(-1, width)
+        return self.out(out_TD).reshape(x_BSD.shape)

@@ -16,7 +16,8 @@ class FeedForward(nnx.Module):
         self.activation = activation
 
     def __call__(self, x_BSD):
-        return self.down(getattr(nnx, self.activation)(self.up(x_BSD)))
+        hidden_TF = getattr(nnx, self.activation)(self.up(x_BSD.reshape(-1, x_BSD.shape[-1])))
+        return self.down(hidden_TF).reshape(x_BSD.shape)
 
 
 class TransformerBlock(nnx.Module):

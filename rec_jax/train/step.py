@@ -52,14 +52,16 @@ def make_train_step(
 
     value_and_grad = jax.value_and_grad(objective, has_aux=True)
 
+    def total(sums):  # XLA copies everything even where there is nobody to sum with
+        return jax.lax.psum(sums, "data") if mesh.size > 1 else sums
+
     def device_sums(params, batch, step_seed, key, shared):
         num_rows = batch["items"].shape[0]
         size = min(micro_rows, num_rows)
         if num_rows % size:
             raise ValueError(f"micro_rows={micro_rows} does not divide the {num_rows} rows of a device")
         if num_rows == size:  # no accumulation: spare a pass over all gradients
-            sums = value_and_grad(params, batch, step_seed, key, shared)
-            return jax.lax.psum(sums, "data")
+            return total(value_and_grad(params, batch, step_seed, key, shared))
         micros = jax.tree.map(lambda x: x.reshape(num_rows // size, size, *x.shape[1:]), batch)
 
         def micro_step(sums, micro):
@@ -67,8 +69,7 @@ def make_train_step(
 
         zero = jnp.zeros((), jnp.float32)
         zeros = ((zero, zero), jax.tree.map(jnp.zeros_like, params))
-        sums, _ = jax.lax.scan(micro_step, zeros, micros)
-        return jax.lax.psum(sums, "data")
+        return total(jax.lax.scan(micro_step, zeros, micros)[0])
 
     sharded_sums = jax.shard_map(
         device_sums,
