@@ -1,6 +1,6 @@
 """Scores the best checkpoint of a run, beside the baselines on the same split.
 
-    python -m experiments.evaluate --workdir=runs/ml1m --split=test
+python -m experiments.evaluate --workdir=runs/ml1m --split=test
 """
 
 from absl import flags

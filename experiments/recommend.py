@@ -1,7 +1,7 @@
 """Recommends items to a user of the log, or to anyone with a history, under your own ids.
 
-    python -m experiments.recommend --workdir=runs/ml1m --user=42 --k=10
-    python -m experiments.recommend --workdir=runs/ml1m --history=260,1196,1210
+python -m experiments.recommend --workdir=runs/ml1m --user=42 --k=10
+python -m experiments.recommend --workdir=runs/ml1m --history=260,1196,1210
 """
 
 import difflib

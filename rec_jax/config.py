@@ -36,9 +36,7 @@ def build(cls, cfg: Mapping, name: str = ""):
     for key in cfg:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
-            hint = (
-                f"did you mean {_join(name, near[0])}?" if near else f"it has {', '.join(fields)}"
-            )
+            hint = f"did you mean {_join(name, near[0])}?" if near else f"it has {', '.join(fields)}"
             raise ValueError(f"unknown key {_join(name, key)} ({cls.__name__}): {hint}")
         values[key] = _convert(cfg[key], hints[key], _join(name, key), cls.__name__)
     for key, field in fields.items():
@@ -69,8 +67,7 @@ def _convert(value: Any, hint: Any, name: str, owner: str):
     """`value` as the annotated type `hint`, or a ValueError that names the field `name`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     wrong = ValueError(
-        f"{name}={value!r} is {_article(type(value).__name__)}, "
-        f"expected {_describe(hint)} ({owner})"
+        f"{name}={value!r} is {_article(type(value).__name__)}, expected {_describe(hint)} ({owner})"
     )
     if hint is Any:
         return value
@@ -78,9 +75,7 @@ def _convert(value: Any, hint: Any, name: str, owner: str):
         if not any(value == arg and type(value) is type(arg) for arg in args):
             near = difflib.get_close_matches(str(value), [str(arg) for arg in args], n=1)
             hint_text = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"{name}={value!r} is not one of {_describe(hint)} ({owner}){hint_text}"
-            )
+            raise ValueError(f"{name}={value!r} is not one of {_describe(hint)} ({owner}){hint_text}")
         return value
     if origin in (Union, types.UnionType):
         return _convert_union(value, args, name, owner, wrong)

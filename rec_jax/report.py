@@ -1,5 +1,6 @@
 """Scores as tables and pictures that people read."""
 
+
 def format_scores(scores: dict[str, dict]) -> str:
     """A table with a row for each scored thing: the headline metrics, then those
     of the other policy on seen items.

@@ -65,9 +65,7 @@ def test_overrides_keep_their_types():
 
 
 def test_list_becomes_tuple():
-    assert build(OuterConfig, {"ks": [1, 2], "betas": [0, 1]}) == OuterConfig(
-        ks=(1, 2), betas=(0.0, 1.0)
-    )
+    assert build(OuterConfig, {"ks": [1, 2], "betas": [0, 1]}) == OuterConfig(ks=(1, 2), betas=(0.0, 1.0))
 
 
 @pytest.mark.parametrize(

@@ -113,9 +113,7 @@ class Loop:
 
 def naive_loop(params, histories, split, max_len: int) -> Loop:
     optimizer = optax.adam(1e-3, b2=0.98)
-    step = make_naive_step(
-        histories.num_items, MODEL.num_layers, MODEL.num_heads, MODEL.dropout, optimizer
-    )
+    step = make_naive_step(histories.num_items, MODEL.num_layers, MODEL.num_heads, MODEL.dropout, optimizer)
     users = np.random.default_rng(0).permutation(histories.num_users)
     batches = [
         pad_batch(histories, split, users[i * NUM_USERS : (i + 1) * NUM_USERS], max_len)

@@ -31,9 +31,7 @@ class SimulatorConfig:
                 "which must be 2 or more (SimulatorConfig)"
             )
         if not self.min_len < self.mean_len:
-            raise ValueError(
-                f"mean_len={self.mean_len} must exceed min_len={self.min_len} (SimulatorConfig)"
-            )
+            raise ValueError(f"mean_len={self.mean_len} must exceed min_len={self.min_len} (SimulatorConfig)")
         if not 0 <= self.stay < 1:
             raise ValueError(f"stay={self.stay} must be in [0, 1) (SimulatorConfig)")
 

@@ -49,10 +49,11 @@ class Ranks:
     sampled_equal: np.ndarray | None = None
 
 
-def _count(scores_BV, target_B1, is_ranked_BV):
-    """(above, level) of each row among the ranked items."""
-    above_B = jnp.sum((scores_BV > target_B1) & is_ranked_BV, axis=-1)
-    return above_B, jnp.sum((scores_BV == target_B1) & is_ranked_BV, axis=-1)
+def _count_rows(*masks_BV):
+    """How often each mask holds in each row. One pass: XLA:CPU takes ten times as long over several sums."""
+    zeros = (jnp.int32(0),) * len(masks_BV)
+    masks_BV = tuple(mask.astype(jnp.int32) for mask in masks_BV)
+    return jax.lax.reduce(masks_BV, zeros, lambda sums, more: tuple(map(jnp.add, sums, more)), (1,))
 
 
 @partial(jax.jit, static_argnames=("top_k", "filter_seen"))
@@ -68,14 +69,19 @@ def _rank(scores_BV, targets_B, seen_rows_P, seen_items_P, *, top_k, filter_seen
     is_item_BV = jnp.broadcast_to(jnp.arange(scores_BV.shape[1]) > 0, scores_BV.shape)
     is_unseen_BV = is_item_BV.at[seen_rows_P, seen_items_P].set(False, mode="drop")
     is_unseen_BV = is_unseen_BV.at[rows_B, targets_B].set(True)  # a repeat is still a target
-    filtered = _count(scores_BV, target_B1, is_unseen_BV)
-    unfiltered = _count(scores_BV, target_B1, is_item_BV)
+    above_BV, level_BV = scores_BV > target_B1, scores_BV == target_B1
+    *counts, num_bad_B = _count_rows(
+        above_BV & is_unseen_BV,
+        level_BV & is_unseen_BV,
+        above_BV & is_item_BV,
+        level_BV & is_item_BV,
+        jnp.isnan(scores_BV) & is_item_BV,
+    )
     is_listed_BV = is_unseen_BV if filter_seen else is_item_BV
     finite_BV = jnp.maximum(scores_BV, jnp.finfo(jnp.float32).min)  # still before what is left out
     top_BK = jax.lax.top_k(jnp.where(is_listed_BV, finite_BV, -jnp.inf), top_k)[1]
     top_BK = jnp.where(is_listed_BV[rows_B[:, None], top_BK], top_BK, 0)  # fewer than top_k are left
-    is_bad_B = jnp.any(jnp.isnan(scores_BV) & is_item_BV, axis=-1)
-    return (*filtered, *unfiltered, top_BK), is_bad_B
+    return (*counts, top_BK), num_bad_B > 0
 
 
 @jax.jit
@@ -135,7 +141,9 @@ def sample_unseen(histories, users: np.ndarray, num: int, seed: int) -> np.ndarr
     out = np.empty((len(users), num), np.int32)
     for row, user in enumerate(users):
         touched = histories.items[histories.offsets[user] : histories.offsets[user + 1]]
-        unseen = np.setdiff1d(np.arange(1, histories.num_items + 1), touched)
+        is_unseen_V = np.ones(histories.num_items + 1, bool)
+        is_unseen_V[0] = is_unseen_V[touched] = False
+        unseen = np.flatnonzero(is_unseen_V)
         if len(unseen) < num:
             raise ValueError(
                 f"sampled_negatives={num} but user {histories.user_ids[user]} has only {len(unseen)} "

@@ -30,9 +30,7 @@ class SASRecConfig:
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least} (SASRecConfig)")
         if self.width % self.num_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} does not divide width={self.width} (SASRecConfig)"
-            )
+            raise ValueError(f"num_heads={self.num_heads} does not divide width={self.width} (SASRecConfig)")
         if self.position == "rotary" and self.width // self.num_heads % 2:
             raise ValueError(
                 f"width/num_heads={self.width // self.num_heads} must be even for "
@@ -64,12 +62,13 @@ class SASRec(nnx.Module):
         )
         self.final_norm = nnx.LayerNorm(config.width, epsilon=1e-6, rngs=rngs)
 
-    def __call__(self, batch: dict[str, jax.Array], key_B: jax.Array | None = None) -> jax.Array:
+    def __call__(self, batch: dict[str, jax.Array], key_B: jax.Array | None = None, at=None) -> jax.Array:
         """Encodes packed rows.
 
         batch: items, segments, positions, each int32[B, S] (segment 0 = padding).
         key_B: uint32[B] from `dropout.row_keys`, or None for no dropout.
-        Returns x_BSD, scaled so that a dot product with `item_vectors()` is the score.
+        at: (rows int[Q], columns int[Q]) of the only tokens that are asked for, without dropout; or None.
+        Returns x_BSD, or x_QD for `at`, scaled so that a dot product with `item_vectors()` is the score.
         """
         config = self.config
         x_BSD = self.items(batch["items"]) * config.width**0.5
@@ -79,11 +78,12 @@ class SASRec(nnx.Module):
             x_BSD = dropout(x_BSD, key_B, 0, config.dropout)
         rotary_BS = batch["positions"] if config.position == "rotary" else None
         for block in self.blocks:
-            x_BSD = block(x_BSD, batch["segments"], rotary_BS, key_B)
-        x_BSD = self.final_norm(x_BSD)
+            last = block is self.blocks[-1]
+            x_BSD = block(x_BSD, batch["segments"], rotary_BS, key_B, at if last else None)
+        x = self.final_norm(x_BSD)
         if config.l2_normalize:
-            x_BSD = _unit(x_BSD)
-        return x_BSD / config.temperature
+            x = _unit(x)
+        return x / config.temperature
 
     def item_vectors(self) -> jax.Array:
         """The catalogue as table_VD; row 0 is padding and must not be scored."""

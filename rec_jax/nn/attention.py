@@ -44,38 +44,49 @@ def _blocks(length: int, query_block: int):
     return list(itertools.pairwise(bounds))
 
 
+def _merge_heads(x_BSNH):
+    """[B * N, S, H], on which XLA:CPU multiplies matrices without transposing them first."""
+    batch, length, heads, width = x_BSNH.shape
+    return x_BSNH.swapaxes(1, 2).reshape(batch * heads, length, width)
+
+
 def _forward(q_BSNH, k_BSNH, v_BSNH, segments_BS, query_block):
     scale = q_BSNH.shape[-1] ** -0.5
+    q_GSH, k_GSH, v_GSH = (_merge_heads(x) for x in (q_BSNH * scale, k_BSNH, v_BSNH))
+    segments_GS = jnp.repeat(segments_BS, q_BSNH.shape[2], axis=0)
     outs, weights = [], []
-    for start, stop in _blocks(q_BSNH.shape[1], query_block):
-        q, k, v = q_BSNH[:, start:stop] * scale, k_BSNH[:, :stop], v_BSNH[:, :stop]
-        logits = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32)
+    for start, stop in _blocks(q_GSH.shape[1], query_block):
+        q, k, v = q_GSH[:, start:stop], k_GSH[:, :stop], v_GSH[:, :stop]
+        logits = jnp.einsum("gqh,gkh->gqk", q, k, preferred_element_type=jnp.float32)
         causal = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
-        same = segments_BS[:, start:stop, None] == segments_BS[:, None, :stop]
-        logits = jnp.where((causal & same)[:, None], logits, -jnp.inf)
+        same = segments_GS[:, start:stop, None] == segments_GS[:, None, :stop]
+        logits = jnp.where(causal & same, logits, -jnp.inf)
         weights.append(jax.nn.softmax(logits, axis=-1).astype(v.dtype))
-        outs.append(jnp.einsum("bnqk,bknh->bqnh", weights[-1], v))
-    out_BSNH = jnp.concatenate(outs, axis=1)
-    return out_BSNH, (q_BSNH, k_BSNH, v_BSNH, out_BSNH, weights)
+        outs.append(jnp.einsum("gqk,gkh->gqh", weights[-1], v))
+    out_GSH = jnp.concatenate(outs, axis=1)
+    batch, length, heads, width = q_BSNH.shape
+    out_BSNH = out_GSH.reshape(batch, heads, length, width).swapaxes(1, 2)
+    return out_BSNH, (q_GSH, k_GSH, v_GSH, out_GSH, weights)
 
 
 def _backward(query_block, residuals, dout_BSNH):
     """The gradient of a softmax needs sum_k weight_k * dweight_k a query. That is <out, dout>, which spares
     a reduction over all weights. Source: FlashAttention, arXiv 2205.14135, appendix B.2."""
-    q_BSNH, k_BSNH, v_BSNH, out_BSNH, weights = residuals
-    scale = q_BSNH.shape[-1] ** -0.5
-    inner_BNS1 = jnp.einsum(
-        "bqnh,bqnh->bnq", out_BSNH, dout_BSNH, preferred_element_type=jnp.float32
-    )[..., None]
-    dqs, dk_BSNH, dv_BSNH = [], jnp.zeros_like(k_BSNH), jnp.zeros_like(v_BSNH)
-    for (start, stop), weight in zip(_blocks(q_BSNH.shape[1], query_block), weights, strict=True):
-        q, k, v, dout = q_BSNH[:, start:stop], k_BSNH[:, :stop], v_BSNH[:, :stop], dout_BSNH[:, start:stop]
-        dweight = jnp.einsum("bqnh,bknh->bnqk", dout, v, preferred_element_type=jnp.float32)
-        dlogits = (weight * (dweight - inner_BNS1[:, :, start:stop]) * scale).astype(q.dtype)
-        dqs.append(jnp.einsum("bnqk,bknh->bqnh", dlogits, k))
-        dk_BSNH = dk_BSNH.at[:, :stop].add(jnp.einsum("bnqk,bqnh->bknh", dlogits, q))
-        dv_BSNH = dv_BSNH.at[:, :stop].add(jnp.einsum("bnqk,bqnh->bknh", weight, dout))
-    return jnp.concatenate(dqs, axis=1), dk_BSNH, dv_BSNH, None
+    q_GSH, k_GSH, v_GSH, out_GSH, weights = residuals
+    batch, length, heads, width = dout_BSNH.shape
+    dout_GSH = _merge_heads(dout_BSNH)
+    inner_GS1 = jnp.sum(out_GSH * dout_GSH, axis=-1, keepdims=True, dtype=jnp.float32)
+    dqs, dk_GSH, dv_GSH = [], jnp.zeros_like(k_GSH), jnp.zeros_like(v_GSH)
+    for (start, stop), weight in zip(_blocks(length, query_block), weights, strict=True):
+        q, k, v, dout = q_GSH[:, start:stop], k_GSH[:, :stop], v_GSH[:, :stop], dout_GSH[:, start:stop]
+        dweight = jnp.einsum("gqh,gkh->gqk", dout, v, preferred_element_type=jnp.float32)
+        dlogits = (weight * (dweight - inner_GS1[:, start:stop])).astype(q.dtype)
+        dqs.append(jnp.einsum("gqk,gkh->gqh", dlogits, k))
+        dk_GSH = dk_GSH.at[:, :stop].add(jnp.einsum("gqk,gqh->gkh", dlogits, q))
+        dv_GSH = dv_GSH.at[:, :stop].add(jnp.einsum("gqk,gqh->gkh", weight, dout))
+    dq_GSH = jnp.concatenate(dqs, axis=1) * width**-0.5
+    dq, dk, dv = (x.reshape(batch, heads, length, width).swapaxes(1, 2) for x in (dq_GSH, dk_GSH, dv_GSH))
+    return dq, dk, dv, None
 
 
 segment_attention.defvjp(_forward, _backward)
@@ -98,7 +109,7 @@ class SelfAttention(nnx.Module):
         """
         batch, length, width = x_BSD.shape
         heads = (batch, length, self.num_heads, -1)
-        # Dense layers work on lists of tokens: so XLA:CPU need not transpose for the gradients of their weights.
+        # Dense layers see lists of tokens: so XLA:CPU need not transpose for the gradients of their weights.
         memory_TD = memory_BSD.reshape(-1, width)
         q = self.query(x_BSD.reshape(-1, width)).reshape(heads)
         k, v = (x.reshape(heads) for x in jnp.split(self.key_value(memory_TD), 2, axis=-1))

@@ -35,7 +35,9 @@ class TransformerBlock(nnx.Module):
         self.ff = FeedForward(config.width, config.ff_width, config.activation, rngs=rngs)
         self.norm, self.rate, self.index = config.norm, config.dropout, index
 
-    def __call__(self, x_BSD, segments_BS, positions_BS, key_B):
+    def __call__(self, x_BSD, segments_BS, positions_BS, key_B, at=None):
+        """at: (rows, columns) of the only tokens to return, as x_QD; None for all of x_BSD."""
+
         def drop(x, site):
             if key_B is None or self.rate == 0:
                 return x
@@ -45,6 +47,7 @@ class TransformerBlock(nnx.Module):
         residual = x_BSD if self.norm == "pre" else normed
         memory = x_BSD if self.norm == "original" else normed
         x_BSD = residual + drop(self.attention(normed, memory, segments_BS, positions_BS), 1)
-        normed = self.ff_norm(x_BSD)
-        residual = x_BSD if self.norm == "pre" else normed
+        x = x_BSD if at is None else x_BSD[at]  # the rest of the block looks at one token at a time
+        normed = self.ff_norm(x)
+        residual = x if self.norm == "pre" else normed
         return residual + drop(self.ff(normed), 2)

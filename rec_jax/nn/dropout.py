@@ -29,9 +29,7 @@ def _keep_mask(key_B: jax.Array, site: int, rate: float, shape: tuple[int, ...])
     """bool[shape] for an array whose leading dim is B."""
     counter = jnp.zeros(shape[1:], jnp.uint32)
     for dim in range(len(shape) - 1):
-        counter = counter * jnp.uint32(shape[dim + 1]) + jax.lax.broadcasted_iota(
-            jnp.uint32, shape[1:], dim
-        )
+        counter = counter * jnp.uint32(shape[dim + 1]) + jax.lax.broadcasted_iota(jnp.uint32, shape[1:], dim)
     key_B = mix(key_B, site + 1).reshape((-1,) + (1,) * (len(shape) - 1))
     return mix(counter[None] ^ key_B, key_B) >= jnp.uint32(int(rate * 2**32))
 

@@ -10,7 +10,6 @@ the tests.
   backward pass: 8*N*V*D, two exponentials a logit, and temporary memory that does not grow with V.
 """
 
-
 import jax
 import jax.numpy as jnp
 

@@ -257,9 +257,7 @@ def _damage_raised(path: pathlib.Path):
 
 def _read_state(path: pathlib.Path, target, digests: dict):
     """The arrays of `target` (the whole state, or {"params": ...}), checked leaf by leaf."""
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target
-    )
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target)
     args = ocp.args.PyTreeRestore(
         abstract,
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),

@@ -50,13 +50,9 @@ class TrainConfig:
             "keep_checkpoints": 1,
         }.items():
             if getattr(self, name) < least:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} must be at least {least} (TrainConfig)"
-                )
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least} (TrainConfig)")
         if not self.eval_every_epochs > 0:
-            raise ValueError(
-                f"eval_every_epochs={self.eval_every_epochs} must be positive (TrainConfig)"
-            )
+            raise ValueError(f"eval_every_epochs={self.eval_every_epochs} must be positive (TrainConfig)")
 
 
 @dataclasses.dataclass
@@ -332,8 +328,7 @@ def _add(sums: dict, metrics: dict, step) -> dict:
 
 def _train_metrics(window: dict, secs: float, is_compiling: bool) -> dict:
     values = {
-        name: float(total) / max(float(count), 1e-9)
-        for name, (total, count) in window["metrics"].items()
+        name: float(total) / max(float(count), 1e-9) for name, (total, count) in window["metrics"].items()
     }
     if not is_compiling:
         values["tokens_per_sec"] = float(window["metrics"]["tokens"][0]) / secs
@@ -395,8 +390,7 @@ def _next(batches, step: int, total_steps: int):
 def _pick(metrics: dict, name: str) -> float:
     if name not in metrics:
         raise ValueError(
-            f"metric={name!r} is not among the validation metrics: {', '.join(metrics)} "
-            "(TrainConfig)"
+            f"metric={name!r} is not among the validation metrics: {', '.join(metrics)} (TrainConfig)"
         )
     value = float(metrics[name])
     if not math.isfinite(value):
@@ -408,9 +402,7 @@ def _under(part: str, metrics: dict) -> dict:
     return {f"{part}/{name}": value for name, value in metrics.items()}
 
 
-def _evaluation_text(
-    step: int, steps_per_epoch: int, metric: str, value: float, progress: Progress
-) -> str:
+def _evaluation_text(step: int, steps_per_epoch: int, metric: str, value: float, progress: Progress) -> str:
     verdict = (
         "best so far"
         if progress.best_step == step

@@ -160,9 +160,7 @@ def _trim(path: pathlib.Path, step: int, eval_step: int) -> None:
     if not path.exists():
         return
     kept = [
-        line
-        for line in read_metrics(path)
-        if line["step"] <= (eval_step if _is_evaluation(line) else step)
+        line for line in read_metrics(path) if line["step"] <= (eval_step if _is_evaluation(line) else step)
     ]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")

@@ -84,9 +84,7 @@ def make_train_step(
         step_seed = mix(mix(state.step), seed)
         rows = jnp.arange(batch["items"].shape[0], dtype=jnp.int32)
         shared = draw_shared(loss_config, sampler, key, batch["targets"])
-        (loss, tokens), grads = sharded_sums(
-            state.params, {**batch, "row_ids": rows}, step_seed, key, shared
-        )
+        (loss, tokens), grads = sharded_sums(state.params, {**batch, "row_ids": rows}, step_seed, key, shared)
         grads = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -71,9 +71,7 @@ def test_restores_into_the_placement_of_the_target(tmp_path):
     target["params"]["table"] = jax.device_put(target["params"]["table"], rows)
     restored = restore(tmp_path, target, RUN)
     _assert_equal(restored, 3)
-    assert jax.tree.map(lambda x: x.sharding, restored.state) == jax.tree.map(
-        lambda x: x.sharding, target
-    )
+    assert jax.tree.map(lambda x: x.sharding, restored.state) == jax.tree.map(lambda x: x.sharding, target)
 
 
 def test_a_state_may_be_donated_while_it_is_written(tmp_path):

@@ -156,9 +156,7 @@ def test_the_host_does_not_run_far_ahead(tmp_path, monkeypatch):
     waited = []
     array_type = type(jnp.zeros(()))
     block = array_type.block_until_ready
-    monkeypatch.setattr(
-        array_type, "block_until_ready", lambda self: (waited.append(1), block(self))[1]
-    )
+    monkeypatch.setattr(array_type, "block_until_ready", lambda self: (waited.append(1), block(self))[1])
     toy_run.run(tmp_path, log_every_steps=1000, checkpoint_every_steps=0)
     assert len(waited) >= STEPS - 4
 

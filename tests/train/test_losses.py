@@ -59,9 +59,7 @@ def test_bce_with_one_negative():
 def test_bce_starts_where_positives_and_negatives_balance():
     config = LossConfig(type="bce", num_negatives=2, sharing="row")
     prior = np.log(1 / 2)
-    expected = by_hand(
-        lambda s, y: softplus(-s[y] - prior) + softplus(s[8] + prior) + softplus(s[9] + prior)
-    )
+    expected = by_hand(lambda s, y: softplus(-s[y] - prior) + softplus(s[8] + prior) + softplus(s[9] + prior))
     assert compute(config, Fixed([8, 9])) == pytest.approx(expected, rel=1e-5)
 
 

@@ -130,4 +130,3 @@ def test_a_tiny_set_is_learnt_by_heart():
 def test_micro_rows_must_divide():
     with pytest.raises(ValueError, match="micro_rows=3"):
         run(micro_rows=3, steps=1)
-
