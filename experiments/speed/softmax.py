@@ -1,0 +1,69 @@
+"""Cross-entropy over the catalogue, loss and gradients: all logits at once, streamed, and sampled."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.speed.timing import interleaved, peak_run
+from rec_jax.data.negatives import make_sampler
+from rec_jax.nn.softmax import naive_softmax_cross_entropy, softmax_cross_entropy
+from rec_jax.train.losses import LossConfig, loss_sum
+
+NUM_ITEMS = (4_096, 16_384, 65_536, 262_144, 1_048_576)
+SHAPE_BSD = (8, 128, 64)  # tokens in packed rows, and dims
+SAMPLED = LossConfig(type="sampled_softmax", num_negatives=256, sharing="row")
+MAX_TEMP_BYTES = 3 * 2**30  # what needs more is not run
+
+
+def measure_softmax(repeats: int, catalogues=NUM_ITEMS) -> dict:
+    """{"items_4096": {"full": figures, "streaming": ..., "sampled": ...}, ...}, on one device."""
+    return {f"items_{num_items}": _measure(num_items, repeats) for num_items in catalogues}
+
+
+def _measure(num_items: int, repeats: int) -> dict:
+    rng = np.random.default_rng(0)
+    rows, length, dim = SHAPE_BSD
+    x_BSD = jnp.asarray(rng.normal(size=SHAPE_BSD), jnp.float32)
+    table_VD = jnp.asarray(rng.normal(size=(num_items + 1, dim)) * 0.1, jnp.float32)
+    batch = {
+        "targets": jnp.asarray(rng.integers(1, num_items + 1, (rows, length)), jnp.int32),
+        "row_ids": jnp.arange(rows, dtype=jnp.int32),
+    }
+    sampler = make_sampler("uniform", np.ones(num_items + 1))
+
+    def exact(cross_entropy, x_BSD, table_VD):
+        targets_T = batch["targets"].reshape(-1)
+        return cross_entropy(x_BSD.reshape(-1, dim), table_VD, targets_T, jnp.ones(targets_T.size))
+
+    def sampled(x_BSD, table_VD):
+        shared = jnp.zeros((1, 1, 0), jnp.int32)
+        return loss_sum(SAMPLED, sampler, x_BSD, table_VD, batch, jax.random.key(0), shared)[0]
+
+    losses = {
+        "full": (partial(exact, naive_softmax_cross_entropy), num_items),
+        "streaming": (partial(exact, softmax_cross_entropy), num_items),
+        "sampled": (sampled, SAMPLED.num_negatives + 1),
+    }
+    figures, runs, flops = {}, {}, {}
+    for name, (loss, num_scores) in losses.items():
+        compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(x_BSD, table_VD).compile()
+        temp_bytes = compiled.memory_analysis().temp_size_in_bytes
+        figures[name] = {"temp_bytes": temp_bytes}
+        if temp_bytes <= MAX_TEMP_BYTES:
+            runs[name] = lambda compiled=compiled: jax.block_until_ready(compiled(x_BSD, table_VD))
+            flops[name] = 6 * rows * length * num_scores * dim  # forward, and twice that backward
+    run_peak, peak_flops = peak_run()
+    secs = interleaved(runs | {"peak": run_peak}, repeats)
+    peak = peak_flops / secs["peak"]
+    for name in runs:
+        rate = flops[name] / secs[name]
+        figures[name] |= {
+            "ms": float(1e3 * np.median(secs[name])),
+            "gflops_per_sec": float(np.median(rate) / 1e9),
+            "percent_of_limit": float(np.median(100 * rate / peak)),
+        }
+        if "full" in runs:
+            figures[name]["full_over_this"] = float(np.median(secs["full"] / secs[name]))
+    return figures

@@ -1,0 +1,57 @@
+"""The benchmark's comparisons are between equals, and its figures mean what their names say."""
+
+import numpy as np
+import pytest
+
+from experiments.speed import softmax, timing, training
+from experiments.speed.lengths import LENGTHS, synthetic_histories
+from rec_jax.data.histories import leave_one_out
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Few users and short readings; the lengths are synthetic wherever this runs."""
+    monkeypatch.delenv("REC_JAX_DATA", raising=False)
+    monkeypatch.setattr(training, "NUM_USERS", 16)
+    monkeypatch.setattr(training, "NUM_BATCHES", 2)
+    monkeypatch.setattr(training, "BLOCK_SECS", 0.01)
+
+
+def test_the_naive_step_and_ours_compute_the_same_loss(short):
+    figures = training.measure_training("beauty", repeats=1)
+    assert figures["loss_difference"] < 1e-5
+    assert figures["lengths"] == "synthetic"
+    assert figures["ratio"] == pytest.approx(
+        figures["ours_tokens_per_sec"] / figures["naive_tokens_per_sec"], rel=1e-6
+    )
+    assert figures["fill"] > 0.9 > 0.3 > figures["naive_fill"]
+
+
+def test_useful_flops_of_a_history_by_hand():
+    # One token: 4 * 2 * 2 dense + 2 * 2 * 3 feed-forward, 2 * 2 * 1 attention, 2 * 2 scores, all times 6.
+    config = training.SASRecConfig(width=2, ff_width=3, num_layers=1, num_heads=1)
+    assert training.useful_flops_per_token(config, np.array([1])) == 6 * (16 + 12 + 4 + 4)
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_synthetic_lengths_have_the_fill_of_the_real_ones(name):
+    lengths = LENGTHS[name]
+    histories = synthetic_histories(lengths)
+    split = leave_one_out(histories)
+    targets = np.clip(split.train_end - histories.offsets[:-1] - 1, 0, lengths.max_len)
+    assert targets.mean() / lengths.max_len == pytest.approx({"ml1m": 0.54, "beauty": 0.115}[name], rel=0.05)
+
+
+def test_every_softmax_is_timed_but_what_is_too_large(monkeypatch):
+    monkeypatch.setattr(softmax, "MAX_TEMP_BYTES", 20_000_000)
+    small, large = softmax.measure_softmax(repeats=1, catalogues=(512, 40_000)).values()
+    assert {"ms", "full_over_this"} <= set(small["full"]) and small["full"]["full_over_this"] == 1
+    assert set(large["full"]) == {"temp_bytes"} and "ms" in large["streaming"]
+    assert large["full"]["temp_bytes"] > 1024 * 40_000 * 4 > large["streaming"]["temp_bytes"]
+
+
+def test_interleaved_takes_turns_after_a_call_for_compilation():
+    calls = []
+    secs = timing.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    assert "".join(calls) == "ab" + "abab"
+    assert {name: len(values) for name, values in secs.items()} == {"a": 2, "b": 2}
