@@ -56,4 +56,6 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
             "multiple of mesh.data"
         )
     sharding = NamedSharding(mesh, P("data"))
+    if jax.process_count() == 1:  # the same, in half the time
+        return jax.device_put(batch, sharding)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

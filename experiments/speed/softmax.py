@@ -8,8 +8,9 @@ import numpy as np
 
 from experiments.speed.timing import interleaved, peak_run
 from rec_jax.data.negatives import make_sampler
+from rec_jax.hashing import row_keys
 from rec_jax.nn.softmax import naive_softmax_cross_entropy, softmax_cross_entropy
-from rec_jax.train.losses import LossConfig, loss_sum
+from rec_jax.train.losses import LossConfig, draw_negatives, loss_sum
 
 NUM_ITEMS = (4_096, 16_384, 65_536, 262_144, 1_048_576)
 SHAPE_BSD = (8, 128, 64)  # tokens in packed rows, and dims
@@ -27,10 +28,7 @@ def _measure(num_items: int, repeats: int) -> dict:
     rows, length, dim = SHAPE_BSD
     x_BSD = jnp.asarray(rng.normal(size=SHAPE_BSD), jnp.float32)
     table_VD = jnp.asarray(rng.normal(size=(num_items + 1, dim)) * 0.1, jnp.float32)
-    batch = {
-        "targets": jnp.asarray(rng.integers(1, num_items + 1, (rows, length)), jnp.int32),
-        "row_ids": jnp.arange(rows, dtype=jnp.int32),
-    }
+    batch = {"targets": jnp.asarray(rng.integers(1, num_items + 1, (rows, length)), jnp.int32)}
     sampler = make_sampler("uniform", np.ones(num_items + 1))
 
     def exact(cross_entropy, x_BSD, table_VD):
@@ -38,8 +36,8 @@ def _measure(num_items: int, repeats: int) -> dict:
         return cross_entropy(x_BSD.reshape(-1, dim), table_VD, targets_T, jnp.ones(targets_T.size))
 
     def sampled(x_BSD, table_VD):
-        shared = jnp.zeros((1, 1, 0), jnp.int32)
-        return loss_sum(SAMPLED, sampler, x_BSD, table_VD, batch, jax.random.key(0), shared)[0]
+        negatives = draw_negatives(SAMPLED, sampler, row_keys(0, jnp.arange(rows)), length, None)
+        return loss_sum(SAMPLED, sampler, x_BSD, table_VD, batch, negatives)[0]
 
     losses = {
         "full": (partial(exact, naive_softmax_cross_entropy), num_items),

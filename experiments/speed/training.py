@@ -12,7 +12,7 @@ import tqdm
 from experiments.speed.lengths import LENGTHS, load_lengths
 from experiments.speed.naive import bce_loss, make_naive_step, pad_batch
 from experiments.speed.timing import interleaved, peak_run
-from rec_jax.data.negatives import Sampler, make_sampler
+from rec_jax.data.negatives import make_sampler
 from rec_jax.data.pipeline import BatchSource
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch, replicate
 from rec_jax.models.base import init_model
@@ -164,14 +164,12 @@ def loss_difference(model, params, histories, split, max_len: int) -> float:
     negative everywhere."""
     source = BatchSource(histories, split, max_len=max_len, batch_rows=16, epochs=1, seed=0)
     packed, padded = source[0], pad_batch(histories, split, source.users(0), max_len)
-    negative, num_items = 7, histories.num_items
-    always = Sampler(jnp.zeros(num_items), jnp.full(num_items, negative - 1), jnp.zeros(num_items + 1))
+    negative = 7
 
     def ours(params):
         module = model.bind(params)
-        batch = packed | {"row_ids": np.arange(16)}
-        key, shared = jax.random.key(0), jnp.zeros((1, 1, 0), jnp.int32)
-        return loss_sum(LOSS, always, module(batch), module.item_vectors(), batch, key, shared)
+        negatives = jnp.full((1, 1, 1), negative)
+        return loss_sum(LOSS, None, module(packed), module.item_vectors(), packed, negatives)
 
     def naive(params):
         negatives = np.full(padded["items"].shape, negative)

@@ -66,7 +66,7 @@ class SASRec(nnx.Module):
         """Encodes packed rows.
 
         batch: items, segments, positions, each int32[B, S] (segment 0 = padding).
-        key_B: uint32[B] from `dropout.row_keys`, or None for no dropout.
+        key_B: uint32[B] from `hashing.row_keys`, or None for no dropout.
         at: (rows int[Q], columns int[Q]) of the only tokens that are asked for, without dropout; or None.
         Returns x_BSD, or x_QD for `at`, scaled so that a dot product with `item_vectors()` is the score.
         """

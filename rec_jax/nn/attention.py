@@ -66,21 +66,20 @@ def _forward(q_BSNH, k_BSNH, v_BSNH, segments_BS, query_block):
     out_GSH = jnp.concatenate(outs, axis=1)
     batch, length, heads, width = q_BSNH.shape
     out_BSNH = out_GSH.reshape(batch, heads, length, width).swapaxes(1, 2)
-    return out_BSNH, (q_GSH, k_GSH, v_GSH, out_GSH, weights)
+    return out_BSNH, (q_GSH, k_GSH, v_GSH, weights)
 
 
 def _backward(query_block, residuals, dout_BSNH):
-    """The gradient of a softmax needs sum_k weight_k * dweight_k a query. That is <out, dout>, which spares
-    a reduction over all weights. Source: FlashAttention, arXiv 2205.14135, appendix B.2."""
-    q_GSH, k_GSH, v_GSH, out_GSH, weights = residuals
+    q_GSH, k_GSH, v_GSH, weights = residuals
     batch, length, heads, width = dout_BSNH.shape
     dout_GSH = _merge_heads(dout_BSNH)
-    inner_GS1 = jnp.sum(out_GSH * dout_GSH, axis=-1, keepdims=True, dtype=jnp.float32)
     dqs, dk_GSH, dv_GSH = [], jnp.zeros_like(k_GSH), jnp.zeros_like(v_GSH)
     for (start, stop), weight in zip(_blocks(length, query_block), weights, strict=True):
         q, k, v, dout = q_GSH[:, start:stop], k_GSH[:, :stop], v_GSH[:, :stop], dout_GSH[:, start:stop]
         dweight = jnp.einsum("gqh,gkh->gqk", dout, v, preferred_element_type=jnp.float32)
-        dlogits = (weight * (dweight - inner_GS1[:, start:stop])).astype(q.dtype)
+        inner = jnp.sum(weight * dweight, axis=-1, keepdims=True)
+        # Without the barrier XLA:CPU fuses this into the products below, which makes them slower.
+        dlogits = jax.lax.optimization_barrier((weight * (dweight - inner)).astype(q.dtype))
         dqs.append(jnp.einsum("gqk,gkh->gqh", dlogits, k))
         dk_GSH = dk_GSH.at[:, :stop].add(jnp.einsum("gqk,gqh->gkh", dlogits, q))
         dv_GSH = dv_GSH.at[:, :stop].add(jnp.einsum("gqk,gqh->gkh", weight, dout))

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from rec_jax.data.negatives import Sampler
+from rec_jax.hashing import mix, words
 from rec_jax.nn.softmax import softmax_cross_entropy
 
 _DROPPED = -1e30  # the score of a negative that does not count
+_SHARED = 1  # sets the key of shared negatives apart from those of rows
 
 
 @dataclass(frozen=True)
@@ -35,27 +37,36 @@ class LossConfig:
             )
 
 
-def draw_shared(config: LossConfig, sampler: Sampler | None, key, targets_BS) -> jax.Array:
+def draw_shared(config: LossConfig, sampler: Sampler | None, seed, targets_BS) -> jax.Array:
     """Negatives that the whole batch shares, int32[1, 1, K]; of size K = 0 where it shares none.
 
-    targets_BS: the targets of the full batch, over all devices and micro-batches.
+    seed: uint32 scalar of this step; targets_BS: of the full batch, over all devices and micro-batches.
     """
     if config.type == "softmax" or config.sharing != "batch":
         return jnp.zeros((1, 1, 0), jnp.int32)
-    shape = (1, 1, config.num_negatives)
+    key_B, shape = mix(seed, _SHARED)[None], (1, config.num_negatives)
     if config.sampler != "in_batch":
-        return sampler.draw(key, shape)
+        return sampler.draw(key_B, shape)
     flat_T = targets_BS.reshape(-1)
     real_first_T = flat_T[jnp.argsort(flat_T == 0, stable=True)]
-    num_real = jnp.sum(flat_T > 0)
-    return real_first_T[jax.random.randint(key, shape, 0, jnp.maximum(num_real, 1))]
+    num_real = jnp.maximum(jnp.sum(flat_T > 0), 1).astype(jnp.uint32)
+    return real_first_T[words(key_B, 0, shape) % num_real]
 
 
-def loss_sum(config: LossConfig, sampler, x_BSD, table_VD, batch, key, shared) -> tuple:
+def draw_negatives(config: LossConfig, sampler: Sampler | None, key_B, length: int, shared) -> jax.Array:
+    """Item ids of shape [1, 1, K], [B, 1, K] or [B, S, K] by what is shared; K = 0 for "softmax".
+
+    key_B: uint32[B] from `hashing.row_keys`, one a row; length: S; shared: from `draw_shared`.
+    """
+    if config.type == "softmax" or config.sharing == "batch":
+        return shared
+    return sampler.draw(key_B, (1 if config.sharing == "row" else length, config.num_negatives))
+
+
+def loss_sum(config: LossConfig, sampler: Sampler | None, x_BSD, table_VD, batch, neg_BSK) -> tuple:
     """The summed loss of one micro-batch and the number of its real tokens, both f32 scalars.
 
-    batch: targets int32[B, S] (0 = padding), segments, items and row_ids int32[B]: the rows' numbers in
-    the full batch, which make the draws independent of how it is divided. key: of this step.
+    batch: targets int32[B, S] (0 = padding), segments, items. neg_BSK: from `draw_negatives`.
     """
     targets_BS = batch["targets"]
     real_BS = targets_BS > 0
@@ -65,7 +76,6 @@ def loss_sum(config: LossConfig, sampler, x_BSD, table_VD, batch, key, shared) -
         weights_T = real_BS.reshape(-1).astype(jnp.float32)
         return softmax_cross_entropy(flat, table_VD, targets_BS.reshape(-1), weights_T), count
 
-    neg_BSK = _draw(config, sampler, key, batch["row_ids"], targets_BS.shape, shared)
     neg_scores_BSK = _scores(x_BSD, table_VD, neg_BSK)
     pos_BS = jnp.sum(x_BSD * table_VD[targets_BS], axis=-1, dtype=jnp.float32)
     dropped_BSK = neg_BSK == targets_BS[..., None]
@@ -106,15 +116,6 @@ def _sampled_softmax(pos_BS, neg_scores_BSK, neg_log_prob_BSK, dropped_BSK):
     corrected = jnp.where(dropped_BSK, _DROPPED, corrected)
     both = jnp.concatenate([pos_BS[..., None], corrected], axis=-1)
     return jax.nn.logsumexp(both, axis=-1) - pos_BS
-
-
-def _draw(config, sampler, key, row_ids_B, shape_BS, shared):
-    """Item ids of shape [1, 1, K], [B, 1, K] or [B, S, K] by what is shared."""
-    if config.sharing == "batch":
-        return shared
-    per_row = (1 if config.sharing == "row" else shape_BS[1], config.num_negatives)
-    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, row_ids_B)
-    return jax.vmap(lambda row_key: sampler.draw(row_key, per_row))(keys_B)
 
 
 def _scores(x_BSD, table_VD, neg_BSK):

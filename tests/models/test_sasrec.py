@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rec_jax.hashing import row_keys
 from rec_jax.models.base import init_model
 from rec_jax.models.sasrec import SASRec, SASRecConfig
-from rec_jax.nn.dropout import row_keys
 
 NUM_ITEMS, MAX_LEN = 20, 12
 

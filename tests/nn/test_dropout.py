@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rec_jax.nn.dropout import dropout, mix, row_keys
+from rec_jax.hashing import mix, row_keys
+from rec_jax.nn.dropout import dropout
 
 ROWS, SHAPE = 24, (50, 16)
 NUM = 50 * 16

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from rec_jax.data.negatives import make_sampler
-from rec_jax.train.losses import LossConfig, draw_shared, gbce_beta, loss_sum
+from rec_jax.hashing import row_keys
+from rec_jax.train.losses import LossConfig, draw_negatives, draw_shared, gbce_beta, loss_sum
 
 NUM_ITEMS, D = 9, 4
 RNG = np.random.default_rng(0)
@@ -14,8 +15,8 @@ BATCH = {
     "items": jnp.array([[1, 2, 3], [4, 5, 0]]),
     "targets": jnp.array([[2, 3, 6], [5, 7, 0]]),
     "segments": jnp.array([[1, 1, 1], [1, 1, 0]]),
-    "row_ids": jnp.arange(2),
 }
+SEED, KEYS = jnp.uint32(5), row_keys(jnp.uint32(5), jnp.arange(2))
 UNIFORM = make_sampler("uniform", np.ones(NUM_ITEMS + 1))
 
 
@@ -25,8 +26,8 @@ class Fixed:
     def __init__(self, negatives, log_prob=UNIFORM.log_prob_V):
         self.negatives, self.log_prob_V = jnp.asarray(negatives), log_prob
 
-    def draw(self, key, shape):
-        return jnp.broadcast_to(self.negatives, shape)
+    def draw(self, key_B, shape):
+        return jnp.broadcast_to(self.negatives, (len(key_B), *shape))
 
 
 def softplus(x):
@@ -42,12 +43,12 @@ def by_hand(per_token):
     return total
 
 
-def compute(config, sampler, shared=None):
-    if shared is None:
-        shared = draw_shared(config, sampler, jax.random.key(0), BATCH["targets"])
-    loss, count = loss_sum(config, sampler, X, TABLE, BATCH, jax.random.key(0), shared)
+def compute(config, sampler, x=X, table=TABLE, keys=KEYS):
+    shared = draw_shared(config, sampler, SEED, BATCH["targets"])
+    negatives = draw_negatives(config, sampler, keys, X.shape[1], shared)
+    loss, count = loss_sum(config, sampler, x, table, BATCH, negatives)
     assert count == 5
-    return float(loss)
+    return loss
 
 
 def test_bce_with_one_negative():
@@ -89,7 +90,7 @@ def test_sampled_softmax_by_hand():
 @pytest.mark.parametrize("sampler", ["uniform", "popularity"])
 def test_sampled_softmax_tends_to_the_exact_one(sampler):
     """The estimate of the partition is unbiased, whatever the sampler."""
-    exact = compute(LossConfig(type="softmax"), None)
+    exact = float(compute(LossConfig(type="softmax"), None))
     counts = np.array([0, 1, 1, 2, 3, 5, 8, 13, 21, 34])
     many = LossConfig(type="sampled_softmax", num_negatives=20_000)
     assert compute(many, make_sampler(sampler, counts)) == pytest.approx(exact, rel=1e-2)
@@ -124,9 +125,7 @@ def test_sharing_is_a_matter_of_cost_alone(loss):
         config = LossConfig(type=loss, num_negatives=3, sharing=sharing)
 
         def objective(x, table, config=config):
-            sampler, key = Fixed([1, 8, 9]), jax.random.key(0)
-            shared = draw_shared(config, sampler, key, BATCH["targets"])
-            return loss_sum(config, sampler, x, table, BATCH, key, shared)[0]
+            return compute(config, Fixed([1, 8, 9]), x, table)
 
         results.append(jax.value_and_grad(objective, (0, 1))(X, TABLE))
     for other in results[1:]:
@@ -136,7 +135,7 @@ def test_sharing_is_a_matter_of_cost_alone(loss):
 def test_in_batch_draws_are_targets_of_the_batch_in_their_frequency():
     config = LossConfig(type="sampled_softmax", num_negatives=5000, sampler="in_batch", sharing="batch")
     targets = jnp.array([[2, 2, 0], [5, 7, 0]])
-    drawn = draw_shared(config, UNIFORM, jax.random.key(1), targets)
+    drawn = draw_shared(config, UNIFORM, SEED, targets)
     share = np.bincount(np.asarray(drawn).ravel(), minlength=8) / 5000
     np.testing.assert_allclose(share, [0, 0, 0.5, 0, 0, 0.25, 0, 0.25], atol=0.03)
 
@@ -144,11 +143,11 @@ def test_in_batch_draws_are_targets_of_the_batch_in_their_frequency():
 def test_rows_and_positions_draw_differently():
     for sharing, shape in [("row", (2, 1, 4)), ("position", (2, 3, 4))]:
         config = LossConfig(type="bce", num_negatives=4, sharing=sharing)
-        losses = {compute(config, UNIFORM)}
-        swapped = BATCH | {"row_ids": BATCH["row_ids"][::-1]}
-        shared = draw_shared(config, UNIFORM, jax.random.key(0), BATCH["targets"])
-        losses.add(float(loss_sum(config, UNIFORM, X, TABLE, swapped, jax.random.key(0), shared)[0]))
-        assert len(losses) == 2, shape
+        drawn = np.asarray(draw_negatives(config, UNIFORM, KEYS, 3, None))
+        assert drawn.shape == shape
+        assert len({tuple(ids) for ids in drawn.reshape(-1, 4)}) == shape[0] * shape[1]
+        swapped = np.asarray(draw_negatives(config, UNIFORM, KEYS[::-1], 3, None))
+        np.testing.assert_array_equal(swapped, drawn[::-1])  # a row keeps its draws wherever it lies
 
 
 @pytest.mark.parametrize(
