@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from rec_jax.nn.blocks import TransformerBlock
 from rec_jax.nn.dropout import dropout
+from rec_jax.nn.norm import LayerNorm
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class SASRec(nnx.Module):
         self.blocks = nnx.List(
             [TransformerBlock(config, index, rngs=rngs) for index in range(config.num_layers)]
         )
-        self.final_norm = nnx.LayerNorm(config.width, epsilon=1e-6, rngs=rngs)
+        self.final_norm = LayerNorm(config.width)
 
     def __call__(self, batch: dict[str, jax.Array], key_B: jax.Array | None = None, at=None) -> jax.Array:
         """Encodes packed rows.

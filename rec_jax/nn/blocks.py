@@ -4,6 +4,7 @@ import flax.nnx as nnx
 
 from rec_jax.nn.attention import SelfAttention
 from rec_jax.nn.dropout import dropout
+from rec_jax.nn.norm import LayerNorm
 
 
 class FeedForward(nnx.Module):
@@ -29,9 +30,9 @@ class TransformerBlock(nnx.Module):
     """
 
     def __init__(self, config, index: int, *, rngs: nnx.Rngs):
-        self.attention_norm = nnx.LayerNorm(config.width, epsilon=1e-6, rngs=rngs)
+        self.attention_norm = LayerNorm(config.width)
         self.attention = SelfAttention(config.width, config.num_heads, rngs=rngs)
-        self.ff_norm = nnx.LayerNorm(config.width, epsilon=1e-6, rngs=rngs)
+        self.ff_norm = LayerNorm(config.width)
         self.ff = FeedForward(config.width, config.ff_width, config.activation, rngs=rngs)
         self.norm, self.rate, self.index = config.norm, config.dropout, index
 

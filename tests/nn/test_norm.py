@@ -1,0 +1,50 @@
+"""Layer normalisation: NumPy's formula, and its gradient against the automatic one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rec_jax.nn.norm import EPSILON, layer_norm
+
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.normal(3, 2, (4, 5, 7)), jnp.float32)
+SCALE, BIAS = (jnp.asarray(RNG.normal(size=7), jnp.float32) for _ in range(2))
+
+
+def reference(x, scale, bias):
+    mean = x.mean(-1, keepdims=True)
+    return (x - mean) / jnp.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + EPSILON) * scale + bias
+
+
+def test_numpy_formula():
+    x = np.asarray(X, np.float64)
+    expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + EPSILON) * SCALE + BIAS
+    np.testing.assert_allclose(layer_norm(X, SCALE, BIAS), expected, rtol=2e-5, atol=1e-6)
+
+
+def test_gradients_are_the_automatic_ones():
+    weight = jnp.asarray(RNG.normal(size=X.shape), jnp.float32)
+    ours, automatic = (
+        jax.grad(lambda *args, norm=norm: jnp.sum(norm(*args) * weight), (0, 1, 2))(X, SCALE, BIAS)
+        for norm in (layer_norm, reference)
+    )
+    for a, b in zip(ours, automatic, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_a_large_mean_does_not_eat_the_variance(offset):
+    out = layer_norm(X + offset, jnp.ones(7), jnp.zeros(7))
+    np.testing.assert_allclose(np.asarray(out).std(-1), 1, rtol=1e-3)
+
+
+def test_a_constant_row_gives_the_bias():
+    np.testing.assert_allclose(layer_norm(jnp.full((2, 7), 5.0), SCALE, BIAS), [BIAS, BIAS], rtol=1e-6)
+
+
+def test_bf16_stays_bf16():
+    args = [a.astype(jnp.bfloat16) for a in (X, SCALE, BIAS)]
+    out, grads = layer_norm(*args), jax.grad(lambda *a: jnp.sum(layer_norm(*a)), (0, 1, 2))(*args)
+    assert out.dtype == jnp.bfloat16 and {g.dtype for g in grads} == {jnp.dtype(jnp.bfloat16)}
+    np.testing.assert_allclose(out.astype(jnp.float32), reference(X, SCALE, BIAS), atol=0.05)
