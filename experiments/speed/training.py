@@ -17,7 +17,7 @@ from rec_jax.data.pipeline import BatchSource
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch, replicate
 from rec_jax.models.base import init_model
 from rec_jax.models.sasrec import SASRec, SASRecConfig
-from rec_jax.train.losses import LossConfig, loss_sum
+from rec_jax.train.losses import LossConfig, Negatives, loss_sum
 from rec_jax.train.step import init_state, make_train_step
 
 NUM_USERS = 128  # of a batch
@@ -168,7 +168,7 @@ def loss_difference(model, params, histories, split, max_len: int) -> float:
 
     def ours(params):
         module = model.bind(params)
-        negatives = jnp.full((1, 1, 1), negative)
+        negatives = Negatives(jnp.full((1, 1, 1), negative), jnp.zeros((1, 1, 1)))
         return loss_sum(LOSS, None, module(packed), module.item_vectors(), packed, negatives)
 
     def naive(params):

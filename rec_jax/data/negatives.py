@@ -23,13 +23,16 @@ class Sampler:
     alias_V: jax.Array  # int32[V]: the other item of the bucket, counted from 0
     log_prob_V: jax.Array  # f32[V + 1]: log-probability of each item id; row 0 (padding) is -inf
 
+    @property
+    def num_items(self) -> int:
+        return self.alias_V.shape[0]
+
     def draw(self, key_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """int32[B, *shape] item ids, by keys uint32[B] from `hashing.row_keys`.
 
         A bucket's probability is exact to a relative V / 2**32, a coin's to 2**-24.
         """
-        num = self.alias_V.shape[0]
-        bucket = (words(key_B, _BUCKET_SITE, shape) % jnp.uint32(num)).astype(jnp.int32)
+        bucket = (words(key_B, _BUCKET_SITE, shape) % jnp.uint32(self.num_items)).astype(jnp.int32)
         coin = (words(key_B, _COIN_SITE, shape) >> 8).astype(jnp.float32) * 2.0**-24
         return jnp.where(coin < self.accept_V[bucket], bucket, self.alias_V[bucket]) + 1
 

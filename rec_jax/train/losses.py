@@ -3,7 +3,7 @@ micro-batches and devices equal the full batch."""
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,36 +37,53 @@ class LossConfig:
             )
 
 
-def draw_shared(config: LossConfig, sampler: Sampler | None, seed, targets_BS) -> jax.Array:
-    """Negatives that the whole batch shares, int32[1, 1, K]; of size K = 0 where it shares none.
+class Negatives(NamedTuple):
+    """Drawn item ids and their log-probabilities, of shape [1, 1, K], [B, 1, K] or [B, S, K]."""
+
+    ids_BSK: jax.Array
+    log_prob_BSK: jax.Array
+
+
+def draw_shared(config: LossConfig, sampler: Sampler | None, seed, targets_BS) -> Negatives:
+    """Negatives that the whole batch shares, [1, 1, K]; none, K = 0, where it shares none.
 
     seed: uint32 scalar of this step; targets_BS: of the full batch, over all devices and micro-batches.
     """
     if config.type == "softmax" or config.sharing != "batch":
-        return jnp.zeros((1, 1, 0), jnp.int32)
+        return Negatives(jnp.zeros((1, 1, 0), jnp.int32), jnp.zeros((1, 1, 0)))
     key_B, shape = mix(seed, _SHARED)[None], (1, config.num_negatives)
     if config.sampler != "in_batch":
-        return sampler.draw(key_B, shape)
+        return _with_log_prob(sampler, sampler.draw(key_B, shape))
     flat_T = targets_BS.reshape(-1)
     real_first_T = flat_T[jnp.argsort(flat_T == 0, stable=True)]
     num_real = jnp.maximum(jnp.sum(flat_T > 0), 1).astype(jnp.uint32)
-    return real_first_T[words(key_B, 0, shape) % num_real]
+    return _with_log_prob(sampler, real_first_T[words(key_B, 0, shape) % num_real])
 
 
-def draw_negatives(config: LossConfig, sampler: Sampler | None, key_B, length: int, shared) -> jax.Array:
-    """Item ids of shape [1, 1, K], [B, 1, K] or [B, S, K] by what is shared; K = 0 for "softmax".
+def draw_negatives(
+    config: LossConfig, sampler: Sampler | None, key_B, length: int, shared: Negatives
+) -> Negatives:
+    """Negatives of each row or position, or the shared ones.
 
     key_B: uint32[B] from `hashing.row_keys`, one a row; length: S; shared: from `draw_shared`.
     """
     if config.type == "softmax" or config.sharing == "batch":
         return shared
-    return sampler.draw(key_B, (1 if config.sharing == "row" else length, config.num_negatives))
+    shape = (1 if config.sharing == "row" else length, config.num_negatives)
+    return _with_log_prob(sampler, sampler.draw(key_B, shape))
 
 
-def loss_sum(config: LossConfig, sampler: Sampler | None, x_BSD, table_VD, batch, neg_BSK) -> tuple:
+def _with_log_prob(sampler: Sampler, ids_BSK) -> Negatives:
+    return Negatives(ids_BSK, sampler.log_prob_V[ids_BSK])
+
+
+def loss_sum(
+    config: LossConfig, sampler: Sampler | None, x_BSD, table_VD, batch, negatives: Negatives
+) -> tuple:
     """The summed loss of one micro-batch and the number of its real tokens, both f32 scalars.
 
-    batch: targets int32[B, S] (0 = padding), segments, items. neg_BSK: from `draw_negatives`.
+    table_VD: the catalogue's vectors; or, but for "softmax", any rows with padding first that the ids in
+    batch and negatives refer to. batch: targets int32[B, S] (0 = padding), segments, items.
     """
     targets_BS = batch["targets"]
     real_BS = targets_BS > 0
@@ -76,17 +93,18 @@ def loss_sum(config: LossConfig, sampler: Sampler | None, x_BSD, table_VD, batch
         weights_T = real_BS.reshape(-1).astype(jnp.float32)
         return softmax_cross_entropy(flat, table_VD, targets_BS.reshape(-1), weights_T), count
 
+    neg_BSK = negatives.ids_BSK
     neg_scores_BSK = _scores(x_BSD, table_VD, neg_BSK)
     pos_BS = jnp.sum(x_BSD * table_VD[targets_BS], axis=-1, dtype=jnp.float32)
     dropped_BSK = neg_BSK == targets_BS[..., None]
     if config.exclude_history:
         dropped_BSK |= _in_history(neg_BSK, batch)
     if config.type == "sampled_softmax":
-        loss_BS = _sampled_softmax(pos_BS, neg_scores_BSK, sampler.log_prob_V[neg_BSK], dropped_BSK)
+        loss_BS = _sampled_softmax(pos_BS, neg_scores_BSK, negatives.log_prob_BSK, dropped_BSK)
     else:
         beta = 1.0
         if config.type == "gbce":
-            beta = gbce_beta(config.num_negatives, table_VD.shape[0] - 1, config.gbce_t)
+            beta = gbce_beta(config.num_negatives, sampler.num_items, config.gbce_t)
         # Scores start where positives and negatives balance (0 for one negative), as a constant that no
         # ranking sees: else all vectors first move together to reach it, and learning starts epochs later.
         prior = math.log(beta / config.num_negatives)

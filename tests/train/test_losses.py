@@ -24,7 +24,7 @@ class Fixed:
     """A sampler that draws what it is told."""
 
     def __init__(self, negatives, log_prob=UNIFORM.log_prob_V):
-        self.negatives, self.log_prob_V = jnp.asarray(negatives), log_prob
+        self.negatives, self.log_prob_V, self.num_items = jnp.asarray(negatives), log_prob, NUM_ITEMS
 
     def draw(self, key_B, shape):
         return jnp.broadcast_to(self.negatives, (len(key_B), *shape))
@@ -135,7 +135,7 @@ def test_sharing_is_a_matter_of_cost_alone(loss):
 def test_in_batch_draws_are_targets_of_the_batch_in_their_frequency():
     config = LossConfig(type="sampled_softmax", num_negatives=5000, sampler="in_batch", sharing="batch")
     targets = jnp.array([[2, 2, 0], [5, 7, 0]])
-    drawn = draw_shared(config, UNIFORM, SEED, targets)
+    drawn = draw_shared(config, UNIFORM, SEED, targets).ids_BSK
     share = np.bincount(np.asarray(drawn).ravel(), minlength=8) / 5000
     np.testing.assert_allclose(share, [0, 0, 0.5, 0, 0, 0.25, 0, 0.25], atol=0.03)
 
@@ -143,10 +143,10 @@ def test_in_batch_draws_are_targets_of_the_batch_in_their_frequency():
 def test_rows_and_positions_draw_differently():
     for sharing, shape in [("row", (2, 1, 4)), ("position", (2, 3, 4))]:
         config = LossConfig(type="bce", num_negatives=4, sharing=sharing)
-        drawn = np.asarray(draw_negatives(config, UNIFORM, KEYS, 3, None))
+        drawn = np.asarray(draw_negatives(config, UNIFORM, KEYS, 3, None).ids_BSK)
         assert drawn.shape == shape
         assert len({tuple(ids) for ids in drawn.reshape(-1, 4)}) == shape[0] * shape[1]
-        swapped = np.asarray(draw_negatives(config, UNIFORM, KEYS[::-1], 3, None))
+        swapped = np.asarray(draw_negatives(config, UNIFORM, KEYS[::-1], 3, None).ids_BSK)
         np.testing.assert_array_equal(swapped, drawn[::-1])  # a row keeps its draws wherever it lies
 
 

@@ -1,0 +1,115 @@
+"""One update of an embedding table by the gradients of many lookups: dense optax against touched rows."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tqdm
+
+from experiments.speed.timing import interleaved
+from rec_jax.nn.sparse import dedupe, gather_rows, scale_by_rowwise_rss, update_rows
+
+NUM_ROWS, DIMS = (100_000, 1_000_000, 4_000_000, 10_000_000), (64, 128)
+NUM_LOOKUPS = 25_600
+MAX_BYTES = 12 * 2**30  # of tables, states and temporaries; what needs more is not run
+_COPY_BYTES = 2**28
+_RATE = 0.01
+
+# name -> (optimizer, arrays of the table's size that it changes, all their rows?)
+METHODS = {
+    "dense_adam": (optax.adam(_RATE), 3, True),
+    "dense_adagrad": (optax.adagrad(_RATE), 2, True),
+    "sgd": (optax.sgd(_RATE), 1, False),
+    "adagrad": (optax.adagrad(_RATE), 2, False),
+    "rowwise_adagrad": (optax.chain(scale_by_rowwise_rss(), optax.scale(-_RATE)), 1, False),
+    "lazy_adam": (optax.adam(_RATE), 3, False),
+}
+
+
+def measure_embedding(repeats: int, num_rows=NUM_ROWS, dims=DIMS) -> dict:
+    """{"rows_1000000_dim_64": {"rowwise_adagrad_ms": ..., ...}, ...}, on one device."""
+    copy_gbytes = _copy_rate(repeats)
+    cases = [(rows, dim) for dim in dims for rows in num_rows]
+    bar = tqdm.tqdm(cases, desc="tables")
+    result = {f"rows_{rows}_dim_{dim}": _measure(rows, dim, repeats, copy_gbytes) for rows, dim in bar}
+    return result | {"copy_gbytes_per_sec": copy_gbytes, "lookups": NUM_LOOKUPS, "ids": "uniform"}
+
+
+def _copy_rate(repeats: int) -> float:
+    """GB read and written per second by a copy of a large array."""
+    x = jnp.ones(_COPY_BYTES // 4, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    secs = interleaved({"copy": lambda: copy(x).block_until_ready()}, repeats)["copy"]
+    return float(2 * _COPY_BYTES / np.median(secs) / 1e9)
+
+
+def _dense_step(optimizer, table_VD, state, ids_N, grads_ND):
+    grads_VD = jnp.zeros_like(table_VD).at[ids_N].add(grads_ND)
+    updates, state = optimizer.update(grads_VD, state, table_VD)
+    return optax.apply_updates(table_VD, updates), state
+
+
+def _touched_step(optimizer, table_VD, state, ids_N, grads_ND):
+    touched = dedupe(ids_N, table_VD.shape[0])
+    rows_UD = gather_rows(table_VD, touched.rows_U)
+    grads_UD = jnp.zeros_like(rows_UD).at[touched.place_N].add(grads_ND)
+    return update_rows(optimizer, table_VD, state, touched.rows_U, rows_UD, grads_UD)
+
+
+def _measure(num_rows: int, dim: int, repeats: int, copy_gbytes: float) -> dict:
+    rng = np.random.default_rng(0)
+    ids_N = jnp.asarray(rng.integers(0, num_rows, NUM_LOOKUPS), jnp.int32)
+    grads_ND = jnp.asarray(rng.normal(size=(NUM_LOOKUPS, dim)), jnp.float32)
+    num_unique = len(np.unique(ids_N))
+    figures, runs = {"unique_ids": num_unique}, {}
+    # A dense step makes the gradient of every row besides.
+    table_bytes = 4 * num_rows * dim
+    methods = {name: m for name, m in METHODS.items() if (3 + m[2]) * table_bytes <= MAX_BYTES}
+    if not methods:
+        return figures | {"left_out": f"{3 * table_bytes / 2**30:.0f} GiB of table and moments"}
+    arrays = _Arrays(num_rows, dim)
+    for name, (optimizer, _, is_dense) in methods.items():
+        step = jax.jit(partial(_dense_step if is_dense else _touched_step, optimizer), donate_argnums=(0, 1))
+        compiled = step.lower(*arrays.take(optimizer), ids_N, grads_ND).compile()
+        figures[f"{name}_temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
+        runs[name] = partial(arrays.update, compiled, optimizer, ids_N, grads_ND)
+    secs = interleaved(runs, repeats)
+    for name, (_, num_arrays, is_dense) in methods.items():
+        rows = num_rows if is_dense else num_unique
+        # Gradients of the lookups read; sums of them and each array read and written.
+        gbytes = (4 * NUM_LOOKUPS * dim + 8 * rows * dim * (num_arrays + is_dense)) / 1e9
+        figures[f"{name}_ms"] = float(1e3 * np.median(secs[name]))
+        figures[f"{name}_percent_of_copy"] = float(np.median(100 * gbytes / secs[name] / copy_gbytes))
+        for dense in ("dense_adam", "dense_adagrad"):
+            if dense in secs and not is_dense:
+                figures[f"{name}_over_{dense}"] = float(np.median(secs[dense] / secs[name]))
+    return figures
+
+
+class _Arrays:
+    """A table and two more arrays of its size, which all methods share, so that large ones fit."""
+
+    def __init__(self, num_rows: int, dim: int):
+        self._large = [jnp.zeros((num_rows, dim), jnp.float32) for _ in range(3)]
+        self._small = {}  # id of an optimizer -> the rest of its state
+
+    def take(self, optimizer) -> tuple:
+        """(table, state): the state's large arrays are the last of the shared ones."""
+        table = self._large[0]
+        leaves, treedef = jax.tree.flatten(jax.eval_shape(optimizer.init, table))
+        small = self._small.setdefault(
+            id(optimizer), [jnp.zeros(x.shape, x.dtype) for x in leaves if x.shape != table.shape]
+        )
+        num_large = len(leaves) - len(small)
+        large, small = iter(self._large[3 - num_large :]), iter(small)
+        leaves = [next(large if leaf.shape == table.shape else small) for leaf in leaves]
+        return table, jax.tree.unflatten(treedef, leaves)
+
+    def update(self, step, optimizer, ids_N, grads_ND) -> None:
+        table, state = jax.block_until_ready(step(*self.take(optimizer), ids_N, grads_ND))
+        leaves = jax.tree.leaves(state)
+        large = [leaf for leaf in leaves if leaf.shape == table.shape]
+        self._small[id(optimizer)] = [leaf for leaf in leaves if leaf.shape != table.shape]
+        self._large[0], self._large[3 - len(large) :] = table, large

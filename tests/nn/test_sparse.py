@@ -1,0 +1,122 @@
+"""Updates of touched rows against optax with dense gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rec_jax.nn.sparse import dedupe, gather_rows, scale_by_rowwise_rss, update_rows, write_rows
+
+V, D, N = 50, 4, 12
+RNG = np.random.default_rng(0)
+TABLE = jnp.asarray(RNG.normal(size=(V, D)), jnp.float32)
+
+
+def batches(steps, high=V):
+    for _ in range(steps):
+        ids = jnp.asarray(RNG.integers(0, high, N), jnp.int32)
+        yield ids, jnp.asarray(RNG.normal(size=(N, D)), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    "ids", [[3], [7, 7, 7, 7], [5, 1, 3, 2, 0], [0, V - 1, 0, V - 1], [4, 4, 2, 9, 2]], ids=str
+)
+def test_distinct_ids_and_their_places(ids):
+    touched = dedupe(jnp.array(ids), V)
+    expected, place = np.unique(ids, return_inverse=True)
+    count = int(touched.count(V))
+    assert count == len(expected)
+    np.testing.assert_array_equal(touched.rows_U[:count], expected)
+    np.testing.assert_array_equal(touched.place_N, place)
+    assert (np.diff(touched.rows_U) > 0).all() and (np.asarray(touched.rows_U[count:]) > V).all()
+
+
+@pytest.mark.parametrize("bad", [-1, V, V + 3, -V, 2**31 - 1, -(2**31)])
+def test_an_id_that_is_no_row_reads_as_nan_and_is_never_written(bad):
+    touched = dedupe(jnp.array([2, bad, 5, 2]), V)
+    rows = gather_rows(TABLE, touched.rows_U)
+    looked_up = np.asarray(rows[touched.place_N])
+    assert np.isnan(looked_up[1]).all()
+    np.testing.assert_array_equal(looked_up[[0, 2, 3]], TABLE[np.array([2, 5, 2])])
+    written = np.asarray(write_rows(TABLE, touched.rows_U, rows * 0 + 9))
+    changed = np.flatnonzero((written != np.asarray(TABLE)).any(-1))
+    np.testing.assert_array_equal(changed, [2, 5])
+
+
+def dense(optimizer, table, state, ids, grads_ND):
+    grads_VD = jnp.zeros_like(table).at[ids].add(grads_ND)
+    updates, state = optimizer.update(grads_VD, state, table)
+    return optax.apply_updates(table, updates), state
+
+
+def sparse(optimizer, table, state, ids, grads_ND):
+    touched = dedupe(ids, V)
+    rows = gather_rows(table, touched.rows_U)
+    grads_UD = jax.grad(lambda rows: jnp.sum(rows[touched.place_N] * grads_ND))(rows)
+    return update_rows(optimizer, table, state, touched.rows_U, rows, grads_UD)
+
+
+EXACT = {
+    "sgd": optax.sgd(0.1),
+    "adagrad": optax.adagrad(0.1),
+    "rowwise_adagrad": optax.chain(scale_by_rowwise_rss(), optax.scale_by_learning_rate(0.1)),
+    "scheduled": optax.sgd(optax.linear_schedule(1.0, 0.0, 10)),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_equal_to_dense_gradients(name):
+    optimizer = EXACT[name]
+    states = {step: (TABLE, optimizer.init(TABLE)) for step in (dense, sparse)}
+    for ids, grads in batches(8):
+        for step, (table, state) in states.items():
+            states[step] = jax.jit(step, static_argnums=0)(optimizer, table, state, ids, grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), *states.values())
+    assert not np.allclose(states[dense][0], TABLE)
+
+
+def test_lazy_adam_is_adam_for_rows_touched_at_every_step_and_rests_others():
+    optimizer = optax.adam(0.1)
+    results = {}
+    for step in (dense, sparse):
+        table, state = TABLE, optimizer.init(TABLE)
+        for i in range(5):
+            grads = jnp.sin(jnp.arange(N * D).reshape(N, D) + i)
+            table, state = step(optimizer, table, state, jnp.arange(N) // 2, grads)
+        results[step] = np.asarray(table)
+    np.testing.assert_allclose(results[sparse], results[dense], rtol=1e-5, atol=1e-6)
+
+    table, state = TABLE, optimizer.init(TABLE)
+    table, state = sparse(optimizer, table, state, jnp.array([3]), jnp.ones((1, D)))
+    after, _ = sparse(optimizer, table, state, jnp.array([4]), jnp.ones((1, D)))
+    np.testing.assert_array_equal(after[3], table[3])
+    lasting, _ = dense(optimizer, table, state, jnp.array([4]), jnp.ones((1, D)))
+    assert not np.allclose(lasting[3], table[3])
+
+
+def test_rowwise_adagrad_by_hand():
+    optimizer = scale_by_rowwise_rss(eps=0.0)
+    grads = jnp.array([[3.0, 4.0], [0.0, 1.0]])
+    updates, state = optimizer.update(grads, optimizer.init(jnp.zeros((2, 2))))
+    np.testing.assert_allclose(state.sum_V1, [[12.5], [0.5]])
+    np.testing.assert_allclose(updates, grads / np.sqrt([[12.5], [0.5]]), rtol=1e-6)
+
+
+def test_the_table_is_changed_in_place_and_nothing_of_its_size_is_made():
+    rows, dim = 100_000, 16
+    optimizer = optax.adam(0.1)
+    table = jax.ShapeDtypeStruct((rows, dim), jnp.float32)
+    state = jax.eval_shape(optimizer.init, table)
+    args = (jax.ShapeDtypeStruct((N,), jnp.int32), jax.ShapeDtypeStruct((N, dim), jnp.float32))
+
+    def step(table, state, ids, grads):
+        touched = dedupe(ids, rows)
+        rows_UD = gather_rows(table, touched.rows_U)
+        grads_UD = jnp.zeros_like(rows_UD).at[touched.place_N].add(grads)
+        return update_rows(optimizer, table, state, touched.rows_U, rows_UD, grads_UD)
+
+    memory = jax.jit(step, donate_argnums=(0, 1)).lower(table, state, *args).compile().memory_analysis()
+    table_bytes = rows * dim * 4
+    assert memory.alias_size_in_bytes >= 3 * table_bytes
+    assert memory.temp_size_in_bytes < table_bytes / 100
