@@ -26,6 +26,8 @@ from rec_jax.train.loop import TrainConfig, fit
 from rec_jax.train.losses import LossConfig
 from rec_jax.train.optim import OptimConfig, make_optimizer
 from rec_jax.train.step import init_state, make_train_step
+from rec_jax.train.tables import TableConfig, make_row_optimizer, without_table
+from rec_jax.train.tables import check as check_table
 from rec_jax.tree import num_params
 
 MODELS = {"sasrec": SASRec}
@@ -43,6 +45,10 @@ class ExperimentConfig:
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
+    table: TableConfig = TableConfig()
+
+    def __post_init__(self):
+        check_table(self.table, self.loss)
 
 
 class Experiment:
@@ -89,7 +95,9 @@ class Experiment:
             host=jax.process_index(),
             num_hosts=jax.process_count(),
         )
-        optimizer = make_optimizer(config.optim, self._init_params, len(source))
+        row_optimizer = make_row_optimizer(config.table, config.optim, len(source))
+        params = self._init_params if row_optimizer is None else without_table(self._init_params)
+        optimizer = make_optimizer(config.optim, params, len(source))
         step = make_train_step(
             self.model,
             optimizer,
@@ -99,13 +107,15 @@ class Experiment:
             micro_rows=config.train.micro_rows,
             precision=config.train.precision,
             seed=config.seed,
+            clip_norm=config.optim.clip_norm,
+            row_optimizer=row_optimizer,
         )
         config_json = dataclasses.asdict(config)
         path = self.workdir / "config.json"
         if not path.exists():
             write_json(path, config_json)
         fitted = fit(
-            mesh_lib.replicate(init_state(self._init_params, optimizer), self.mesh),
+            mesh_lib.replicate(init_state(self._init_params, optimizer, row_optimizer), self.mesh),
             step,
             make_iterator(source),
             lambda params: self.evaluate(self.scorer(params), "val", quick=True),

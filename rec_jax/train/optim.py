@@ -50,13 +50,11 @@ def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, params, total_steps: int) -> optax.GradientTransformation:
-    """params: only their names are read, for the mask of the weight decay.
+    """All but the clipping, which the step does. params: only their names are read, for the weight decay.
 
     Raises ValueError if weight decay is on and its regex matches no name.
     """
     chain = []
-    if config.clip_norm:
-        chain.append(optax.clip_by_global_norm(config.clip_norm))
     if config.type in ("adam", "adamw"):
         chain.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
     elif config.type == "adagrad":

@@ -51,15 +51,6 @@ def test_a_decay_that_matches_nothing_lists_the_names():
         first_update(type="adamw", weight_decay=0.1, weight_decay_names="table")
 
 
-def test_clipping_is_by_the_norm_of_all_gradients():
-    grads = {"up": {"kernel": jnp.array([3.0, 0.0]), "bias": jnp.array([4.0])}}
-    update = first_update(grads=grads, type="sgd", learning_rate=1.0, clip_norm=1.0)
-    np.testing.assert_allclose(update["up"]["kernel"], [-0.6, 0], rtol=1e-6)
-    np.testing.assert_allclose(update["up"]["bias"], [-0.8], rtol=1e-6)
-    update = first_update(grads=grads, type="sgd", learning_rate=1.0, clip_norm=6.0)
-    np.testing.assert_allclose(update["up"]["bias"], [-4.0], rtol=1e-6)
-
-
 @pytest.mark.parametrize(
     "kind, expected",
     [("sgd", -0.3), ("adam", -0.1), ("adamw", -0.1), ("adagrad", -0.1 * 3 / np.sqrt(9 + 0.1))],

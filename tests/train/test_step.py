@@ -1,5 +1,7 @@
 """One step on every mesh, however divided, is the same step."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import optax
@@ -12,6 +14,7 @@ from rec_jax.models.sasrec import SASRec, SASRecConfig
 from rec_jax.train.losses import LossConfig
 from rec_jax.train.optim import OptimConfig, make_optimizer
 from rec_jax.train.step import init_state, make_train_step
+from rec_jax.train.tables import TableConfig, make_row_optimizer, without_table
 
 NUM_ITEMS, ROWS, LENGTH = 40, 8, 12
 
@@ -41,10 +44,24 @@ LOSSES = {
 }
 
 
-def run(loss="softmax", devices=1, micro_rows=8, steps=3, precision="f32", batches=None, seed=0):
+OPTIM = OptimConfig(type="sgd", learning_rate=0.5)
+
+
+def run(
+    loss="softmax",
+    devices=1,
+    micro_rows=8,
+    steps=3,
+    precision="f32",
+    batches=None,
+    seed=0,
+    optim=OPTIM,
+    table=None,  # an update of touched rows
+):
     config = SASRecConfig(width=8, ff_width=8, dropout=0.3)
     model, params = init_model(lambda rngs: SASRec(config, NUM_ITEMS, LENGTH, rngs=rngs), seed=0)
-    optimizer = make_optimizer(OptimConfig(type="sgd", learning_rate=0.5), params, 10)
+    row_optimizer = table and make_row_optimizer(TableConfig(table, optim.learning_rate), optim, 10)
+    optimizer = make_optimizer(optim, without_table(params) if table else params, 10)
     mesh = make_mesh(MeshConfig(data=devices))
     sampler = make_sampler(LOSSES[loss].sampler, np.arange(NUM_ITEMS + 1))
     step = make_train_step(
@@ -56,21 +73,25 @@ def run(loss="softmax", devices=1, micro_rows=8, steps=3, precision="f32", batch
         micro_rows=micro_rows,
         precision=precision,
         seed=seed,
+        clip_norm=optim.clip_norm,
+        row_optimizer=row_optimizer,
     )
-    state = replicate(init_state(params, optimizer), mesh)
-    losses = []
+    state = replicate(init_state(params, optimizer, row_optimizer), mesh)
+    losses, norms = [], []
     for index in range(steps):
         batch = batches[index] if batches else make_batch(index)
         state, metrics = step(state, place_batch(batch, mesh))
         losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+        norms.append(float(metrics["grad_norm"][0]))
     assert step._cache_size() == 1  # one trace over all steps
-    return losses, jax.device_get(state.params)
+    return losses, jax.device_get(state.params), norms
 
 
 def assert_close(a, b, rtol=2e-5):
     np.testing.assert_allclose(a[0], b[0], rtol=rtol)
     for x, y in zip(jax.tree.leaves(a[1]), jax.tree.leaves(b[1]), strict=True):
         np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-5)
+    np.testing.assert_allclose(a[2], b[2], rtol=1e-4)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -78,6 +99,49 @@ def test_the_division_into_devices_and_micro_steps_changes_nothing(loss):
     whole = run(loss)
     for devices, micro_rows in [(1, 2), (2, 4), (8, 1), (4, 1)]:
         assert_close(run(loss, devices, micro_rows), whole)
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "softmax"])
+@pytest.mark.parametrize("update", ["sgd", "adagrad"])
+def test_touched_rows_learn_what_a_dense_update_teaches_them(loss, update):
+    optim = OptimConfig(type=update, learning_rate=0.5)
+    dense = run(loss, optim=optim)
+    for devices, micro_rows in [(1, 8), (1, 2), (4, 1)]:
+        assert_close(run(loss, devices, micro_rows, optim=optim, table=update), dense)
+
+
+@pytest.mark.parametrize("table", [None, "sgd"])
+def test_the_gradient_is_clipped_by_the_norm_of_all_of_it(table):
+    free = run("sampled", steps=1, table=table)
+    config = SASRecConfig(width=8, ff_width=8)
+    _, before = init_model(lambda rngs: SASRec(config, NUM_ITEMS, LENGTH, rngs=rngs), seed=0)
+    limit = free[2][0] / 4
+    clipped = run("sampled", steps=1, table=table, optim=dataclasses.replace(OPTIM, clip_norm=limit))
+    expected = jax.tree.map(lambda old, new: old + (new - old) / 4, before, free[1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), clipped[1], expected)
+    loose = run("sampled", steps=1, table=table, optim=dataclasses.replace(OPTIM, clip_norm=4 * limit + 1))
+    jax.tree.map(np.testing.assert_array_equal, loose[1], free[1])
+
+
+@pytest.mark.parametrize("update", ["rowwise_adagrad", "lazy_adam"])
+def test_rows_that_no_batch_touches_stay(update):
+    batch = make_batch()  # whose negatives are drawn from itself
+    config = SASRecConfig(width=8, ff_width=8)
+    _, before = init_model(lambda rngs: SASRec(config, NUM_ITEMS, LENGTH, rngs=rngs), seed=0)
+    for devices in (1, 2):
+        _, params, _ = run("in_batch", devices, 4, table=update, batches=[batch] * 3)
+        changed = (params["items"]["embedding"] != np.asarray(before["items"]["embedding"])).any(-1)
+        read = np.union1d(batch["items"], batch["targets"])
+        assert 0 < len(read) - 1 < NUM_ITEMS
+        np.testing.assert_array_equal(np.flatnonzero(changed), read[read > 0])
+
+
+@pytest.mark.parametrize("bad", [-1, NUM_ITEMS + 1, 2**30])
+def test_an_id_beyond_the_table_shows_in_the_loss(bad):
+    batch = make_batch()
+    batch["items"][0, 0] = bad
+    losses, _, _ = run("sampled", table="sgd", batches=[batch], steps=1)
+    assert np.isnan(losses[0])
 
 
 def test_two_runs_are_bit_equal_and_seeds_differ():
