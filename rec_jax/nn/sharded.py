@@ -1,0 +1,146 @@
+"""Tables whose rows are spread over a mesh with the axes "data" and "model".
+
+The batch is split over "data" and whole on every device of "model". A device at place j of "model" keeps
+rows of its column only. It exchanges ids, rows and gradients by all_to_all with the other devices of
+that column, and the columns add up what they have found. All functions but those of `Placement` run
+inside a shard_map over both axes.
+
+An exchange has a fixed capacity for each pair of devices. Ids beyond it are not dropped: they go in
+further rounds. A round takes, for each owner, the rows below a bound that all devices agree on, so that all
+gradients of a row meet in one round and an optimizer sees their sum.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from rec_jax.nn.sparse import Touched, dedupe, gather_rows, update_rows
+
+AXES = ("model", "data")  # of a table's rows, in this order
+_GROUPS = 1024  # a mesh must divide it
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a row lies: row r of the catalogue is row `to_physical(r)` of the array.
+
+    Neighbours go to different groups, and whole groups to a device, so that popular items, whose ids are
+    often near each other, are spread. It does not depend on the mesh: an array saved on one is right on any.
+    """
+
+    num_rows: int
+
+    @property
+    def size(self) -> int:
+        """Rows of the array: as many as in the catalogue, rounded up to whole groups."""
+        return -(-self.num_rows // _GROUPS) * _GROUPS
+
+    def to_physical(self, ids):
+        """An id outside [0, num_rows) becomes -1."""
+        rows = ids % _GROUPS * (self.size // _GROUPS) + ids // _GROUPS
+        return jnp.where((ids >= 0) & (ids < self.num_rows), rows, -1)
+
+    def place(self, table_VX):
+        """The array from a table in the order of ids, filled up with zeros."""
+        pad = [(0, self.size - self.num_rows)] + [(0, 0)] * (table_VX.ndim - 1)
+        groups = jnp.pad(table_VX, pad).reshape(-1, _GROUPS, *table_VX.shape[1:])
+        return groups.swapaxes(0, 1).reshape(self.size, *table_VX.shape[1:])
+
+    def unplace(self, array_VX):
+        """The table in the order of ids."""
+        groups = array_VX.reshape(_GROUPS, -1, *array_VX.shape[1:])
+        return groups.swapaxes(0, 1).reshape(array_VX.shape)[: self.num_rows]
+
+
+def dedupe_physical(placement: Placement, ids_N) -> Touched:
+    return dedupe(placement.to_physical(ids_N), placement.size)
+
+
+def _exchange(rows_U, local_rows: int, capacity: int, carry, one_round):
+    """carry after `one_round(carry, place_EC, asked_EC)` for as many rounds as it takes, and their number.
+
+    rows_U: from `dedupe_physical`. place_EC: places in rows_U that go to each of E devices of this column
+    in this round, or U where there is none. asked_EC: rows of this device that the others ask for,
+    local_rows where there is none.
+    """
+    num_owners = jax.lax.axis_size("data")
+    first = jax.lax.axis_index("model") * num_owners
+    edges = (first + jnp.arange(num_owners + 1)) * local_rows
+    bounds = jnp.searchsorted(rows_U, edges).astype(jnp.int32)
+    ends_E, size = bounds[1:], rows_U.size
+
+    def is_left(state):
+        return state[1]
+
+    def round_(state):
+        carry, _, at_E, count = state
+        # The first row for an owner that does not fit here; the least of all devices' bounds the round.
+        beyond_E = rows_U.at[at_E + capacity].get(mode="clip")
+        beyond_E = jnp.where(at_E + capacity < ends_E, beyond_E, edges[1:])
+        stop_E = jnp.searchsorted(rows_U, jax.lax.pmin(beyond_E, "data")).astype(jnp.int32)
+        place_EC = at_E[:, None] + jnp.arange(capacity)
+        place_EC = jnp.where(place_EC < stop_E[:, None], place_EC, size)
+        wanted_EC = rows_U.at[place_EC].get(mode="clip") - edges[:-1, None]
+        wanted_EC = jnp.where(place_EC < size, wanted_EC, local_rows)
+        carry = one_round(carry, place_EC, _swap(wanted_EC))
+        left = jax.lax.pmax(jnp.any(stop_E < ends_E), AXES)
+        return carry, left, stop_E, count + 1
+
+    state = (carry, jnp.array(True), bounds[:-1], jnp.zeros((), jnp.int32))
+    carry, _, _, count = jax.lax.while_loop(is_left, round_, state)
+    return carry, count
+
+
+def _swap(x_EC):
+    """What the other devices of the column have for this one."""
+    return jax.lax.all_to_all(x_EC, "data", split_axis=0, concat_axis=0, tiled=True)
+
+
+def read_sharded(table_vD, rows_U, capacity: int) -> tuple[jax.Array, jax.Array]:
+    """(rows f32[U, D] of the whole table at the physical rows_U, number of rounds).
+
+    The place of ids that are no rows is NaN.
+    """
+    local_rows, dim = table_vD.shape
+    columns = jax.lax.axis_size("model")
+
+    def one_round(rows_UD, place_EC, asked_EC):
+        found_ECD = _swap(table_vD.at[asked_EC].get(mode="clip"))
+        return rows_UD.at[place_EC].set(found_ECD, mode="drop")
+
+    zeros_UD = jnp.zeros((rows_U.size, dim), table_vD.dtype)
+    rows_UD, rounds = _exchange(rows_U, local_rows, capacity, zeros_UD, one_round)
+    if columns > 1:
+        rows_UD = jax.lax.psum(rows_UD, "model")
+    num_rows = local_rows * columns * jax.lax.axis_size("data")
+    is_bad_U1 = (rows_U == num_rows)[:, None]
+    return jnp.where(is_bad_U1, jnp.nan, rows_UD), rounds
+
+
+def update_sharded(optimizer, table_vD, state, rows_U, grads_UD, capacity: int) -> tuple:
+    """(table_vD, state) after one step on the rows that any device has touched.
+
+    grads_UD: of this device's rows_U, the same on every device of "model". state: of the local rows.
+    """
+    local_rows, dim = table_vD.shape
+
+    def one_round(carry, place_EC, asked_EC):
+        table_vD, state, _ = carry
+        grads_ECD = _swap(grads_UD.at[place_EC].get(mode="fill", fill_value=0))
+        touched = dedupe(asked_EC.reshape(-1), local_rows)
+        zeros_UD = jnp.zeros((asked_EC.size, dim), grads_UD.dtype)
+        sums_UD = zeros_UD.at[touched.place_N].add(grads_ECD.reshape(-1, dim))
+        rows_UD = gather_rows(table_vD, touched.rows_U)
+        # Counts of the state are those before the step in every round.
+        counted = jax.tree.map(lambda old, new: new if _is_rows(new, local_rows) else old, before, state)
+        table_vD, state = update_rows(optimizer, table_vD, counted, touched.rows_U, rows_UD, sums_UD)
+        return table_vD, state, ()
+
+    before = state
+    (table_vD, state, _), _ = _exchange(rows_U, local_rows, capacity, (table_vD, state, ()), one_round)
+    return table_vD, state
+
+
+def _is_rows(leaf, num_rows: int) -> bool:
+    return leaf.ndim > 0 and leaf.shape[0] == num_rows
