@@ -9,12 +9,12 @@ Protocol of the headline: leave-one-out, full ranking, seen items filtered, pick
 
     python -m experiments.train --config=configs/sasrec_bce_ml1m.py --workdir=runs/bce
 
-Measured 2026-11-21 on 2 cores of an AMD EPYC (Zen 4), seed 0: test HR@10 0.2634, NDCG@10 0.1415 (95 % interval
-0.1349 to 0.1482); unfiltered 0.1618 / 0.0716; under 100 sampled negatives HR@10 0.8195, NDCG@10 0.6036;
-validation NDCG@10 0.1484 at epoch 80 of 100; 495 s of training steps beside other work. One seed.
+Measured 2026-11-21 on 2 cores of an AMD EPYC (Zen 4), seed 0: test HR@10 0.2634, NDCG@10 0.1415 (95 %
+interval 0.1349 to 0.1482); unfiltered 0.1618 / 0.0716; under 100 sampled negatives HR@10 0.8195, NDCG@10
+0.6036; validation NDCG@10 0.1484 at epoch 80 of 100; 495 s of training steps beside other work. One seed.
 
-Dropout 0.1 is better under full ranking (validation NDCG@10 0.1514) and no better under sampled negatives, 0.3
-is worse under both; 0.2 is the paper's.
+Dropout 0.1 is better under full ranking (validation NDCG@10 0.1514) and no better under sampled negatives,
+0.3 is worse under both; 0.2 is the paper's.
 """
 
 from configs import common

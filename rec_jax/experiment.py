@@ -26,7 +26,7 @@ from rec_jax.train.loop import TrainConfig, fit
 from rec_jax.train.losses import LossConfig
 from rec_jax.train.optim import OptimConfig, make_optimizer
 from rec_jax.train.step import init_state, make_train_step
-from rec_jax.train.tables import TableConfig, make_row_optimizer, without_table
+from rec_jax.train.tables import TableConfig, get_table, make_item_table, with_table
 from rec_jax.train.tables import check as check_table
 from rec_jax.tree import num_params
 
@@ -48,7 +48,7 @@ class ExperimentConfig:
     table: TableConfig = TableConfig()
 
     def __post_init__(self):
-        check_table(self.table, self.loss)
+        check_table(self.table, self.loss, self.optim)
 
 
 class Experiment:
@@ -95,9 +95,8 @@ class Experiment:
             host=jax.process_index(),
             num_hosts=jax.process_count(),
         )
-        row_optimizer = make_row_optimizer(config.table, config.optim, len(source))
-        params = self._init_params if row_optimizer is None else without_table(self._init_params)
-        optimizer = make_optimizer(config.optim, params, len(source))
+        item_table = self._item_table(len(source))
+        optimizer = make_optimizer(config.optim, self._init_params, len(source))
         step = make_train_step(
             self.model,
             optimizer,
@@ -108,14 +107,14 @@ class Experiment:
             precision=config.train.precision,
             seed=config.seed,
             clip_norm=config.optim.clip_norm,
-            row_optimizer=row_optimizer,
+            item_table=item_table,
         )
         config_json = dataclasses.asdict(config)
         path = self.workdir / "config.json"
         if not path.exists():
             write_json(path, config_json)
         fitted = fit(
-            mesh_lib.replicate(init_state(self._init_params, optimizer, row_optimizer), self.mesh),
+            init_state(self._init_params, optimizer, self.mesh, item_table),
             step,
             make_iterator(source),
             lambda params: self.evaluate(self.scorer(params), "val", quick=True),
@@ -129,17 +128,28 @@ class Experiment:
         write_json(path, config_json)  # an extended run has other epochs than the file says
         return fitted
 
+    def _item_table(self, total_steps: int):
+        config, num_rows = self.config, self.histories.num_items + 1
+        return make_item_table(config.table, config.optim, total_steps, num_rows, self.mesh)
+
     def best_params(self):
-        """Parameters of the best validation score.
+        """Parameters of the best validation score, as they lie in training.
 
         Raises ValueError if the workdir holds no finished evaluation.
         """
-        restored = checkpoint.restore_best(self.workdir / "checkpoints", self._init_params)
+        params, item_table = self._init_params, self._item_table(1)
+        if item_table:
+            params = with_table(params, item_table.place(get_table(params)))
+        restored = checkpoint.restore_best(self.workdir / "checkpoints", params)
         if restored is None:
             raise ValueError(f"{self.workdir} holds no best checkpoint yet: let the training evaluate once")
         return restored.state
 
     def scorer(self, params) -> SequenceScorer:
+        """params: as they lie in training."""
+        item_table = self._item_table(1)
+        if item_table:
+            params = with_table(params, item_table.unplace(get_table(params)))
         return SequenceScorer(self.model, params, self.histories, self.config.data.max_len, self.mesh)
 
     def evaluate(self, score_fn, part: str, *, quick: bool = False) -> dict:

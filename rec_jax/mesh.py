@@ -11,11 +11,14 @@ from jax.sharding import PartitionSpec as P
 
 @dataclass(frozen=True)
 class MeshConfig:
-    data: int = 0  # devices that share a batch; 0 = all there are
+    data: int = 0  # devices that share a batch; 0 = all there are, divided by `model`
+    model: int = 1  # devices that share the tables' rows and see the same part of a batch
 
     def __post_init__(self):
         if self.data < 0:
             raise ValueError(f"data={self.data} must be positive, or 0 for all devices (MeshConfig)")
+        if self.model < 1:
+            raise ValueError(f"model={self.model} must be at least 1 (MeshConfig)")
 
 
 def use_cpu_cores() -> None:
@@ -28,15 +31,17 @@ def use_cpu_cores() -> None:
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh with the axis "data" over the first devices."""
+    """A mesh with the axes "data" and "model" over the first devices."""
     devices = jax.devices()
-    num = config.data or len(devices)
-    if num > len(devices):
+    model = config.model
+    data = config.data or max(1, len(devices) // model)
+    if data * model > len(devices):
         raise ValueError(
-            f"mesh.data={num} but there are {len(devices)} devices ({devices[0].platform}); lower it, or "
-            "set JAX_NUM_CPU_DEVICES to have more virtual ones on a CPU"
+            f"mesh.data={data} times mesh.model={model} but there are {len(devices)} devices "
+            f"({devices[0].platform}); lower one, or set JAX_NUM_CPU_DEVICES to have more virtual ones on a "
+            "CPU"
         )
-    return Mesh(np.array(devices[:num]), ("data",))
+    return Mesh(np.array(devices[: data * model]).reshape(data, model), ("data", "model"))
 
 
 def replicate(tree, mesh: Mesh):
@@ -45,14 +50,14 @@ def replicate(tree, mesh: Mesh):
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Splits the rows of this host's part of a batch over its devices.
+    """Splits the rows of this host's part of a batch over its devices along "data".
 
     Raises ValueError if they cannot be split evenly.
     """
-    num_rows, num_devices = len(batch["items"]), len(mesh.local_devices)
-    if num_rows % num_devices:
+    num_rows, num_parts = len(batch["items"]), mesh.local_mesh.shape["data"]
+    if num_rows % num_parts:
         raise ValueError(
-            f"a batch of {num_rows} rows cannot be split over {num_devices} devices: make batch_rows a "
+            f"a batch of {num_rows} rows cannot be split over {num_parts} devices: make batch_rows a "
             "multiple of mesh.data"
         )
     sharding = NamedSharding(mesh, P("data"))

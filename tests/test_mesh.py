@@ -6,8 +6,9 @@ from rec_jax.mesh import MeshConfig, make_mesh, place_batch, replicate
 
 
 def test_a_mesh_takes_all_devices_or_the_first_few():
-    assert make_mesh(MeshConfig()).shape == {"data": 8}
-    assert list(make_mesh(MeshConfig(data=3)).devices) == jax.devices()[:3]
+    assert make_mesh(MeshConfig()).shape == {"data": 8, "model": 1}
+    assert make_mesh(MeshConfig(model=4)).shape == {"data": 2, "model": 4}
+    assert list(make_mesh(MeshConfig(data=3)).devices.flat) == jax.devices()[:3]
 
 
 def test_a_batch_is_split_and_a_tree_repeated():
@@ -18,6 +19,9 @@ def test_a_batch_is_split_and_a_tree_repeated():
     for shard in placed.addressable_shards:
         np.testing.assert_array_equal(shard.data, rows[shard.index])
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 2)}
+    square = place_batch({"items": rows}, make_mesh(MeshConfig(data=2, model=2)))["items"]
+    assert {shard.data.shape for shard in square.addressable_shards} == {(4, 2)}
+    np.testing.assert_array_equal(square, rows)
     whole = replicate({"w": rows}, mesh)["w"]
     assert [shard.data.shape for shard in whole.addressable_shards] == [(8, 2)] * 4
 
@@ -25,7 +29,9 @@ def test_a_batch_is_split_and_a_tree_repeated():
 def test_mistakes_name_the_way_out():
     with pytest.raises(ValueError, match=r"data=-1 .*MeshConfig"):
         MeshConfig(data=-1)
-    with pytest.raises(ValueError, match="mesh.data=9 but there are 8 devices.*JAX_NUM_CPU_DEVICES"):
+    with pytest.raises(
+        ValueError, match="mesh.data=9 times mesh.model=1 but there are 8 devices.*JAX_NUM_CPU_DEVICES"
+    ):
         make_mesh(MeshConfig(data=9))
     with pytest.raises(ValueError, match="6 rows.*4 devices.*batch_rows"):
         place_batch({"items": np.zeros((6, 2), np.int32)}, make_mesh(MeshConfig(data=4)))

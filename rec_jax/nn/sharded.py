@@ -119,14 +119,14 @@ def read_sharded(table_vD, rows_U, capacity: int) -> tuple[jax.Array, jax.Array]
 
 
 def update_sharded(optimizer, table_vD, state, rows_U, grads_UD, capacity: int) -> tuple:
-    """(table_vD, state) after one step on the rows that any device has touched.
+    """(table_vD, state, sum of all squared gradients) after one step on the rows that any device has touched.
 
     grads_UD: of this device's rows_U, the same on every device of "model". state: of the local rows.
     """
     local_rows, dim = table_vD.shape
 
     def one_round(carry, place_EC, asked_EC):
-        table_vD, state, _ = carry
+        table_vD, state, squares = carry
         grads_ECD = _swap(grads_UD.at[place_EC].get(mode="fill", fill_value=0))
         touched = dedupe(asked_EC.reshape(-1), local_rows)
         zeros_UD = jnp.zeros((asked_EC.size, dim), grads_UD.dtype)
@@ -135,11 +135,12 @@ def update_sharded(optimizer, table_vD, state, rows_U, grads_UD, capacity: int) 
         # Counts of the state are those before the step in every round.
         counted = jax.tree.map(lambda old, new: new if _is_rows(new, local_rows) else old, before, state)
         table_vD, state = update_rows(optimizer, table_vD, counted, touched.rows_U, rows_UD, sums_UD)
-        return table_vD, state, ()
+        return table_vD, state, squares + jnp.sum(sums_UD**2)
 
     before = state
-    (table_vD, state, _), _ = _exchange(rows_U, local_rows, capacity, (table_vD, state, ()), one_round)
-    return table_vD, state
+    carry = (table_vD, state, jnp.zeros((), jnp.float32))
+    (table_vD, state, squares), _ = _exchange(rows_U, local_rows, capacity, carry, one_round)
+    return table_vD, state, jax.lax.psum(squares, AXES)
 
 
 def _is_rows(leaf, num_rows: int) -> bool:

@@ -1,32 +1,39 @@
 """One training step: pure, jitted, its state donated."""
 
+import dataclasses
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rec_jax.data.negatives import Sampler
 from rec_jax.hashing import mix, row_keys
+from rec_jax.mesh import replicate
 from rec_jax.models.base import Model
-from rec_jax.nn.sparse import gather_rows, update_rows
 from rec_jax.train.losses import LossConfig, draw_negatives, draw_shared, loss_sum
 from rec_jax.train.state import TrainState
-from rec_jax.train.tables import compact, get_table, sum_rows, with_table, without_table
+from rec_jax.train.tables import ItemTable, get_table, with_table, without_table
 from rec_jax.tree import cast_floats
 
 Precision = Literal["f32", "bf16"]  # bf16: compute in bfloat16 over f32 parameters
 
 
-def init_state(params, optimizer: optax.GradientTransformation, row_optimizer=None) -> TrainState:
-    """optimizer: of all parameters, or of all but the table of items where that has a row_optimizer."""
-    step = jnp.zeros((), jnp.int32)
-    if row_optimizer is None:
-        return TrainState(step, params, optimizer.init(params))
-    state = (optimizer.init(without_table(params)), row_optimizer.init(get_table(params)))
-    return TrainState(step, params, state)
+def init_state(
+    params, optimizer: optax.GradientTransformation, mesh: Mesh, item_table: ItemTable | None = None
+) -> TrainState:
+    """The state on the mesh. optimizer: of all parameters; of all but the table of items where there is an
+    item_table."""
+    dense = params if item_table is None else without_table(params)
+    state = TrainState(jnp.zeros((), jnp.int32), dense, optimizer.init(dense))
+    state = replicate(state, mesh)
+    if item_table is None:
+        return state
+    table = item_table.place(get_table(params))
+    opt_state = (state.opt_state, item_table.init(table))
+    return dataclasses.replace(state, params=with_table(state.params, table), opt_state=opt_state)
 
 
 def make_train_step(
@@ -40,7 +47,7 @@ def make_train_step(
     precision: Precision = "f32",
     seed: int = 0,
     clip_norm: float = 0.0,
-    row_optimizer: optax.GradientTransformation | None = None,
+    item_table: ItemTable | None = None,
 ):
     """Returns jitted `step(state, batch) -> (state, metrics)`, which consumes `state`.
 
@@ -49,10 +56,11 @@ def make_train_step(
     number of devices nor of micro-steps changes the result but for rounding. On a CPU small micro-batches
     stay in cache. All randomness follows from (seed, state.step, row of the batch).
 
-    clip_norm: global norm that the gradient is scaled down to; 0 = off. row_optimizer: updates the touched
-    rows of the table of items, and `optimizer` the other parameters (see `tables.TableConfig`).
+    clip_norm: global norm that the gradient is scaled down to; 0 = off. item_table: updates the touched rows
+    of the table of items, and `optimizer` the other parameters only.
 
-    metrics: {"loss": (sum, tokens), "grad_norm": (norm, 1), "tokens": (tokens, 1)} of f32 scalars.
+    metrics: {"loss": (sum, tokens), "grad_norm": (norm, 1), "tokens": (tokens, 1)} of f32 scalars; with an
+    item_table also "table_rounds": (rounds, 1), more than 1 where ids exceeded the capacity of an exchange.
     """
 
     def objective(params, micro, step_seed, shared):
@@ -69,7 +77,7 @@ def make_train_step(
     value_and_grad = jax.value_and_grad(objective, has_aux=True)
 
     def total(sums):  # XLA copies everything even where there is nobody to sum with
-        return jax.lax.psum(sums, "data") if mesh.size > 1 else sums
+        return jax.lax.psum(sums, "data") if mesh.shape["data"] > 1 else sums
 
     def micro_sums(params, batch, step_seed, shared):
         num_rows = batch["items"].shape[0]
@@ -88,7 +96,7 @@ def make_train_step(
         return jax.lax.scan(micro_step, zeros, micros)[0]
 
     def dense_sums(params, batch, step_seed, shared):
-        return *total(micro_sums(params, batch, step_seed, shared)), None
+        return total(micro_sums(params, batch, step_seed, shared))
 
     def touched_sums(params, batch, step_seed, shared):
         """The same, but the model sees, and has gradients for, the rows that the batch refers to alone."""
@@ -97,51 +105,74 @@ def make_train_step(
             key_B = row_keys(step_seed, batch["row_ids"])
             drawn = draw_negatives(loss_config, sampler, key_B, batch["items"].shape[1], shared)
             ids["negatives"] = drawn.ids_BSK
-        rows_UD, places, rows_U = compact(get_table(params), ids)
+        rows_UD, places, rows_U, rounds = item_table.read(get_table(params), ids)
         shared = shared._replace(ids_BSK=places["shared"])
         batch = {**batch, "items": places["items"], "targets": places["targets"]}
         if "negatives" in places:
             batch["negatives"] = drawn._replace(ids_BSK=places["negatives"])
         sums, grads = micro_sums(with_table(params, rows_UD), batch, step_seed, shared)
-        row_grads_UD = get_table(grads)
-        sums, grads = total((sums, without_table(grads)))
-        if mesh.size > 1:
-            rows_U, row_grads_UD = sum_rows(rows_U, row_grads_UD, get_table(params).shape[0], "data")
-        return sums, with_table(grads, row_grads_UD), rows_U
+        sums, dense_grads = total((sums, without_table(grads)))
+        rows_U, grads_UD = item_table.sum_grads(rows_U, get_table(grads))
+        return sums, dense_grads, rows_U, grads_UD, rounds
 
-    sharded_sums = jax.shard_map(
-        dense_sums if row_optimizer is None else touched_sums,
-        mesh=mesh,
-        in_specs=(P(), P("data"), P(), P()),
-        out_specs=P(),
-        check_vma=False,
-    )
-
-    def update(grads, rows_U, opt_state, params):
-        if row_optimizer is None:
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state
-        state, row_state = opt_state
-        dense, table_VD = without_table(params), get_table(params)
-        updates, state = optimizer.update(without_table(grads), state, dense)
-        rows_UD = gather_rows(table_VD, rows_U)
-        table_VD, row_state = update_rows(
-            row_optimizer, table_VD, row_state, rows_U, rows_UD, get_table(grads)
+    def on_mesh(function, params_spec, out_specs):
+        return jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=(params_spec, P("data"), P(), P()),
+            out_specs=out_specs,
+            check_vma=False,
         )
-        return with_table(optax.apply_updates(dense, updates), table_VD), (state, row_state)
+
+    def dense_update(state: TrainState, batch, step_seed, shared):
+        sums, grads = on_mesh(dense_sums, P(), P())(state.params, batch, step_seed, shared)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(sums[1], 1), grads)
+        metrics = {"grad_norm": optax.tree.norm(grads)}
+        grads = clip(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        return optax.apply_updates(state.params, updates), opt_state, sums, metrics
+
+    def touched_update(state: TrainState, batch, step_seed, shared):
+        dense, array_VD = without_table(state.params), get_table(state.params)
+        params_spec = with_table(jax.tree.map(lambda _: P(), dense), item_table.spec)
+        row_spec = P("data") if item_table.placement else P()
+        sums, dense_grads, rows_U, grads_UD, rounds = on_mesh(
+            touched_sums, params_spec, (P(), P(), row_spec, row_spec, P())
+        )(state.params, batch, step_seed, shared)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(sums[1], 1), (dense_grads, grads_UD))
+        dense_grads, grads_UD = clip(grads)
+        dense_state, row_state = state.opt_state
+        updates, dense_state = optimizer.update(dense_grads, dense_state, dense)
+        array_VD, row_state, squares = item_table.update(array_VD, row_state, rows_U, grads_UD)
+        params = with_table(optax.apply_updates(dense, updates), array_VD)
+        if (
+            item_table.placement
+        ):  # the same row may have gradients on several devices until its owner sums them
+            norm = jnp.sqrt(optax.tree.norm(dense_grads, squared=True) + squares)
+        else:
+            norm = optax.tree.norm(grads)
+        return params, (dense_state, row_state), sums, {"grad_norm": norm, "table_rounds": rounds}
+
+    def clip(grads):
+        if not clip_norm:
+            return grads
+        return optax.clip_by_global_norm(clip_norm).update(grads, optax.EmptyState())[0]
 
     def step(state: TrainState, batch):
         step_seed = mix(mix(state.step), seed)
         batch = {**batch, "row_ids": jnp.arange(batch["items"].shape[0], dtype=jnp.int32)}
         shared = draw_shared(loss_config, sampler, step_seed, batch["targets"])
-        (loss, tokens), grads, rows_U = sharded_sums(state.params, batch, step_seed, shared)
-        grads = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1), grads)
-        norm = optax.tree.norm(grads)
-        if clip_norm:
-            grads, _ = optax.clip_by_global_norm(clip_norm).update(grads, optax.EmptyState())
-        params, opt_state = update(grads, rows_U, state.opt_state, state.params)
+        update = dense_update if item_table is None else touched_update
+        params, opt_state, (loss, tokens), metrics = update(state, batch, step_seed, shared)
         one = jnp.ones((), jnp.float32)
-        metrics = {"loss": (loss, tokens), "grad_norm": (norm, one), "tokens": (tokens, one)}
+        metrics = {name: (value.astype(jnp.float32), one) for name, value in metrics.items()}
+        metrics |= {"loss": (loss, tokens), "tokens": (tokens, one)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    if item_table is None:
+        return jax.jit(step, donate_argnums=0)
+    whole = NamedSharding(mesh, P())  # said here, because XLA may find another name for it on a mesh of one
+    array_VD = jax.eval_shape(item_table.place, get_table(model.abstract_params))
+    params = with_table(jax.tree.map(lambda _: whole, model.abstract_params), item_table.sharding)
+    state = TrainState(whole, params, (whole, item_table.state_shardings(array_VD)))
+    return jax.jit(step, donate_argnums=0, out_shardings=(state, whole))

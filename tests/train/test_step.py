@@ -8,13 +8,13 @@ import optax
 import pytest
 
 from rec_jax.data.negatives import make_sampler
-from rec_jax.mesh import MeshConfig, make_mesh, place_batch, replicate
+from rec_jax.mesh import MeshConfig, make_mesh, place_batch
 from rec_jax.models.base import init_model
 from rec_jax.models.sasrec import SASRec, SASRecConfig
 from rec_jax.train.losses import LossConfig
 from rec_jax.train.optim import OptimConfig, make_optimizer
 from rec_jax.train.step import init_state, make_train_step
-from rec_jax.train.tables import TableConfig, make_row_optimizer, without_table
+from rec_jax.train.tables import TableConfig, get_table, make_item_table, with_table
 
 NUM_ITEMS, ROWS, LENGTH = 40, 8, 12
 
@@ -57,12 +57,15 @@ def run(
     seed=0,
     optim=OPTIM,
     table=None,  # an update of touched rows
+    model_axis=1,
+    **table_fields,
 ):
     config = SASRecConfig(width=8, ff_width=8, dropout=0.3)
     model, params = init_model(lambda rngs: SASRec(config, NUM_ITEMS, LENGTH, rngs=rngs), seed=0)
-    row_optimizer = table and make_row_optimizer(TableConfig(table, optim.learning_rate), optim, 10)
-    optimizer = make_optimizer(optim, without_table(params) if table else params, 10)
-    mesh = make_mesh(MeshConfig(data=devices))
+    mesh = make_mesh(MeshConfig(data=devices, model=model_axis))
+    optimizer = make_optimizer(optim, params, 10)
+    table_config = TableConfig(table or "dense", optim.learning_rate, **table_fields)
+    item_table = make_item_table(table_config, optim, 10, NUM_ITEMS + 1, mesh)
     sampler = make_sampler(LOSSES[loss].sampler, np.arange(NUM_ITEMS + 1))
     step = make_train_step(
         model,
@@ -74,9 +77,9 @@ def run(
         precision=precision,
         seed=seed,
         clip_norm=optim.clip_norm,
-        row_optimizer=row_optimizer,
+        item_table=item_table,
     )
-    state = replicate(init_state(params, optimizer, row_optimizer), mesh)
+    state = init_state(params, optimizer, mesh, item_table)
     losses, norms = [], []
     for index in range(steps):
         batch = batches[index] if batches else make_batch(index)
@@ -84,7 +87,10 @@ def run(
         losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
         norms.append(float(metrics["grad_norm"][0]))
     assert step._cache_size() == 1  # one trace over all steps
-    return losses, jax.device_get(state.params), norms
+    params = state.params
+    if item_table:
+        params = with_table(params, item_table.unplace(get_table(params)))
+    return losses, jax.device_get(params), norms
 
 
 def assert_close(a, b, rtol=2e-5):
@@ -108,6 +114,17 @@ def test_touched_rows_learn_what_a_dense_update_teaches_them(loss, update):
     dense = run(loss, optim=optim)
     for devices, micro_rows in [(1, 8), (1, 2), (4, 1)]:
         assert_close(run(loss, devices, micro_rows, optim=optim, table=update), dense)
+
+
+@pytest.mark.parametrize("loss, update", [("sampled", "adagrad"), ("in_batch", "sgd"), ("bce", "adagrad")])
+def test_spread_rows_learn_the_same_on_every_mesh(loss, update):
+    optim = OptimConfig(type=update, learning_rate=0.5)
+    dense = run(loss, optim=optim)
+    for data, model in [(1, 1), (8, 1), (2, 4), (1, 8)]:
+        spread = run(loss, data, 8 // data, optim=optim, table=update, model_axis=model, layout="rows")
+        assert_close(spread, dense)
+    tight = run(loss, 4, 1, optim=optim, table=update, layout="rows", capacity_factor=0.01)
+    assert_close(tight, dense)
 
 
 @pytest.mark.parametrize("table", [None, "sgd"])
@@ -169,7 +186,7 @@ def test_the_state_is_donated():
     optimizer = optax.adam(1e-3)
     mesh = make_mesh(MeshConfig(data=1))
     step = make_train_step(model, optimizer, LOSSES["softmax"], None, mesh, micro_rows=8)
-    state = replicate(init_state(params, optimizer), mesh)
+    state = init_state(params, optimizer, mesh)
     table = state.params["items"]["embedding"]
     step(state, place_batch(make_batch(), mesh))
     assert table.is_deleted()
@@ -181,7 +198,7 @@ def test_a_tiny_set_is_learnt_by_heart():
     optimizer = make_optimizer(OptimConfig(learning_rate=1e-2), params, 300)
     mesh = make_mesh(MeshConfig(data=1))
     step = make_train_step(model, optimizer, LOSSES["softmax"], None, mesh, micro_rows=8)
-    state = replicate(init_state(params, optimizer), mesh)
+    state = init_state(params, optimizer, mesh)
     batch = make_batch()
     batch["items"][:, 0] = np.arange(1, ROWS + 1)  # first items alike would have several futures
     placed = place_batch(batch, mesh)
