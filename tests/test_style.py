@@ -1,7 +1,12 @@
 """Rules of the house that a machine can check."""
 
 import ast
+import dataclasses
 import pathlib
+
+from ml_collections import ConfigDict
+
+from rec_jax.experiment import ExperimentConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 LEVELS = {
@@ -60,3 +65,13 @@ def test_no_drawer_for_odds_and_ends():
     names = {path.name for path, _ in modules()}
     assert "utils.py" not in names
     assert [path for path, _ in modules() if path.name == "common.py"] == [ROOT / "configs/common.py"]
+
+
+def test_no_field_of_a_config_is_hidden_by_a_method_of_configdict():
+    def names(config):
+        for field in dataclasses.fields(config):
+            yield field.name
+            if dataclasses.is_dataclass(getattr(config, field.name)):
+                yield from names(getattr(config, field.name))
+
+    assert not [name for name in names(ExperimentConfig()) if hasattr(ConfigDict, name)]

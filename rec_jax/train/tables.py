@@ -25,12 +25,12 @@ ITEMS = ("items", "embedding")  # where a model keeps the table of its catalogue
 class TableConfig:
     """How the table of items learns.
 
-    update: "dense" treats it like any parameter. The others touch only the rows of a batch, at a cost that
+    optimizer: "dense" treats it like any parameter. The others touch only the rows of a batch, at a cost that
     does not grow with the catalogue; they need a sampled loss, for an exact softmax touches every row.
     layout: "replicated" keeps the whole table on every device, "rows" spreads its rows over the mesh.
     """
 
-    update: Literal["dense", "sgd", "adagrad", "rowwise_adagrad", "lazy_adam"] = "dense"
+    optimizer: Literal["dense", "sgd", "adagrad", "rowwise_adagrad", "lazy_adam"] = "dense"
     learning_rate: float = 0.05  # of touched rows, by the schedule of optim
     layout: Literal["replicated", "rows"] = "replicated"
     capacity_factor: float = 1.0  # rows a device sends another at once, over an even share of its ids
@@ -39,10 +39,10 @@ class TableConfig:
         for name in ("learning_rate", "capacity_factor"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive (TableConfig)")
-        if self.layout == "rows" and self.update == "dense":
+        if self.layout == "rows" and self.optimizer == "dense":
             raise ValueError(
-                "layout='rows' is for tables that are updated by touched rows: choose an update other than "
-                "'dense' (TableConfig)"
+                "layout='rows' is for tables that are updated by touched rows: choose an optimizer other "
+                "than 'dense' (TableConfig)"
             )
 
 
@@ -53,10 +53,10 @@ def check(config: TableConfig, loss: LossConfig, optim: OptimConfig) -> None:
             f"clip_norm={optim.clip_norm}: where layout='rows' the norm of the gradient is known only after "
             "the rows have been updated; use clip_norm=0 or layout='replicated' (TableConfig)"
         )
-    if config.update != "dense" and loss.type == "softmax":
+    if config.optimizer != "dense" and loss.type == "softmax":
         raise ValueError(
-            f"update={config.update!r} touches the rows of a batch only, but loss.type='softmax' reads the "
-            "whole catalogue: use a sampled loss, or update='dense' (TableConfig)"
+            f"optimizer={config.optimizer!r} touches the rows of a batch only, but loss.type='softmax' reads "
+            "the whole catalogue: use a sampled loss, or optimizer='dense' (TableConfig)"
         )
 
 
@@ -66,7 +66,7 @@ def _make_optimizer(config: TableConfig, optim: OptimConfig, total_steps: int):
         "adagrad": optax.scale_by_rss(initial_accumulator_value=0.1, eps=optim.eps),
         "rowwise_adagrad": scale_by_rowwise_rss(optim.eps),
         "lazy_adam": optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
-    }[config.update]
+    }[config.optimizer]
     schedule = make_schedule(dataclasses.replace(optim, learning_rate=config.learning_rate), total_steps)
     return optax.chain(scale, optax.scale_by_learning_rate(schedule))
 
@@ -91,7 +91,7 @@ def make_item_table(
     config: TableConfig, optim: OptimConfig, total_steps: int, num_rows: int, mesh: Mesh
 ) -> "ItemTable | None":
     """None where the table is updated like any parameter. num_rows: of the table, padding included."""
-    if config.update == "dense":
+    if config.optimizer == "dense":
         return None
     optimizer = _make_optimizer(config, optim, total_steps)
     placement = Placement(num_rows) if config.layout == "rows" else None
