@@ -3,6 +3,7 @@
     python -m experiments.benchmark --suite=train --output=train.json
     python -m experiments.benchmark --suite=train --output=beauty.json --only=beauty
     python -m experiments.benchmark --suite=softmax --output=softmax.json
+    python -m experiments.benchmark --suite=embedding --output=embedding.json
 
 Suite "train": real tokens per second of our training step (packed rows on one virtual device a core)
 against a naive padded JAX step with the same maths: SASRec with 50 dims, 2 blocks and 1 head, BCE with one
@@ -12,6 +13,10 @@ ml-1m/ml-1m.txt and beauty/Beauty.txt, else drawn from a log-normal with the sam
 Suite "softmax": loss and gradients of 1,024 tokens of 64 dims against catalogues of 4 thousand to a
 million items: exact cross-entropy with all logits at once, exact and streamed, and sampled (256 negatives a
 row). What would need more than 3 GiB of temporary memory is not run.
+Suite "embedding": one update of a table of 100 thousand to 10 million rows by the gradients of 25,600
+lookups: dense optax Adam and Adagrad, which sweep the table, against optimizers that touch the looked-up
+rows. Bytes that must move are compared with a copy of a large array. What would need more than 12 GiB is
+not run.
 
 What is compared runs in turn, A B A B, and ratios are taken pair by pair, so that other work on the machine
 disturbs both sides alike; printed are medians.
@@ -26,7 +31,7 @@ from absl import flags
 
 from experiments.launch import launch
 
-_SUITE = flags.DEFINE_enum("suite", "train", ["train", "softmax"], "What to measure.")
+_SUITE = flags.DEFINE_enum("suite", "train", ["train", "softmax", "embedding"], "What to measure.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the figures.")
 _ONLY = flags.DEFINE_enum("only", "both", ["ml1m", "beauty", "both"], "Lengths, for --suite=train.")
 _PAIRS = flags.DEFINE_integer("pairs", 9, "How often each thing is timed.", lower_bound=1)
@@ -36,7 +41,7 @@ flags.mark_flag_as_required("output")
 def main():
     from experiments.speed.timing import machine
 
-    suite = _train if _SUITE.value == "train" else _softmax
+    suite = {"train": _train, "softmax": _softmax, "embedding": _embedding}[_SUITE.value]
     about = {
         "machine": machine(),
         "command": " ".join(["python -m experiments.benchmark", *sys.argv[1:]]),
@@ -91,6 +96,24 @@ def _softmax() -> dict:
             rate, percent = f"{r['gflops_per_sec']:.1f}", f"{r['percent_of_limit']:.1f}"
             rows.append((catalogue, name, f"{r['ms']:.1f}", ratio, size, rate, percent))
     _print_table(head, rows)
+    return result
+
+
+def _embedding() -> dict:
+    from experiments.speed.embedding import METHODS, measure_embedding
+
+    result = measure_embedding(_PAIRS.value)
+    rows = []
+    for table, r in result.items():
+        for name in METHODS if isinstance(r, dict) else ():
+            if f"{name}_ms" not in r:
+                rows.append((table, name, "too large", "", "", ""))
+                continue
+            ratio = f"{r[key]:.1f}" if (key := f"{name}_over_dense_adam") in r else ""
+            figures = (f"{r[f'{name}_ms']:.2f}", ratio, f"{r[f'{name}_percent_of_copy']:.0f}")
+            rows.append((table, name, *figures, f"{r[f'{name}_temp_bytes'] / 2**20:,.0f}"))
+    _print_table(("table", "method", "ms", "dense Adam / this", "% of copy", "temporary MiB"), rows)
+    print(f"copy: {result['copy_gbytes_per_sec']:.1f} GB/s read and written; {result['lookups']:,} lookups")
     return result
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.speed import softmax, timing, training
+from experiments.speed import embedding, softmax, timing, training
 from experiments.speed.lengths import LENGTHS, synthetic_histories
 from rec_jax.data.histories import leave_one_out
 
@@ -48,6 +48,18 @@ def test_every_softmax_is_timed_but_what_is_too_large(monkeypatch):
     assert {"ms", "full_over_this"} <= set(small["full"]) and small["full"]["full_over_this"] == 1
     assert set(large["full"]) == {"temp_bytes"} and "ms" in large["streaming"]
     assert large["full"]["temp_bytes"] > 1024 * 40_000 * 4 > large["streaming"]["temp_bytes"]
+
+
+def test_every_update_of_a_table_is_timed_but_what_is_too_large(monkeypatch):
+    monkeypatch.setattr(embedding, "NUM_LOOKUPS", 64)
+    monkeypatch.setattr(embedding, "MAX_BYTES", 3.5 * 4 * 5000 * 8)
+    result = embedding.measure_embedding(repeats=1, num_rows=(1000, 5000), dims=(8,))
+    small, large = result["rows_1000_dim_8"], result["rows_5000_dim_8"]
+    for name in embedding.METHODS:
+        assert small[f"{name}_ms"] > 0
+        assert (f"{name}_ms" in large) == (not name.startswith("dense"))
+    assert small["rowwise_adagrad_over_dense_adam"] > 0 and result["copy_gbytes_per_sec"] > 0
+    assert large["sgd_temp_bytes"] < 5000 * 8 * 4 < small["dense_adam_temp_bytes"] * 10
 
 
 def test_interleaved_takes_turns_after_a_call_for_compilation():
