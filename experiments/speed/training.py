@@ -14,7 +14,7 @@ from experiments.speed.naive import bce_loss, make_naive_step, pad_batch
 from experiments.speed.timing import interleaved, peak_run
 from rec_jax.data.negatives import make_sampler
 from rec_jax.data.pipeline import BatchSource
-from rec_jax.mesh import MeshConfig, make_mesh, place_batch, replicate
+from rec_jax.mesh import MeshConfig, make_mesh, place_batch
 from rec_jax.models.base import init_model
 from rec_jax.models.sasrec import SASRec, SASRecConfig
 from rec_jax.train.losses import LossConfig, Negatives, loss_sum
@@ -148,7 +148,7 @@ def our_loop(model, params, histories, split, max_len: int, mesh, targets_U) -> 
     num_rows = model.abstract_params["items"]["embedding"].shape[0]
     sampler = make_sampler("uniform", np.ones(num_rows))
     step = make_train_step(model, optimizer, LOSS, sampler, mesh, micro_rows=micro_rows)
-    state = replicate(init_state(jax.tree.map(jnp.copy, params), optimizer), mesh)
+    state = init_state(jax.tree.map(jnp.copy, params), optimizer, mesh)
     return Loop(step, state, batches, lambda batch: place_batch(batch, mesh), mesh.size)
 
 

@@ -106,7 +106,7 @@ def read_sharded(table_vD, rows_U, capacity: int) -> tuple[jax.Array, jax.Array]
     columns = jax.lax.axis_size("model")
 
     def one_round(rows_UD, place_EC, asked_EC):
-        found_ECD = _swap(table_vD.at[asked_EC].get(mode="clip"))
+        found_ECD = _swap(gather_rows(table_vD, asked_EC))
         return rows_UD.at[place_EC].set(found_ECD, mode="drop")
 
     zeros_UD = jnp.zeros((rows_U.size, dim), table_vD.dtype)

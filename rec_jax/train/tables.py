@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rec_jax.nn.sharded import AXES, Placement, dedupe_physical, read_sharded, update_sharded
-from rec_jax.nn.sparse import dedupe, gather_rows, read_rows, scale_by_rowwise_rss, update_rows
+from rec_jax.nn.sparse import dedupe, gather_rows, scale_by_rowwise_rss, update_rows
 from rec_jax.train.losses import LossConfig
 from rec_jax.train.optim import OptimConfig, make_schedule
 
@@ -154,7 +154,7 @@ class ItemTable:
         ids_N = jnp.concatenate([jnp.zeros(1, jnp.int32), flat_N])
         if self.placement is None:
             touched, rounds = dedupe(ids_N, self.num_rows), jnp.ones((), jnp.int32)
-            rows_UD = read_rows(array_vD, touched.rows_U)
+            rows_UD = gather_rows(array_vD, touched.rows_U)
         else:
             touched = dedupe_physical(self.placement, ids_N)
             rows_UD, rounds = read_sharded(array_vD, touched.rows_U, self._capacity(ids_N.size))

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from rec_jax.nn.sparse import dedupe, read_rows, scale_by_rowwise_rss, update_rows, write_rows
+from rec_jax.nn.sparse import dedupe, gather_rows, scale_by_rowwise_rss, update_rows, write_rows
 
 V, D, N = 50, 4, 12
 RNG = np.random.default_rng(0)
@@ -35,7 +35,7 @@ def test_distinct_ids_and_their_places(ids):
 @pytest.mark.parametrize("bad", [-1, V, V + 3, -V, 2**31 - 1, -(2**31)])
 def test_an_id_that_is_no_row_reads_as_nan_and_is_never_written(bad):
     touched = dedupe(jnp.array([2, bad, 5, 2]), V)
-    rows = read_rows(TABLE, touched.rows_U)
+    rows = gather_rows(TABLE, touched.rows_U)
     looked_up = np.asarray(rows[touched.place_N])
     assert np.isnan(looked_up[1]).all()
     np.testing.assert_array_equal(looked_up[[0, 2, 3]], TABLE[np.array([2, 5, 2])])
@@ -52,7 +52,7 @@ def dense(optimizer, table, state, ids, grads_ND):
 
 def sparse(optimizer, table, state, ids, grads_ND):
     touched = dedupe(ids, V)
-    rows = read_rows(table, touched.rows_U)
+    rows = gather_rows(table, touched.rows_U)
     grads_UD = jax.grad(lambda rows: jnp.sum(rows[touched.place_N] * grads_ND))(rows)
     return update_rows(optimizer, table, state, touched.rows_U, rows, grads_UD)
 
@@ -112,7 +112,7 @@ def test_the_table_is_changed_in_place_and_nothing_of_its_size_is_made():
 
     def step(table, state, ids, grads):
         touched = dedupe(ids, rows)
-        rows_UD = read_rows(table, touched.rows_U)
+        rows_UD = gather_rows(table, touched.rows_U)
         grads_UD = jnp.zeros_like(rows_UD).at[touched.place_N].add(grads)
         return update_rows(optimizer, table, state, touched.rows_U, rows_UD, grads_UD)
 
