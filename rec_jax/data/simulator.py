@@ -37,26 +37,42 @@ class SimulatorConfig:
 
 
 class World:
-    """The drawn parameters: start_Z, transition_ZZ (rows sum to 1), emission_ZV (column 0 is padding)."""
+    """The drawn parameters: start_Z, transition_ZZ (rows sum to 1), and what each interest emits.
+
+    Item v belongs to the interest first_V[v], and half as much to second_V[v]; interest z emits it with
+    its share of z times popularity_V[v] over total_Z[z]. Arrays of items have a place 0 for padding, of
+    popularity 0.
+    """
 
     def __init__(self, config: SimulatorConfig):
         self.config = config
         rng = np.random.default_rng(config.seed)
         num_z, num_v = config.num_interests, config.num_items
         popularity_V = np.arange(1, num_v + 1, dtype=np.float64) ** -config.zipf
-        popularity_V = rng.permutation(popularity_V)
+        self.popularity_V = np.pad(rng.permutation(popularity_V), (1, 0))
         first_V, second_V = rng.integers(num_z, size=(2, num_v))
         first_V[:num_z] = np.arange(num_z)  # no interest is empty
-        belongs_ZV = np.zeros((num_z, num_v))
-        belongs_ZV[second_V, np.arange(num_v)] = 0.5
-        belongs_ZV[first_V, np.arange(num_v)] = 1.0
-        emission_ZV = belongs_ZV * popularity_V
-        emission_ZV /= emission_ZV.sum(axis=1, keepdims=True)
-        self.emission_ZV = np.pad(emission_ZV, ((0, 0), (1, 0)))
+        self.first_V, self.second_V = (np.pad(x.astype(np.int32), (1, 0)) for x in (first_V, second_V))
+        self.total_Z = np.array([self._emitted(z)[1].sum() for z in range(num_z)])
         # An interest that moves goes to one of few others, mostly to the same one.
         moves_ZZ = rng.dirichlet(np.full(num_z, 0.1), size=num_z)
         self.transition_ZZ = config.stay * np.eye(num_z) + (1 - config.stay) * moves_ZZ
         self.start_Z = np.full(num_z, 1 / num_z)
+
+    def _emitted(self, interest: int) -> tuple[np.ndarray, np.ndarray]:
+        """The items of an interest, ascending, and their popularity times their share."""
+        is_first_V, is_second_V = self.first_V == interest, self.second_V == interest
+        items = np.flatnonzero(is_first_V | is_second_V)
+        return items, self.popularity_V[items] * np.where(is_first_V[items], 1.0, 0.5)
+
+    def emission(self, items: np.ndarray) -> np.ndarray:
+        """f64[..., Z]: the probability of each item under each interest."""
+        out = np.zeros((*items.shape, self.config.num_interests))
+        for owner_V, share in ((self.second_V, 0.5), (self.first_V, 1.0)):
+            owners = owner_V[items]
+            probs = share * self.popularity_V[items] / self.total_Z[owners]
+            np.put_along_axis(out, owners[..., None], probs[..., None], axis=-1)
+        return out
 
     def sample(self) -> InteractionLog:
         """Draws the log. Users start at random times; a user's events are an hour apart."""
@@ -74,10 +90,12 @@ class World:
         real_US = np.arange(longest) < lengths[:, None]
         interests = interest_US[real_US]
         items = np.empty(len(interests), np.int32)
-        for interest, cdf_V in enumerate(np.cumsum(self.emission_ZV, axis=1)):
+        for interest in range(config.num_interests):
+            emitted, weights = self._emitted(interest)
+            cdf = np.cumsum(weights / self.total_Z[interest])
             here = np.flatnonzero(interests == interest)
-            drawn = np.searchsorted(cdf_V, rng.random(len(here)) * cdf_V[-1], side="right")
-            items[here] = np.minimum(drawn, config.num_items)  # a rounded sum may fall short of 1
+            drawn = np.searchsorted(cdf, rng.random(len(here)) * cdf[-1], side="right")
+            items[here] = emitted[np.minimum(drawn, len(emitted) - 1)]  # a rounded sum may fall short of 1
         users = np.repeat(np.arange(config.num_users, dtype=np.int32), lengths)
         start_U = rng.integers(10**6, size=config.num_users)
         times_US = 1_600_000_000 + 3600 * (start_U[:, None] + np.arange(longest))
@@ -99,10 +117,14 @@ class World:
         belief_BZ = np.tile(self.start_Z, (len(histories_BS), 1))  # of the interest behind the next event
         for items_B in histories_BS.T:
             real_B = items_B > 0
-            posterior_BZ = belief_BZ * self.emission_ZV[:, items_B].T
+            posterior_BZ = belief_BZ * self.emission(items_B)
             posterior_BZ /= np.maximum(posterior_BZ.sum(axis=1, keepdims=True), 1e-300)
             belief_BZ = np.where(real_B[:, None], posterior_BZ @ self.transition_ZZ, belief_BZ)
-        return belief_BZ @ self.emission_ZV
+        # Of the two interests of an item; one that is both counts once.
+        per_total_BZ = belief_BZ / self.total_Z
+        share_V = np.where(self.first_V == self.second_V, 0.0, 0.5)
+        both_BV = per_total_BZ[:, self.first_V] + share_V * per_total_BZ[:, self.second_V]
+        return both_BV * self.popularity_V
 
     def score_fn(self, histories):
         """The oracle as a scorer of `histories`, a data set sampled from this world.

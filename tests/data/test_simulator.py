@@ -14,12 +14,14 @@ TINY = SimulatorConfig(num_items=6, num_users=50, num_interests=3, mean_len=8, m
 def brute_force(world, history):
     """P(next | history) by summing over every path of hidden interests."""
     num_z = world.config.num_interests
+    emission_ZV = world.emission(np.arange(world.config.num_items + 1)).T
+    np.testing.assert_allclose(emission_ZV.sum(axis=1), 1)
     joint_V = np.zeros(world.config.num_items + 1)
     for path in itertools.product(range(num_z), repeat=len(history) + 1):
         prob = world.start_Z[path[0]]
         for now, after, item in zip(path[:-1], path[1:], history, strict=True):
-            prob *= world.emission_ZV[now, item] * world.transition_ZZ[now, after]
-        joint_V += prob * world.emission_ZV[path[-1]]
+            prob *= emission_ZV[now, item] * world.transition_ZZ[now, after]
+        joint_V += prob * emission_ZV[path[-1]]
     return joint_V / joint_V.sum()
 
 
@@ -49,8 +51,8 @@ def test_pairs_of_events_have_the_frequencies_of_the_chain():
     first, second = (histories.items[histories.offsets[:-1] + i] for i in (0, 1))
     seen_VV = np.zeros((7, 7))
     np.add.at(seen_VV, (first, second), 1 / len(first))
-    start_ZV = world.start_Z[:, None] * world.emission_ZV
-    expected_VV = start_ZV.T @ world.transition_ZZ @ world.emission_ZV
+    emission_ZV = world.emission(np.arange(7)).T
+    expected_VV = (world.start_Z[:, None] * emission_ZV).T @ world.transition_ZZ @ emission_ZV
     np.testing.assert_allclose(seen_VV, expected_VV, atol=4 * np.sqrt(0.25 / 4000) / 2)
 
 
