@@ -9,6 +9,8 @@ import pathlib
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from rec_jax import mesh as mesh_lib
 from rec_jax.config import build
@@ -17,7 +19,7 @@ from rec_jax.data.negatives import make_sampler
 from rec_jax.data.pipeline import BatchSource, make_iterator
 from rec_jax.eval.evaluator import EvalConfig, evaluate
 from rec_jax.mesh import MeshConfig
-from rec_jax.models.base import init_model
+from rec_jax.models.base import define_model, init_model
 from rec_jax.models.baselines import BASELINES
 from rec_jax.models.sasrec import SASRec, SASRecConfig
 from rec_jax.models.scoring import SequenceScorer
@@ -62,9 +64,8 @@ class Experiment:
         self.histories, self.split = self.dataset.histories, self.dataset.split
         max_len, num_items = config.data.max_len, self.histories.num_items
         build_module = MODELS[config.model.type]
-        self.model, self._init_params = init_model(
-            lambda rngs: build_module(config.model, num_items, max_len, rngs=rngs), config.seed
-        )
+        self._build = lambda rngs: build_module(config.model, num_items, max_len, rngs=rngs)
+        self.model = define_model(self._build)
 
     @classmethod
     def open(cls, workdir) -> "Experiment":
@@ -96,7 +97,7 @@ class Experiment:
             num_hosts=jax.process_count(),
         )
         item_table = self._item_table(len(source))
-        optimizer = make_optimizer(config.optim, self._init_params, len(source))
+        optimizer = make_optimizer(config.optim, self.model.abstract_params, len(source))
         step = make_train_step(
             self.model,
             optimizer,
@@ -114,7 +115,7 @@ class Experiment:
         if not path.exists():
             write_json(path, config_json)
         fitted = fit(
-            init_state(self._init_params, optimizer, self.mesh, item_table),
+            init_state(init_model(self._build, config.seed)[1], optimizer, self.mesh, item_table),
             step,
             make_iterator(source),
             lambda params: self.evaluate(self.scorer(params), "val", quick=True),
@@ -137,9 +138,12 @@ class Experiment:
 
         Raises ValueError if the workdir holds no finished evaluation.
         """
-        params, item_table = self._init_params, self._item_table(1)
+        params, item_table = self.model.abstract_params, self._item_table(1)
+        whole = NamedSharding(self.mesh, P())
+        params = jax.tree.map(lambda x: _laid(x, whole), params)
         if item_table:
-            params = with_table(params, item_table.place(get_table(params)))
+            array = jax.eval_shape(item_table.place, get_table(params))
+            params = with_table(params, _laid(array, item_table.sharding))
         restored = checkpoint.restore_best(self.workdir / "checkpoints", params)
         if restored is None:
             raise ValueError(f"{self.workdir} holds no best checkpoint yet: let the training evaluate once")
@@ -165,6 +169,10 @@ class Experiment:
         if self.dataset.world is not None:
             scorers["oracle"] = self.dataset.world.score_fn(self.histories)
         return {name: self.evaluate(score_fn, part) for name, score_fn in scorers.items()}
+
+
+def _laid(array, sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
 def _name_users(histories, users: np.ndarray) -> str:

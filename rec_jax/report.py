@@ -30,11 +30,16 @@ def format_scores(scores: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def _count(metrics: dict) -> str:
+    drawn, all_ = metrics["num_examples"], metrics["num_held_out"]
+    return str(all_) if drawn == all_ else f"{drawn} of {all_}"
+
+
 def print_scores(scores: dict[str, dict], part: str) -> None:
     any_metrics = next(iter(scores.values()))
     seen = "without" if any_metrics["filter_seen"] else "with"
     print(
-        f"\n{part}: {any_metrics['num_examples']} examples, each ranked against the whole catalogue, "
+        f"\n{part}: {_count(any_metrics)} examples, each ranked against the whole catalogue, "
         f"{seen} the items of the user's own history; ties broken at random, in expectation"
     )
     print(format_scores(scores), flush=True)

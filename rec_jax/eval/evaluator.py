@@ -1,5 +1,6 @@
 """Full-catalogue evaluation of anything that scores items."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ class EvalConfig:
     ks: tuple[int, ...] = (5, 10, 20)
     bootstrap: int = 1000  # resamples behind the intervals; 0 = no intervals
     sampled_negatives: int = 0  # the SASRec paper's protocol, to reproduce its table; 0 = off
+    max_examples: int = 0  # so many are drawn, by the seed of the run; 0 = all
     batch_bytes: int = 2**25  # size of the tile of scores, [B, V + 1] f32
 
     def __post_init__(self):
@@ -29,7 +31,7 @@ class EvalConfig:
             raise ValueError(f"ks={self.ks} must be positive list lengths (EvalConfig)")
         if 10 not in self.ks:
             raise ValueError(f"ks={self.ks} must hold 10, which the tables report (EvalConfig)")
-        for name in ("bootstrap", "sampled_negatives"):
+        for name in ("bootstrap", "sampled_negatives", "max_examples"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 (off) or more (EvalConfig)")
 
@@ -163,6 +165,11 @@ def evaluate(score_fn: ScoreFn, histories, split, part: str, config: EvalConfig,
     ex = examples(histories, split, part)
     if len(ex.users) == 0:
         raise ValueError(f"the {part} part of the split has no example: nothing to evaluate")
+    num_held_out = len(ex.users)
+    if 0 < config.max_examples < num_held_out:
+        drawn = np.random.default_rng(seed).choice(num_held_out, config.max_examples, replace=False)
+        drawn.sort()
+        ex = dataclasses.replace(ex, users=ex.users[drawn], ends=ex.ends[drawn], targets=ex.targets[drawn])
     ranks = rank_examples(score_fn, histories, ex, config, seed)
     places = {
         "filtered": (ranks.greater, ranks.equal),
@@ -194,7 +201,7 @@ def evaluate(score_fn: ScoreFn, histories, split, part: str, config: EvalConfig,
             "ranks against a few random items; orders models wrongly (Krichene & Rendle, KDD 2020) and is "
             "here only to reproduce the table of the SASRec paper"
         )
-    result["num_examples"] = len(ex.users)
+    result["num_examples"], result["num_held_out"] = len(ex.users), num_held_out
     result["filter_seen"] = config.filter_seen
     return result
 

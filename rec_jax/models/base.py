@@ -19,12 +19,20 @@ class Model:
         return nnx.merge(self.graphdef, nnx.State(params))
 
 
+def define_model(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
+    """The definition alone; computes nothing."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param)
+    return Model(graphdef, jax.tree.map(_abstract, nnx.to_pure_dict(state)))
+
+
+def _abstract(leaf) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
 def init_model(build: Callable[[nnx.Rngs], nnx.Module], seed: int) -> tuple[Model, dict]:
-    """Returns the definition and freshly initialised parameters, a plain nested dict of arrays."""
+    """The definition and freshly initialised parameters, a plain nested dict of arrays."""
 
     def make(key):
-        return nnx.split(build(nnx.Rngs(params=key)), nnx.Param)
+        return nnx.to_pure_dict(nnx.split(build(nnx.Rngs(params=key)), nnx.Param)[1])
 
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param)
-    params = jax.jit(lambda key: nnx.to_pure_dict(make(key)[1]))(jax.random.key(seed))
-    return Model(graphdef, jax.eval_shape(lambda: params)), params
+    return define_model(build), jax.jit(make)(jax.random.key(seed))

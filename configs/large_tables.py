@@ -1,0 +1,29 @@
+"""A catalogue of ten million items on one machine: the table of items is updated by touched rows.
+
+A simulated world (data/simulator.py): Zipf popularity, sequences of 100 events, 2 million events. Sampled
+softmax, row-wise Adagrad for the table of 10 million x 64 numbers, Adam for the rest. Most items occur once
+or never in the log, so the scores say little; what counts here is time and memory.
+Variants: `:1m` a million items, `:smoke` seconds.
+Protocol: leave-one-out, 64 users drawn, full-catalogue ranking, seen items not filtered (items repeat).
+
+    python -m experiments.train --config=configs/large_tables.py --workdir=runs/large
+
+Not measured yet.
+"""
+
+from configs import common
+
+
+def get_config(variant=None):
+    cfg = common.base()
+    cfg.data.format, cfg.data.max_len = "simulator", 100
+    cfg.data.sim.num_items, cfg.data.sim.num_users, cfg.data.sim.mean_len = 10_000_000, 20_000, 100
+    cfg.model.width = cfg.model.ff_width = 64
+    cfg.loss.type, cfg.loss.num_negatives = "sampled_softmax", 256
+    cfg.table.optimizer, cfg.table.layout, cfg.table.learning_rate = "rowwise_adagrad", "rows", 0.1
+    cfg.train.epochs, cfg.train.batch_rows, cfg.train.micro_rows = 2, 64, 8
+    cfg.eval.filter_seen, cfg.eval.max_examples, cfg.eval.bootstrap = False, 64, 100
+    cfg.eval.batch_bytes = 2**28
+    if variant == "1m":
+        cfg.data.sim.num_items, variant = 1_000_000, None
+    return common.apply_variant(cfg, variant)
