@@ -20,10 +20,11 @@ def get_config(variant=None):
     cfg.data.sim.num_items, cfg.data.sim.num_users, cfg.data.sim.mean_len = 10_000_000, 20_000, 100
     cfg.model.width = cfg.model.ff_width = 64
     cfg.loss.type, cfg.loss.num_negatives = "sampled_softmax", 256
-    cfg.table.optimizer, cfg.table.layout, cfg.table.learning_rate = "rowwise_adagrad", "rows", 0.1
-    cfg.train.epochs, cfg.train.batch_rows, cfg.train.micro_rows = 2, 64, 8
+    cfg.table.optimizer, cfg.table.layout, cfg.table.learning_rate = "rowwise_adagrad", "rows", 0.05
+    cfg.train.epochs, cfg.train.batch_rows, cfg.train.micro_rows = 1, 64, 8
     cfg.eval.filter_seen, cfg.eval.max_examples, cfg.eval.bootstrap = False, 64, 100
     cfg.eval.batch_bytes = 2**28
+    cfg.eval.baselines = ("popularity", "bigram")  # pairs of items within users would fill the memory
     if variant == "1m":
         cfg.data.sim.num_items, variant = 1_000_000, None
     return common.apply_variant(cfg, variant)

@@ -11,6 +11,7 @@ command again goes on where a stopped or killed run was. The working directory g
 metrics.jsonl, tensorboard/, checkpoints/, curves.png and result.json.
 """
 
+import dataclasses
 import sys
 
 from absl import flags
@@ -33,6 +34,7 @@ def main():
     fitted = experiment.fit()
 
     scorer = experiment.scorer(fitted.best_params)
+    fitted = dataclasses.replace(fitted, state=None, best_params=None)  # large tables need the room
     val, test = (experiment.evaluate(scorer, part) for part in ("val", "test"))
     baselines = experiment.evaluate_baselines("test")
     print_scores({"model": test, **baselines}, part="test")

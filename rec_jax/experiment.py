@@ -51,6 +51,11 @@ class ExperimentConfig:
 
     def __post_init__(self):
         check_table(self.table, self.loss, self.optim)
+        if unknown := set(self.eval.baselines) - set(BASELINES):
+            raise ValueError(
+                f"baselines={self.eval.baselines}: there is no {', '.join(sorted(unknown))}; use "
+                f"{', '.join(BASELINES)} (EvalConfig)"
+            )
 
 
 class Experiment:
@@ -151,10 +156,13 @@ class Experiment:
 
     def scorer(self, params) -> SequenceScorer:
         """params: as they lie in training."""
-        item_table = self._item_table(1)
-        if item_table:
-            params = with_table(params, item_table.unplace(get_table(params)))
-        return SequenceScorer(self.model, params, self.histories, self.config.data.max_len, self.mesh)
+        item_table, mesh = self._item_table(1), self.mesh
+        if item_table and item_table.placement:  # too large to be copied to every device
+            mesh = mesh_lib.make_mesh(MeshConfig(data=1))
+            first = jax.devices()[0]
+            array = jax.device_put(get_table(params), first)
+            params = with_table(jax.device_put(params, first), jax.jit(item_table.unplace)(array))
+        return SequenceScorer(self.model, params, self.histories, self.config.data.max_len, mesh)
 
     def evaluate(self, score_fn, part: str, *, quick: bool = False) -> dict:
         """Every metric of one part; `quick` leaves out intervals and sampled protocols."""
@@ -165,7 +173,8 @@ class Experiment:
 
     def evaluate_baselines(self, part: str) -> dict[str, dict]:
         """The same evaluation for every baseline, and for the oracle where the data come from a simulator."""
-        scorers = {name: make(self.histories, self.split) for name, make in BASELINES.items()}
+        names = self.config.eval.baselines
+        scorers = {name: BASELINES[name](self.histories, self.split) for name in names}
         if self.dataset.world is not None:
             scorers["oracle"] = self.dataset.world.score_fn(self.histories)
         return {name: self.evaluate(score_fn, part) for name, score_fn in scorers.items()}

@@ -23,6 +23,7 @@ class EvalConfig:
     ks: tuple[int, ...] = (5, 10, 20)
     bootstrap: int = 1000  # resamples behind the intervals; 0 = no intervals
     sampled_negatives: int = 0  # the SASRec paper's protocol, to reproduce its table; 0 = off
+    baselines: tuple[str, ...] = ("popularity", "bigram", "item_knn")  # shown beside the model
     max_examples: int = 0  # so many are drawn, by the seed of the run; 0 = all
     batch_bytes: int = 2**25  # size of the tile of scores, [B, V + 1] f32
 

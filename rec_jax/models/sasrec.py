@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from rec_jax.nn.blocks import TransformerBlock
 from rec_jax.nn.dropout import dropout
+from rec_jax.nn.embedding import sliced
 from rec_jax.nn.norm import LayerNorm
 
 
@@ -54,7 +55,7 @@ class SASRec(nnx.Module):
     def __init__(self, config: SASRecConfig, num_items: int, max_len: int, *, rngs: nnx.Rngs):
         self.config = config
         init = nnx.initializers.normal(0.02)
-        self.items = nnx.Embed(num_items + 1, config.width, embedding_init=init, rngs=rngs)
+        self.items = nnx.Embed(num_items + 1, config.width, embedding_init=sliced(init), rngs=rngs)
         if config.position == "learned":
             init = nnx.initializers.normal(0.02)
             self.positions = nnx.Embed(max_len, config.width, embedding_init=init, rngs=rngs)
