@@ -166,3 +166,22 @@ def test_breakdowns_add_up():
         mean = sum(row["ndcg@10"] * row["num_examples"] for row in rows) / 40
         assert mean == pytest.approx(result["ndcg@10"])
     assert result["filtered/ndcg@10"] == result["ndcg@10"] != result["unfiltered/ndcg@10"]
+
+
+def test_a_drawn_part_is_some_of_the_examples_and_the_same_every_time():
+    histories = random_histories()
+    split, users_seen = leave_one_out(histories), []
+
+    def score_fn(users, ends):
+        users_seen.extend(users)
+        return np.random.default_rng(2).normal(size=(40, NUM_ITEMS + 1))[users].astype(np.float32)
+
+    config = EvalConfig(max_examples=9, bootstrap=0, batch_bytes=1)
+    first = evaluate(score_fn, histories, split, "test", config, seed=3)
+    drawn, users_seen = list(users_seen), []
+    assert len(set(drawn)) == 9 and drawn == sorted(drawn)
+    assert first["num_examples"] == 9 and first["num_held_out"] == 40
+    assert evaluate(score_fn, histories, split, "test", config, seed=3) == first
+    everyone = evaluate(score_fn, histories, split, "test", EvalConfig(bootstrap=0), seed=3)
+    more = evaluate(score_fn, histories, split, "test", EvalConfig(bootstrap=0, max_examples=41), seed=3)
+    assert more == everyone and everyone["num_examples"] == 40
