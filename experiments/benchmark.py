@@ -4,6 +4,7 @@
     python -m experiments.benchmark --suite=train --output=beauty.json --only=beauty
     python -m experiments.benchmark --suite=softmax --output=softmax.json
     python -m experiments.benchmark --suite=embedding --output=embedding.json
+    JAX_NUM_CPU_DEVICES=8 python -m experiments.benchmark --suite=sharding --output=sharding.json
 
 Suite "train": real tokens per second of our training step (packed rows on one virtual device a core)
 against a naive padded JAX step with the same maths: SASRec with 50 dims, 2 blocks and 1 head, BCE with one
@@ -17,6 +18,9 @@ Suite "embedding": one update of a table of 100 thousand to 10 million rows by t
 lookups: dense optax Adam and Adagrad, which sweep the table, against optimizers that touch the looked-up
 rows. Bytes that must move are compared with a copy of a large array. What would need more than 12 GiB is
 not run.
+Suite "sharding": 25,600 lookups, Zipf, in a table of a million rows over eight devices (on a CPU virtual
+ones): bytes sent, counted in the compiled program, and time, by plain indexing, by sums of what each device
+has, and by exchange of distinct ids.
 
 What is compared runs in turn, A B A B, and ratios are taken pair by pair, so that other work on the machine
 disturbs both sides alike; printed are medians.
@@ -31,7 +35,9 @@ from absl import flags
 
 from experiments.launch import launch
 
-_SUITE = flags.DEFINE_enum("suite", "train", ["train", "softmax", "embedding"], "What to measure.")
+_SUITE = flags.DEFINE_enum(
+    "suite", "train", ["train", "softmax", "embedding", "sharding"], "What to measure."
+)
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the figures.")
 _ONLY = flags.DEFINE_enum("only", "both", ["ml1m", "beauty", "both"], "Lengths, for --suite=train.")
 _PAIRS = flags.DEFINE_integer("pairs", 9, "How often each thing is timed.", lower_bound=1)
@@ -41,13 +47,13 @@ flags.mark_flag_as_required("output")
 def main():
     from experiments.speed.timing import machine
 
-    suite = {"train": _train, "softmax": _softmax, "embedding": _embedding}[_SUITE.value]
+    suites = {"train": _train, "softmax": _softmax, "embedding": _embedding, "sharding": _sharding}
     about = {
         "machine": machine(),
         "command": " ".join(["python -m experiments.benchmark", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    result = suite() | about
+    result = suites[_SUITE.value]() | about
     path = pathlib.Path(_OUTPUT.value)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1))
@@ -114,6 +120,19 @@ def _embedding() -> dict:
             rows.append((table, name, *figures, f"{r[f'{name}_temp_bytes'] / 2**20:,.0f}"))
     _print_table(("table", "method", "ms", "dense Adam / this", "% of copy", "temporary MiB"), rows)
     print(f"copy: {result['copy_gbytes_per_sec']:.1f} GB/s read and written; {result['lookups']:,} lookups")
+    return result
+
+
+def _sharding() -> dict:
+    from experiments.speed.sharding import measure_sharding
+
+    result = measure_sharding(_PAIRS.value)
+    rows = [
+        (name, f"{r['bytes_sent'] / 1e6:.2f}", f"{r['gather_bytes_over_this']:.1f}", f"{r['ms']:.2f}")
+        for name, r in result.items()
+        if isinstance(r, dict)
+    ]
+    _print_table(("lookup", "MB sent by a device", "gather / this", "ms"), rows)
     return result
 
 

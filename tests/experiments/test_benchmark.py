@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.speed import embedding, softmax, timing, training
+from experiments.speed import embedding, sharding, softmax, timing, training
 from experiments.speed.lengths import LENGTHS, synthetic_histories
 from rec_jax.data.histories import leave_one_out
 
@@ -60,6 +60,30 @@ def test_every_update_of_a_table_is_timed_but_what_is_too_large(monkeypatch):
         assert (f"{name}_ms" in large) == (not name.startswith("dense"))
     assert small["rowwise_adagrad_over_dense_adam"] > 0 and result["copy_gbytes_per_sec"] > 0
     assert large["sgd_temp_bytes"] < 5000 * 8 * 4 < small["dense_adam_temp_bytes"] * 10
+
+
+def test_bytes_of_collectives_by_hand():
+    hlo = """
+      %a = f32[8,4]{1,0} all-reduce(%x), channel_id=1
+      %b = (s32[1,2]{1,0}, s32[1,2]{1,0}) all-to-all(%y, %z), channel_id=2
+      %c = f32[2]{0} reduce-scatter(%w), dimensions={0}
+      %d = f32[8,4]{1,0} add(%a, %a)
+      %e = pred[] all-reduce(%p), to_apply=%max
+    """
+    assert sharding.collective_bytes(hlo, num_devices=4) == {
+        "all-reduce": 2 * 3 * 128 // 4 + 2,  # 1.5 bytes of the bool round to 2
+        "all-to-all": 3 * 16 // 4,
+        "reduce-scatter": 3 * 8,
+    }
+
+
+def test_the_exchange_sends_a_quarter_of_plain_indexing_and_reads_the_same(monkeypatch):
+    monkeypatch.setattr(sharding, "NUM_ROWS", 5000)
+    monkeypatch.setattr(sharding, "NUM_LOOKUPS", 1024)
+    figures = sharding.measure_sharding(repeats=1)
+    assert figures["ours"]["gather_bytes_over_this"] > 4
+    assert "all-gather" not in figures["ours"]["bytes_by_kind"]
+    assert figures["gather"]["bytes_by_kind"]["all-reduce"] >= 1024 * 64 * 4
 
 
 def test_interleaved_takes_turns_after_a_call_for_compilation():

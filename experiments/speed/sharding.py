@@ -1,0 +1,120 @@
+"""A lookup in a table spread over eight devices: what goes over the wires, and how long it takes."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from experiments.speed.timing import interleaved
+from rec_jax.mesh import MeshConfig, make_mesh
+from rec_jax.nn.sharded import AXES, Placement, dedupe_physical, read_sharded
+
+NUM_DEVICES = 8
+NUM_ROWS, DIM, NUM_LOOKUPS = 1_000_000, 64, 25_600
+_TYPE_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "f64": 8,
+}
+_COLLECTIVE = re.compile(
+    r"= (\(.*?\)|\S+) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\("
+)
+
+
+def collective_bytes(hlo: str, num_devices: int) -> dict[str, int]:
+    """Bytes that each device sends in one run of a compiled program: {kind of collective: bytes}.
+
+    By the ring algorithms: an all-reduce of x bytes sends 2 (n - 1) / n x; an all-gather or all_to_all whose
+    result has x bytes (n - 1) / n x; a reduce-scatter (n - 1) times its result. A loop's body counts once.
+    """
+    sent = {}
+    for line in hlo.splitlines():
+        if not (match := _COLLECTIVE.search(line)):
+            continue
+        shapes, kind = match.groups()
+        size = sum(
+            _TYPE_BYTES[dtype] * int(np.prod([int(x) for x in dims.split(",") if x], dtype=np.int64))
+            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+        )
+        share = (num_devices - 1) / num_devices
+        factor = {"all-reduce": 2 * share, "reduce-scatter": num_devices - 1, "collective-permute": 1}
+        sent[kind] = sent.get(kind, 0) + round(size * factor.get(kind, share))
+    return sent
+
+
+def measure_sharding(repeats: int) -> dict:
+    """{"gather": figures, "psum_scatter": ..., "ours": ...}: rows of a Zipf batch, read by each method."""
+    mesh = make_mesh(MeshConfig(data=NUM_DEVICES))
+    rng = np.random.default_rng(0)
+    popularity = 1 / np.arange(1, NUM_ROWS + 1)
+    ids = rng.choice(NUM_ROWS, NUM_LOOKUPS, p=popularity / popularity.sum()).astype(np.int32)
+    table = rng.normal(size=(NUM_ROWS, DIM)).astype(np.float32)
+    placement = Placement(NUM_ROWS)
+    ids_N = jax.device_put(ids, NamedSharding(mesh, P("data")))
+    by_row, placed = NamedSharding(mesh, P("data")), NamedSharding(mesh, P(AXES))
+    methods = {
+        "gather": (jax.jit(_gather, out_shardings=by_row), jax.device_put(table, by_row)),
+        "psum_scatter": (jax.jit(_on(mesh, _psum_scatter, P("data"))), jax.device_put(table, by_row)),
+        "ours": (
+            jax.jit(_on(mesh, partial(_exchange, placement), P(AXES))),
+            jax.device_put(placement.place(table), placed),
+        ),
+    }
+    figures, runs = {}, {}
+    for name, (lookup, array) in methods.items():
+        compiled = lookup.lower(array, ids_N).compile()
+        np.testing.assert_array_equal(compiled(array, ids_N), table[ids])
+        sent = collective_bytes(compiled.as_text(), NUM_DEVICES)
+        figures[name] = {"bytes_sent": sum(sent.values()), "bytes_by_kind": sent}
+        runs[name] = partial(lambda f, x: jax.block_until_ready(f(x, ids_N)), compiled, array)
+    secs = interleaved(runs, repeats)
+    for name in runs:
+        figures[name]["ms"] = float(1e3 * np.median(secs[name]))
+        figures[name]["gather_bytes_over_this"] = (
+            figures["gather"]["bytes_sent"] / figures[name]["bytes_sent"]
+        )
+    return figures | {
+        "rows": NUM_ROWS,
+        "dim": DIM,
+        "lookups": NUM_LOOKUPS,
+        "unique_ids": len(np.unique(ids)),
+        "num_devices": NUM_DEVICES,
+    }
+
+
+def _on(mesh, lookup, table_spec):
+    return jax.shard_map(
+        lookup, mesh=mesh, in_specs=(table_spec, P("data")), out_specs=P("data"), check_vma=False
+    )
+
+
+def _gather(table_VD, ids_N):
+    """What plain indexing compiles to."""
+    return table_VD[ids_N]
+
+
+def _psum_scatter(table_vD, ids_n):
+    """Everybody looks everything up; what is not here is zero; sums go to those who asked."""
+    ids_N = jax.lax.all_gather(ids_n, "data", tiled=True)
+    local_N = ids_N - jax.lax.axis_index("data") * table_vD.shape[0]
+    is_here_N = (local_N >= 0) & (local_N < table_vD.shape[0])
+    rows_ND = jnp.where(is_here_N[:, None], table_vD.at[local_N].get(mode="clip"), 0)
+    return jax.lax.psum_scatter(rows_ND, "data", tiled=True)
+
+
+def _exchange(placement, table_vD, ids_n):
+    """Distinct ids only, to and from their owners; capacity for an even share of all ids."""
+    touched = dedupe_physical(placement, ids_n)
+    rows_UD, _ = read_sharded(table_vD, touched.rows_U, ids_n.size // NUM_DEVICES)
+    return rows_UD[touched.place_N]
