@@ -3,6 +3,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 sys.path.insert(0, os.path.dirname(__file__))
 import toy_run
 
-from rec_jax.train.checkpoint import DamagedError, Saver, is_finite, restore, restore_best
+from rec_jax.train.checkpoint import DamagedError, Saver, _digest, is_finite, restore, restore_best
 
 _ROOT = pathlib.Path(__file__).parents[2]
 RUN = {"config": {"width": 4, "ks": (5, 10), "train": {"epochs": 3}}, "split": "abc"}
@@ -245,3 +246,13 @@ def test_full_disk_ends_with_a_message_and_the_checkpoint_intact(tmp_path):
     resumed = toy_run.run(tmp_path / "a", epochs=3, width=20_000)
     whole = toy_run.run(tmp_path / "b", epochs=3, width=20_000)
     assert toy_run.digest(resumed.state) == toy_run.digest(whole.state)
+
+
+def test_a_checksum_does_not_depend_on_how_an_array_lies():
+    x = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+    expected = zlib.crc32(x.reshape(-1).view(np.uint8))
+    mesh = jax.make_mesh((2, 4), ("a", "b"))
+    P = PartitionSpec
+    for spec in (P(), P("a"), P(("a", "b")), P(("b", "a")), P(None, "a"), P("a", "b")):
+        assert _digest(jax.device_put(x, NamedSharding(mesh, spec))) == expected, spec
+    assert _digest(jnp.float32(1)) == zlib.crc32(np.float32(1).tobytes())
