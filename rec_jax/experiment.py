@@ -156,13 +156,11 @@ class Experiment:
 
     def scorer(self, params) -> SequenceScorer:
         """params: as they lie in training."""
-        item_table, mesh = self._item_table(1), self.mesh
-        if item_table and item_table.placement:  # too large to be copied to every device
-            mesh = mesh_lib.make_mesh(MeshConfig(data=1))
-            first = jax.devices()[0]
-            array = jax.device_put(get_table(params), first)
-            params = with_table(jax.device_put(params, first), jax.jit(item_table.unplace)(array))
-        return SequenceScorer(self.model, params, self.histories, self.config.data.max_len, mesh)
+        item_table = self._item_table(1)
+        placement = item_table and item_table.placement
+        return SequenceScorer(
+            self.model, params, self.histories, self.config.data.max_len, self.mesh, placement
+        )
 
     def evaluate(self, score_fn, part: str, *, quick: bool = False) -> dict:
         """Every metric of one part; `quick` leaves out intervals and sampled protocols."""

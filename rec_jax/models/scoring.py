@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from rec_jax.data.packing import fill_rows, plan_packing
 from rec_jax.mesh import place_batch, replicate
 from rec_jax.models.base import Model
+from rec_jax.nn.sharded import Placement
 
 # Packed rows encoded at once, over all devices: what stays in the caches of a few cores.
 _ENCODE_TOKENS = 3_200
@@ -25,25 +26,35 @@ def _item_vectors(model: Model, params):
     return model.bind(params).item_vectors()
 
 
-@jax.jit
-def _scores(table_VD, x_BD):
+@partial(jax.jit, static_argnums=2)
+def _scores(table_VD, x_BD, placement: Placement | None):
     scores_BV = jnp.matmul(x_BD, table_VD.T, preferred_element_type=jnp.float32)
+    if placement is not None:
+        scores_BV = placement.unplace(scores_BV, axis=1)
     return scores_BV.at[:, 0].set(-jnp.inf)
 
 
 class SequenceScorer:
     """`score_fn(users, ends)` over the histories of a data set, or over one given history.
 
-    Histories are packed into rows like those of training, split over the mesh axis "data".
+    Histories are packed into rows like those of training, split over the mesh axis "data". placement: of the
+    rows of a table that is spread over the mesh; it stays where it is, and scores come in the order of ids.
     """
 
-    def __init__(self, model: Model, params, histories, max_len: int, mesh: Mesh):
+    def __init__(
+        self, model: Model, params, histories, max_len: int, mesh: Mesh, placement: Placement | None = None
+    ):
         self._histories, self._max_len, self._mesh = histories, max_len, mesh
+        self._placement = placement
         num_devices = mesh.shape["data"]
         self._rows = -(-max(1, _ENCODE_TOKENS // max_len) // num_devices) * num_devices
 
-        self._model, self._params = model, replicate(params, mesh)
-        self._table_VD = jax.device_put(_item_vectors(model, params), mesh.devices.flat[0])
+        self._model = model
+        if placement is None:
+            self._params = replicate(params, mesh)
+            self._table_VD = jax.device_put(_item_vectors(model, params), mesh.devices.flat[0])
+        else:
+            self._params, self._table_VD = params, _item_vectors(model, params)
 
     def __call__(self, users: np.ndarray, ends: np.ndarray) -> jax.Array:
         """Scores of the whole catalogue for the event after each history.
@@ -79,7 +90,10 @@ class SequenceScorer:
             users_Q = slot_users[plan.row_starts[rows[0]] : plan.row_starts[rows[-1] + 1]]
             size = 1 << int(len(row_Q) - 1).bit_length()  # few shapes to compile
             pad = (0, size - len(row_Q))
+            if self._placement is not None:
+                batch["items"] = np.asarray(self._placement.to_physical(batch["items"]))
             placed = place_batch(batch, self._mesh)
             x_QD = _encode(self._model, self._params, placed, np.pad(row_Q, pad), np.pad(column_Q, pad))
             x_BD[users_Q] = np.asarray(x_QD)[: len(row_Q)]
-        return _scores(self._table_VD, x_BD)
+        scores_BV = _scores(self._table_VD, x_BD, self._placement)
+        return jax.device_put(scores_BV, self._mesh.devices.flat[0])

@@ -47,10 +47,11 @@ class Placement:
         groups = jnp.pad(table_VX, pad).reshape(-1, _GROUPS, *table_VX.shape[1:])
         return groups.swapaxes(0, 1).reshape(self.size, *table_VX.shape[1:])
 
-    def unplace(self, array_VX):
-        """The table in the order of ids."""
-        groups = array_VX.reshape(_GROUPS, -1, *array_VX.shape[1:])
-        return groups.swapaxes(0, 1).reshape(array_VX.shape)[: self.num_rows]
+    def unplace(self, array, axis: int = 0):
+        """The table in the order of ids, or anything else with an axis of rows."""
+        before, after = array.shape[:axis], array.shape[axis + 1 :]
+        groups = array.reshape(*before, _GROUPS, -1, *after).swapaxes(axis, axis + 1)
+        return jax.lax.slice_in_dim(groups.reshape(array.shape), 0, self.num_rows, axis=axis)
 
 
 def dedupe_physical(placement: Placement, ids_N) -> Touched:

@@ -5,12 +5,15 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from rec_jax.mesh import MeshConfig, make_mesh
+from rec_jax.mesh import MeshConfig, make_mesh, replicate
 from rec_jax.models import scoring
 from rec_jax.models.base import init_model
 from rec_jax.models.sasrec import SASRec, SASRecConfig
 from rec_jax.models.scoring import SequenceScorer
+from rec_jax.nn.sharded import AXES, Placement
 
 NUM_ITEMS, MAX_LEN = 30, 6
 LENGTHS = [1, 3, 6, 7, 20, 2, 1, 5]
@@ -26,6 +29,15 @@ PARAMS = jax.tree.map(lambda x: x * 3, PARAMS)
 
 def scorer(devices=1):
     return SequenceScorer(MODEL, PARAMS, HISTORIES, MAX_LEN, make_mesh(MeshConfig(data=devices)))
+
+
+def spread_scorer(data, model):
+    """The table lies in rows over a mesh."""
+    mesh, placement = make_mesh(MeshConfig(data=data, model=model)), Placement(NUM_ITEMS + 1)
+    array = jax.device_put(placement.place(PARAMS["items"]["embedding"]), NamedSharding(mesh, P(AXES)))
+    params = replicate({k: v for k, v in PARAMS.items() if k != "items"}, mesh)
+    params = params | {"items": {"embedding": array}}
+    return SequenceScorer(MODEL, params, HISTORIES, MAX_LEN, mesh, placement)
 
 
 @jax.jit
@@ -51,6 +63,16 @@ def check(scores, histories):
     assert np.all(np.asarray(scores[:, 0]) == -np.inf)
     for row, history in zip(np.asarray(scores), histories, strict=True):
         np.testing.assert_allclose(row[1:], slow(history)[1:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("data, model", [(1, 1), (8, 1), (2, 4), (1, 8)])
+def test_a_spread_table_gives_the_same_scores(data, model):
+    users, ends = np.arange(len(LENGTHS)), OFFSETS[1:]
+    spread = spread_scorer(data, model)
+    np.testing.assert_allclose(spread(users, ends), scorer()(users, ends), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        spread.score_history([3, 1, 2]), scorer().score_history([3, 1, 2]), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("devices", [1, 4])
