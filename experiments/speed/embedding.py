@@ -97,23 +97,24 @@ class _Arrays:
 
     def __init__(self, num_rows: int, dim: int):
         self._large = [jnp.zeros((num_rows, dim), jnp.float32) for _ in range(3)]
-        self._small = {}  # id of an optimizer -> the rest of its state
+        self._rest = {}  # id of an optimizer -> (structure of its state, which leaves are large, the others)
 
     def take(self, optimizer) -> tuple:
         """(table, state): the state's large arrays are the last of the shared ones."""
         table = self._large[0]
-        leaves, treedef = jax.tree.flatten(jax.eval_shape(optimizer.init, table))
-        small = self._small.setdefault(
-            id(optimizer), [jnp.zeros(x.shape, x.dtype) for x in leaves if x.shape != table.shape]
-        )
-        num_large = len(leaves) - len(small)
-        large, small = iter(self._large[3 - num_large :]), iter(small)
-        leaves = [next(large if leaf.shape == table.shape else small) for leaf in leaves]
-        return table, jax.tree.unflatten(treedef, leaves)
+        if id(optimizer) not in self._rest:
+            leaves, treedef = jax.tree.flatten(jax.eval_shape(optimizer.init, table))
+            is_large = [leaf.shape == table.shape for leaf in leaves]
+            small = [jnp.zeros(x.shape, x.dtype) for x in leaves if x.shape != table.shape]
+            self._rest[id(optimizer)] = (treedef, is_large, small)
+        treedef, is_large, small = self._rest[id(optimizer)]
+        large, small = iter(self._large[3 - sum(is_large) :]), iter(small)
+        return table, treedef.unflatten([next(large if this else small) for this in is_large])
 
     def update(self, step, optimizer, ids_N, grads_ND) -> None:
         table, state = jax.block_until_ready(step(*self.take(optimizer), ids_N, grads_ND))
-        leaves = jax.tree.leaves(state)
-        large = [leaf for leaf in leaves if leaf.shape == table.shape]
-        self._small[id(optimizer)] = [leaf for leaf in leaves if leaf.shape != table.shape]
+        treedef, is_large, _ = self._rest[id(optimizer)]
+        leaves = list(zip(jax.tree.leaves(state), is_large, strict=True))
+        large = [leaf for leaf, this in leaves if this]
+        self._rest[id(optimizer)] = (treedef, is_large, [leaf for leaf, this in leaves if not this])
         self._large[0], self._large[3 - len(large) :] = table, large

@@ -46,17 +46,22 @@ def dedupe(ids_N: jax.Array, num_rows: int) -> Touched:
     return Touched(rows_U, jnp.searchsorted(rows_U, ids_N).astype(jnp.int32))
 
 
-def gather_rows(table_VX: jax.Array, rows_U: jax.Array) -> jax.Array:
+def gather_rows(table_VD: jax.Array, rows_U: jax.Array) -> jax.Array:
     """The rows of the table at rows_U [...]; an id that is no row (V) reads as NaN, free places as anything.
 
-    The product with a number a row also makes a gather on its own fast: XLA:CPU unrolls a bare copy of up to
-    some 80 numbers into scalar moves, which hide no memory latency.
+    Arrays of one dim (a number a row) and of integers are gathered as they are, ids that are no rows too.
+
+    The quotient is also what makes it fast. XLA:CPU unrolls a bare copy of up to some 80 numbers into scalar
+    moves, which hide no memory latency, and moves a product away into whatever reads the rows; a division it
+    neither repeats nor, as the divisor differs by column in form, turns into a product.
     """
-    rows_UX = table_VX.at[rows_U].get(mode="clip")
-    if not jnp.issubdtype(table_VX.dtype, jnp.floating):
-        return rows_UX
-    one_U = jnp.where(rows_U == table_VX.shape[0], jnp.nan, 1).astype(table_VX.dtype)
-    return rows_UX * one_U.reshape(*rows_U.shape, *[1] * (table_VX.ndim - 1))
+    rows_UD = table_VD.at[rows_U].get(mode="clip")
+    if table_VD.ndim == 1 or not jnp.issubdtype(table_VD.dtype, jnp.floating):
+        return rows_UD
+    num_rows, dim = table_VD.shape
+    column_D = jnp.arange(dim, dtype=jnp.int32)
+    is_bad_UD = rows_U[..., None] + column_D == num_rows + column_D
+    return rows_UD / jnp.where(is_bad_UD, jnp.nan, 1).astype(table_VD.dtype)
 
 
 def write_rows(table_VX: jax.Array, rows_U: jax.Array, rows_UX: jax.Array) -> jax.Array:
@@ -87,7 +92,7 @@ def update_rows(optimizer, table_VD, state, rows_U, rows_UD, grads_UD) -> tuple:
 
 
 class RowwiseAdagradState(NamedTuple):
-    sum_V1: jax.Array  # of the mean squares of a row's gradients
+    sum_V: jax.Array  # of the mean squares of a row's gradients
 
 
 def scale_by_rowwise_rss(eps: float = 1e-8) -> optax.GradientTransformation:
@@ -97,10 +102,10 @@ def scale_by_rowwise_rss(eps: float = 1e-8) -> optax.GradientTransformation:
     """
 
     def init(table_VD):
-        return RowwiseAdagradState(jnp.zeros((table_VD.shape[0], 1), jnp.float32))
+        return RowwiseAdagradState(jnp.zeros(table_VD.shape[0], jnp.float32))
 
     def update(grads, state, params=None):
-        sums = state.sum_V1 + jnp.mean(grads.astype(jnp.float32) ** 2, axis=-1, keepdims=True)
-        return grads / (jnp.sqrt(sums) + eps), RowwiseAdagradState(sums)
+        sums = state.sum_V + jnp.mean(grads.astype(jnp.float32) ** 2, axis=-1)
+        return grads / (jnp.sqrt(sums) + eps)[:, None], RowwiseAdagradState(sums)
 
     return optax.GradientTransformation(init, update)

@@ -99,7 +99,7 @@ def test_rowwise_adagrad_by_hand():
     optimizer = scale_by_rowwise_rss(eps=0.0)
     grads = jnp.array([[3.0, 4.0], [0.0, 1.0]])
     updates, state = optimizer.update(grads, optimizer.init(jnp.zeros((2, 2))))
-    np.testing.assert_allclose(state.sum_V1, [[12.5], [0.5]])
+    np.testing.assert_allclose(state.sum_V, [12.5, 0.5])
     np.testing.assert_allclose(updates, grads / np.sqrt([[12.5], [0.5]]), rtol=1e-6)
 
 

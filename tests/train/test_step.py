@@ -60,7 +60,7 @@ def run(
     model_axis=1,
     **table_fields,
 ):
-    config = SASRecConfig(width=8, ff_width=8, dropout=0.3)
+    config = SASRecConfig(width=8, ff_width=8, num_layers=1, dropout=0.3)  # compiles in half the time
     model, params = init_model(lambda rngs: SASRec(config, NUM_ITEMS, LENGTH, rngs=rngs), seed=0)
     mesh = make_mesh(MeshConfig(data=devices, model=model_axis))
     optimizer = make_optimizer(optim, params, 10)
@@ -103,16 +103,17 @@ def assert_close(a, b, rtol=2e-5):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_division_into_devices_and_micro_steps_changes_nothing(loss):
     whole = run(loss)
-    for devices, micro_rows in [(1, 2), (2, 4), (8, 1), (4, 1)]:
+    for devices, micro_rows in [(1, 2), (2, 4), (8, 1)]:
         assert_close(run(loss, devices, micro_rows), whole)
 
 
-@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "softmax"])
-@pytest.mark.parametrize("update", ["sgd", "adagrad"])
+@pytest.mark.parametrize(
+    "loss, update", [("sampled", "sgd"), ("in_batch", "adagrad"), ("bce", "adagrad"), ("gbce", "adagrad")]
+)
 def test_touched_rows_learn_what_a_dense_update_teaches_them(loss, update):
     optim = OptimConfig(type=update, learning_rate=0.5)
     dense = run(loss, optim=optim)
-    for devices, micro_rows in [(1, 8), (1, 2), (4, 1)]:
+    for devices, micro_rows in [(1, 2), (4, 1)]:
         assert_close(run(loss, devices, micro_rows, optim=optim, table=update), dense)
 
 
@@ -130,7 +131,7 @@ def test_spread_rows_learn_the_same_on_every_mesh(loss, update):
 @pytest.mark.parametrize("table", [None, "sgd"])
 def test_the_gradient_is_clipped_by_the_norm_of_all_of_it(table):
     free = run("sampled", steps=1, table=table)
-    config = SASRecConfig(width=8, ff_width=8)
+    config = SASRecConfig(width=8, ff_width=8, num_layers=1)
     _, before = init_model(lambda rngs: SASRec(config, NUM_ITEMS, LENGTH, rngs=rngs), seed=0)
     limit = free[2][0] / 4
     clipped = run("sampled", steps=1, table=table, optim=dataclasses.replace(OPTIM, clip_norm=limit))
@@ -143,7 +144,7 @@ def test_the_gradient_is_clipped_by_the_norm_of_all_of_it(table):
 @pytest.mark.parametrize("update", ["rowwise_adagrad", "lazy_adam"])
 def test_rows_that_no_batch_touches_stay(update):
     batch = make_batch()  # whose negatives are drawn from itself
-    config = SASRecConfig(width=8, ff_width=8)
+    config = SASRecConfig(width=8, ff_width=8, num_layers=1)
     _, before = init_model(lambda rngs: SASRec(config, NUM_ITEMS, LENGTH, rngs=rngs), seed=0)
     for devices in (1, 2):
         _, params, _ = run("in_batch", devices, 4, table=update, batches=[batch] * 3)
