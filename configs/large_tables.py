@@ -3,7 +3,8 @@
 A simulated world (data/simulator.py): Zipf popularity, sequences of 100 events, 2 million events. Sampled
 softmax, row-wise Adagrad for the table of 10 million x 64 numbers, Adam for the rest. Most items occur once
 or never in the log, so the scores say little; what counts here is time and memory.
-Variants: `:1m` a million items, `:smoke` seconds.
+Variants: `:1m` a million items; `:10m` as it is; `:1b` a billion, on 64 devices, which can only be compiled here
+(`python -m experiments.plan --config=configs/large_tables.py:1b --compile`); `:smoke` seconds.
 Protocol: leave-one-out, 64 users drawn, full-catalogue ranking, seen items not filtered (items repeat).
 
     python -m experiments.train --config=configs/large_tables.py --workdir=runs/large
@@ -28,6 +29,10 @@ def get_config(variant=None):
     cfg.eval.filter_seen, cfg.eval.max_examples, cfg.eval.bootstrap = False, 64, 100
     cfg.eval.batch_bytes = 2**28
     cfg.eval.baselines = ("popularity", "bigram")  # pairs of items within users would fill the memory
-    if variant == "1m":
-        cfg.data.sim.num_items, variant = 1_000_000, None
+    sizes = {"1m": 1_000_000, "10m": 10_000_000, "1b": 1_000_000_000}
+    if variant in sizes:
+        cfg.data.sim.num_items = sizes[variant]
+    if variant == "1b":
+        cfg.mesh.data, cfg.mesh.model, cfg.train.batch_rows = 16, 4, 1024
+    variant = None if variant in sizes else variant
     return common.apply_variant(cfg, variant)

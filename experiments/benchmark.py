@@ -34,6 +34,7 @@ import sys
 from absl import flags
 
 from experiments.launch import launch
+from rec_jax.report import print_table
 
 _SUITE = flags.DEFINE_enum(
     "suite", "train", ["train", "softmax", "embedding", "sharding"], "What to measure."
@@ -81,7 +82,7 @@ def _train() -> dict:
         for name, r in result.items()
         if name != "loader"
     ]
-    _print_table(head, rows)
+    print_table(head, rows)
     print(f"loader: {result['loader']['sequences_per_sec']:,.0f} sequences/s (Beauty lengths, one process)")
     return result
 
@@ -101,7 +102,7 @@ def _softmax() -> dict:
             ratio = f"{r['full_over_this']:.2f}" if "full_over_this" in r else ""
             rate, percent = f"{r['gflops_per_sec']:.1f}", f"{r['percent_of_limit']:.1f}"
             rows.append((catalogue, name, f"{r['ms']:.1f}", ratio, size, rate, percent))
-    _print_table(head, rows)
+    print_table(head, rows)
     return result
 
 
@@ -118,7 +119,7 @@ def _embedding() -> dict:
             ratio = f"{r[key]:.1f}" if (key := f"{name}_over_dense_adam") in r else ""
             figures = (f"{r[f'{name}_ms']:.2f}", ratio, f"{r[f'{name}_percent_of_copy']:.0f}")
             rows.append((table, name, *figures, f"{r[f'{name}_temp_bytes'] / 2**20:,.0f}"))
-    _print_table(("table", "method", "ms", "dense Adam / this", "% of copy", "temporary MiB"), rows)
+    print_table(("table", "method", "ms", "dense Adam / this", "% of copy", "temporary MiB"), rows)
     print(f"copy: {result['copy_gbytes_per_sec']:.1f} GB/s read and written; {result['lookups']:,} lookups")
     return result
 
@@ -132,14 +133,8 @@ def _sharding() -> dict:
         for name, r in result.items()
         if isinstance(r, dict)
     ]
-    _print_table(("lookup", "MB sent by a device", "gather / this", "ms"), rows)
+    print_table(("lookup", "MB sent by a device", "gather / this", "ms"), rows)
     return result
-
-
-def _print_table(head: tuple, rows: list[tuple]) -> None:
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    for row in [head, *rows]:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,10 @@ import functools
 import json
 import os
 import pathlib
+from functools import partial
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from rec_jax import mesh as mesh_lib
 from rec_jax.config import build
@@ -19,16 +18,21 @@ from rec_jax.data.negatives import make_sampler
 from rec_jax.data.pipeline import BatchSource, make_iterator
 from rec_jax.eval.evaluator import EvalConfig, evaluate
 from rec_jax.mesh import MeshConfig
-from rec_jax.models.base import define_model, init_model
+from rec_jax.models.base import define_model, init_model, without_table
 from rec_jax.models.baselines import BASELINES
 from rec_jax.models.sasrec import SASRec, SASRecConfig
 from rec_jax.models.scoring import SequenceScorer
+from rec_jax.nn.blocks import tensor_parallel
+from rec_jax.nn.layouts import shardings
+from rec_jax.nn.parallel import partition
 from rec_jax.train import checkpoint
 from rec_jax.train.loop import TrainConfig, fit
 from rec_jax.train.losses import LossConfig
 from rec_jax.train.optim import OptimConfig, make_optimizer
-from rec_jax.train.step import init_state, make_train_step
-from rec_jax.train.tables import TableConfig, get_table, make_item_table, with_table
+from rec_jax.train.plan import choose_layout, ids_per_device, layout_costs
+from rec_jax.train.state import TrainState
+from rec_jax.train.step import init_state, make_catch_up, make_train_step, state_specs
+from rec_jax.train.tables import TableConfig, make_item_table
 from rec_jax.train.tables import check as check_table
 from rec_jax.tree import num_params
 
@@ -50,12 +54,82 @@ class ExperimentConfig:
     table: TableConfig = TableConfig()
 
     def __post_init__(self):
-        check_table(self.table, self.loss, self.optim)
+        check_table(self.table, self.loss)
         if unknown := set(self.eval.baselines) - set(BASELINES):
             raise ValueError(
                 f"baselines={self.eval.baselines}: there is no {', '.join(sorted(unknown))}; use "
                 f"{', '.join(BASELINES)} (EvalConfig)"
             )
+
+
+def model_builder(config: ExperimentConfig, num_items: int):
+    """rngs -> the module."""
+    build_module = MODELS[config.model.type]
+    return lambda rngs: build_module(config.model, num_items, config.data.max_len, rngs=rngs)
+
+
+class Program:
+    """What a config computes on a mesh: the model and its training step, without the data.
+
+    item_counts: int[V + 1] training events of each item, for popularity samplers and hot rows.
+    """
+
+    def __init__(self, config: ExperimentConfig, num_items: int, mesh, total_steps: int, item_counts):
+        self.config, self.mesh = config, mesh
+        self._build = model_builder(config, num_items)
+        self.model = define_model(self._build)
+        self.sampler = make_sampler(config.loss.sampler, item_counts)
+        self.layout_costs = layout_costs(
+            config.table,
+            config.optim.type,
+            num_items + 1,
+            config.model.width,
+            ids_per_device(config.loss, config.train.batch_rows, config.data.max_len, mesh.shape["data"]),
+            mesh.shape["data"],
+            mesh.shape["model"],
+        )
+        self.layout = choose_layout(config.table, self.layout_costs)
+        table = dataclasses.replace(config.table, layout=self.layout)
+        self.item_table = make_item_table(table, config.optim, total_steps, item_counts, mesh)
+        abstract = self.model.abstract_params
+        dense = abstract if self.item_table is None else without_table(abstract)
+        self.optimizer = make_optimizer(config.optim, dense, total_steps)
+        split = tensor_parallel(config.model.num_heads, config.model.ff_width, mesh.shape["model"])
+        self.specs = partition(dense, split, mesh, fully_sharded=config.mesh.fully_sharded)
+        self.state_specs = state_specs(abstract, self.optimizer, self.specs, self.item_table)
+
+    def init_state(self) -> TrainState:
+        params = init_model(self._build, self.config.seed)[1]
+        return init_state(params, self.optimizer, self.mesh, self.item_table, self.specs)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes and shardings of a state; computes nothing."""
+        whole_mesh = partial(init_state, mesh=self.mesh, item_table=self.item_table, specs=self.specs)
+        state = jax.eval_shape(lambda params: whole_mesh(params, self.optimizer), self.model.abstract_params)
+        return jax.tree.map(_laid, state, shardings(self.mesh, self.state_specs))
+
+    def abstract_params(self):
+        return self.abstract_state().params
+
+    def make_step(self):
+        config = self.config
+        return make_train_step(
+            self.model,
+            self.optimizer,
+            config.loss,
+            self.sampler,
+            self.mesh,
+            micro_rows=config.train.micro_rows,
+            precision=config.train.precision,
+            seed=config.seed,
+            clip_norm=config.optim.clip_norm,
+            item_table=self.item_table,
+            specs=self.specs,
+            reduce=config.mesh.reduce,
+        )
+
+    def make_catch_up(self):
+        return make_catch_up(self.item_table, self.mesh, self.state_specs)
 
 
 class Experiment:
@@ -67,10 +141,7 @@ class Experiment:
         self.mesh = mesh_lib.make_mesh(config.mesh)
         self.dataset = load_dataset(config.data, self.workdir / "data")
         self.histories, self.split = self.dataset.histories, self.dataset.split
-        max_len, num_items = config.data.max_len, self.histories.num_items
-        build_module = MODELS[config.model.type]
-        self._build = lambda rngs: build_module(config.model, num_items, max_len, rngs=rngs)
-        self.model = define_model(self._build)
+        self.model = define_model(model_builder(config, self.histories.num_items))
 
     @classmethod
     def open(cls, workdir) -> "Experiment":
@@ -101,27 +172,14 @@ class Experiment:
             host=jax.process_index(),
             num_hosts=jax.process_count(),
         )
-        item_table = self._item_table(len(source))
-        optimizer = make_optimizer(config.optim, self.model.abstract_params, len(source))
-        step = make_train_step(
-            self.model,
-            optimizer,
-            config.loss,
-            make_sampler(config.loss.sampler, self.split.train_item_counts(self.histories)),
-            self.mesh,
-            micro_rows=config.train.micro_rows,
-            precision=config.train.precision,
-            seed=config.seed,
-            clip_norm=config.optim.clip_norm,
-            item_table=item_table,
-        )
+        program = self._program(len(source))
         config_json = dataclasses.asdict(config)
         path = self.workdir / "config.json"
         if not path.exists():
             write_json(path, config_json)
         fitted = fit(
-            init_state(init_model(self._build, config.seed)[1], optimizer, self.mesh, item_table),
-            step,
+            program.init_state(),
+            program.make_step(),
             make_iterator(source),
             lambda params: self.evaluate(self.scorer(params), "val", quick=True),
             config=config.train,
@@ -130,36 +188,35 @@ class Experiment:
             run_info={"config": config_json, "split": self.split.checksum},
             place=lambda batch: mesh_lib.place_batch(batch, self.mesh),
             describe_batch=lambda step: _name_users(self.histories, source.users(step)),
+            before_eval=program.make_catch_up(),
         )
         write_json(path, config_json)  # an extended run has other epochs than the file says
         return fitted
 
-    def _item_table(self, total_steps: int):
-        config, num_rows = self.config, self.histories.num_items + 1
-        return make_item_table(config.table, config.optim, total_steps, num_rows, self.mesh)
+    def _program(self, total_steps: int = 1) -> "Program":
+        counts = self.split.train_item_counts(self.histories)
+        return Program(self.config, self.histories.num_items, self.mesh, total_steps, counts)
 
     def best_params(self):
         """Parameters of the best validation score, as they lie in training.
 
         Raises ValueError if the workdir holds no finished evaluation.
         """
-        params, item_table = self.model.abstract_params, self._item_table(1)
-        whole = NamedSharding(self.mesh, P())
-        params = jax.tree.map(lambda x: _laid(x, whole), params)
-        if item_table:
-            array = jax.eval_shape(item_table.place, get_table(params))
-            params = with_table(params, _laid(array, item_table.sharding))
-        restored = checkpoint.restore_best(self.workdir / "checkpoints", params)
+        restored = checkpoint.restore_best(self.workdir / "checkpoints", self._program().abstract_params())
         if restored is None:
             raise ValueError(f"{self.workdir} holds no best checkpoint yet: let the training evaluate once")
         return restored.state
 
     def scorer(self, params) -> SequenceScorer:
         """params: as they lie in training."""
-        item_table = self._item_table(1)
-        placement = item_table and item_table.placement
+        item_table = self._program().item_table
         return SequenceScorer(
-            self.model, params, self.histories, self.config.data.max_len, self.mesh, placement
+            self.model,
+            params,
+            self.histories,
+            self.config.data.max_len,
+            self.mesh,
+            item_table and item_table.layout,
         )
 
     def evaluate(self, score_fn, part: str, *, quick: bool = False) -> dict:

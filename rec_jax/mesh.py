@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import numpy as np
@@ -11,8 +12,16 @@ from jax.sharding import PartitionSpec as P
 
 @dataclass(frozen=True)
 class MeshConfig:
+    """The axes and what is split over them.
+
+    Over "model" attention is split by heads and the feed-forward by channels, where these can be divided, and
+    tables as table.layout says.
+    """
+
     data: int = 0  # devices that share a batch; 0 = all there are, divided by `model`
-    model: int = 1  # devices that share the tables' rows and see the same part of a batch
+    model: int = 1  # devices that share the heads, channels and tables, and see the same part of a batch
+    fully_sharded: bool = False  # split parameters and optimizer over "data" too; gathered for each step
+    reduce: Literal["f32", "bf16"] = "f32"  # in which gradients are sent and summed over "data"
 
     def __post_init__(self):
         if self.data < 0:
@@ -64,3 +73,11 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
     if jax.process_count() == 1:  # the same, in half the time
         return jax.device_put(batch, sharding)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def place_whole_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """The same for a batch that every host has in whole."""
+    if jax.process_count() == 1:
+        return place_batch(batch, mesh)
+    sharding = NamedSharding(mesh, P("data"))
+    return {k: jax.make_array_from_callback(v.shape, sharding, v.__getitem__) for k, v in batch.items()}

@@ -1,4 +1,4 @@
-"""Scores as tables and pictures that people read."""
+"""Scores and other figures as tables that people read."""
 
 
 def format_scores(scores: dict[str, dict]) -> str:
@@ -25,9 +25,18 @@ def format_scores(scores: dict[str, dict]) -> str:
                 f"{metrics[f'{other}/ndcg@10']:.4f}",
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return _format_table(rows)
+
+
+def _format_table(rows) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(lines)
+
+
+def print_table(head: tuple, rows: list[tuple]) -> None:
+    """Right-aligned columns of texts."""
+    print(_format_table([head, *rows]))
 
 
 def _count(metrics: dict) -> str:

@@ -1,6 +1,5 @@
 """A lookup in a table spread over eight devices: what goes over the wires, and how long it takes."""
 
-import re
 from functools import partial
 
 import jax
@@ -9,48 +8,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments.speed.collectives import collective_bytes
 from experiments.speed.timing import interleaved
 from rec_jax.mesh import MeshConfig, make_mesh
 from rec_jax.nn.sharded import AXES, Placement, dedupe_physical, read_sharded
 
 NUM_DEVICES = 8
 NUM_ROWS, DIM, NUM_LOOKUPS = 1_000_000, 64, 25_600
-_TYPE_BYTES = {
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "bf16": 2,
-    "f16": 2,
-    "s32": 4,
-    "u32": 4,
-    "f32": 4,
-    "s64": 8,
-    "f64": 8,
-}
-_COLLECTIVE = re.compile(
-    r"= (\(.*?\)|\S+) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\("
-)
-
-
-def collective_bytes(hlo: str, num_devices: int) -> dict[str, int]:
-    """Bytes that each device sends in one run of a compiled program: {kind of collective: bytes}.
-
-    By the ring algorithms: an all-reduce of x bytes sends 2 (n - 1) / n x; an all-gather or all_to_all whose
-    result has x bytes (n - 1) / n x; a reduce-scatter (n - 1) times its result. A loop's body counts once.
-    """
-    sent = {}
-    for line in hlo.splitlines():
-        if not (match := _COLLECTIVE.search(line)):
-            continue
-        shapes, kind = match.groups()
-        size = sum(
-            _TYPE_BYTES[dtype] * int(np.prod([int(x) for x in dims.split(",") if x], dtype=np.int64))
-            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-        )
-        share = (num_devices - 1) / num_devices
-        factor = {"all-reduce": 2 * share, "reduce-scatter": num_devices - 1, "collective-permute": 1}
-        sent[kind] = sent.get(kind, 0) + round(size * factor.get(kind, share))
-    return sent
 
 
 def measure_sharding(repeats: int) -> dict:
@@ -116,5 +80,5 @@ def _psum_scatter(table_vD, ids_n):
 def _exchange(placement, table_vD, ids_n):
     """Distinct ids only, to and from their owners; capacity for an even share of all ids."""
     touched = dedupe_physical(placement, ids_n)
-    rows_UD, _ = read_sharded(table_vD, touched.rows_U, ids_n.size // NUM_DEVICES)
+    rows_UD, _ = read_sharded(None, table_vD, None, touched.rows_U, ids_n.size // NUM_DEVICES)
     return rows_UD[touched.place_N]

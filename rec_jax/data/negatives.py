@@ -27,17 +27,37 @@ class Sampler:
     def num_items(self) -> int:
         return self.alias_V.shape[0]
 
+    def log_prob(self, ids: jax.Array) -> jax.Array:
+        return self.log_prob_V[ids]
+
     def draw(self, key_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """int32[B, *shape] item ids, by keys uint32[B] from `hashing.row_keys`.
 
         A bucket's probability is exact to a relative V / 2**32, a coin's to 2**-24.
         """
-        bucket = (words(key_B, _BUCKET_SITE, shape) % jnp.uint32(self.num_items)).astype(jnp.int32)
+        bucket = _bucket(key_B, shape, self.num_items)
         coin = (words(key_B, _COIN_SITE, shape) >> 8).astype(jnp.float32) * 2.0**-24
         return jnp.where(coin < self.accept_V[bucket], bucket, self.alias_V[bucket]) + 1
 
 
-def make_sampler(kind: str, item_counts: np.ndarray) -> Sampler:
+@dataclass(frozen=True)
+class UniformSampler:
+    """The same for equal probabilities, without arrays."""
+
+    num_items: int
+
+    def log_prob(self, ids: jax.Array) -> jax.Array:
+        return jnp.full(ids.shape, -np.log(self.num_items), jnp.float32)
+
+    def draw(self, key_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return _bucket(key_B, shape, self.num_items) + 1
+
+
+def _bucket(key_B, shape, num_items: int):
+    return (words(key_B, _BUCKET_SITE, shape) % jnp.uint32(num_items)).astype(jnp.int32)
+
+
+def make_sampler(kind: str, item_counts: np.ndarray) -> Sampler | UniformSampler:
     """item_counts: int[V + 1] training events of each item id (row 0 unused).
 
     kind: "uniform", or "popularity": in proportion to the count, an unseen item counting as one event so
@@ -46,10 +66,11 @@ def make_sampler(kind: str, item_counts: np.ndarray) -> Sampler:
     """
     if kind not in ("uniform", "popularity", "in_batch"):
         raise ValueError(f"sampler={kind!r}: use uniform, popularity or in_batch (LossConfig)")
-    weights = np.asarray(item_counts[1:], np.float64)
-    if weights.size == 0:
+    if len(item_counts) < 2:
         raise ValueError("the catalogue is empty: no item to draw negatives from")
-    weights = np.ones_like(weights) if kind == "uniform" else np.maximum(weights, 1)
+    if kind == "uniform":
+        return UniformSampler(len(item_counts) - 1)
+    weights = np.maximum(np.asarray(item_counts[1:], np.float64), 1)
     probs = weights / weights.sum()
     accept, alias = _alias_table(probs)
     log_prob = np.concatenate([[-np.inf], np.log(probs)])

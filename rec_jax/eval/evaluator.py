@@ -8,12 +8,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from rec_jax.data.histories import Examples, examples
 from rec_jax.eval import metrics as M
+from rec_jax.nn.sharded import AXES, SpreadScores, shard_index, sharded_top_k
 
 # score_fn(users int[B], ends int[B]) -> f32[B, V + 1]: scores of the event after each history
-# items[offsets[user]:end]; column 0 is padding and is not read.
+# items[offsets[user]:end]; column 0 is padding and is not read. Or SpreadScores.
 ScoreFn = Callable[[np.ndarray, np.ndarray], jax.Array]
 
 
@@ -59,26 +61,38 @@ def _count_rows(*masks_BV):
     return jax.lax.reduce(masks_BV, zeros, lambda sums, more: tuple(map(jnp.add, sums, more)), (1,))
 
 
-@partial(jax.jit, static_argnames=("top_k", "filter_seen"))
-def _rank(scores_BV, targets_B, seen_rows_P, seen_items_P, *, top_k, filter_seen):
-    """Counts and best items of one tile. seen_*_P: padded pairs; a pair of row B is outside and dropped.
+def _count(scores_BV, target_B1, is_item_V, target_B, seen_rows_P, seen_P):
+    """Counts over the given columns, and which of them are unseen items. target_B, seen_P: columns; those
+    beyond the array are dropped.
 
     Items are left out by a mask, not by a score of -inf: a model may give that score itself, and is then
     tied with its own like any other.
     """
-    scores_BV = scores_BV.astype(jnp.float32)
-    rows_B = jnp.arange(scores_BV.shape[0])
-    target_B1 = scores_BV[rows_B, targets_B][:, None]
-    is_item_BV = jnp.broadcast_to(jnp.arange(scores_BV.shape[1]) > 0, scores_BV.shape)
-    is_unseen_BV = is_item_BV.at[seen_rows_P, seen_items_P].set(False, mode="drop")
-    is_unseen_BV = is_unseen_BV.at[rows_B, targets_B].set(True)  # a repeat is still a target
+    is_item_BV = jnp.broadcast_to(is_item_V, scores_BV.shape)
+    is_unseen_BV = is_item_BV.at[seen_rows_P, seen_P].set(False, mode="drop")
+    is_unseen_BV = is_unseen_BV.at[jnp.arange(len(target_B)), target_B].set(
+        True, mode="drop"
+    )  # also a repeat
     above_BV, level_BV = scores_BV > target_B1, scores_BV == target_B1
-    *counts, num_bad_B = _count_rows(
+    counts = _count_rows(
         above_BV & is_unseen_BV,
         level_BV & is_unseen_BV,
         above_BV & is_item_BV,
         level_BV & is_item_BV,
         jnp.isnan(scores_BV) & is_item_BV,
+    )
+    return counts, is_unseen_BV, is_item_BV
+
+
+@partial(jax.jit, static_argnames=("top_k", "filter_seen"))
+def _rank(scores_BV, targets_B, seen_rows_P, seen_items_P, *, top_k, filter_seen):
+    """Counts and best items of one tile. seen_*_P: padded pairs; a pair of row B is outside and dropped."""
+    scores_BV = scores_BV.astype(jnp.float32)
+    rows_B = jnp.arange(scores_BV.shape[0])
+    target_B1 = scores_BV[rows_B, targets_B][:, None]
+    is_item_V = jnp.arange(scores_BV.shape[1]) > 0
+    (*counts, num_bad_B), is_unseen_BV, is_item_BV = _count(
+        scores_BV, target_B1, is_item_V, targets_B, seen_rows_P, seen_items_P
     )
     is_listed_BV = is_unseen_BV if filter_seen else is_item_BV
     finite_BV = jnp.maximum(scores_BV, jnp.finfo(jnp.float32).min)  # still before what is left out
@@ -87,11 +101,46 @@ def _rank(scores_BV, targets_B, seen_rows_P, seen_items_P, *, top_k, filter_seen
     return (*counts, top_BK), num_bad_B > 0
 
 
+@partial(jax.jit, static_argnames=("top_k", "filter_seen"))
+def _rank_spread(spread: SpreadScores, targets_B, seen_rows_P, seen_items_P, *, top_k, filter_seen):
+    """The same where each device has the scores of some items: what travels is counts and the best of each."""
+    placement = spread.placement
+
+    def part(scores_Bv, target_B, seen_rows_P, seen_P):
+        size = scores_Bv.shape[1]
+        first = shard_index() * size
+
+        def here(rows):
+            return jnp.where((rows >= first) & (rows < first + size), rows - first, size)
+
+        target_B = here(target_B)
+        own_B = scores_Bv.at[jnp.arange(len(target_B)), target_B].get(mode="fill", fill_value=-jnp.inf)
+        target_B1 = jax.lax.pmax(own_B, AXES)[:, None]
+        is_item_v = placement.is_real(first + jnp.arange(size))
+        counts, is_unseen_Bv, is_item_Bv = _count(
+            scores_Bv, target_B1, is_item_v, target_B, seen_rows_P, here(seen_P)
+        )
+        is_listed_Bv = is_unseen_Bv if filter_seen else is_item_Bv
+        finite_Bv = jnp.maximum(scores_Bv, jnp.finfo(jnp.float32).min)
+        best_BK, row_BK = sharded_top_k(jnp.where(is_listed_Bv, finite_Bv, -jnp.inf), top_k)
+        top_BK = jnp.where(best_BK > -jnp.inf, placement.to_ids(row_BK), 0)
+        return *jax.lax.psum(counts, AXES), top_BK
+
+    targets_B, seen_items_P = placement.to_physical(targets_B), placement.to_physical(seen_items_P)
+    *counts, num_bad_B, top_BK = jax.shard_map(
+        part, mesh=spread.mesh, in_specs=(P(None, AXES), P(), P(), P()), out_specs=P(), check_vma=False
+    )(spread.scores_BV, targets_B, seen_rows_P, seen_items_P)
+    return (*counts, top_BK), num_bad_B > 0
+
+
 @jax.jit
-def _rank_sampled(scores_BV, targets_B, negatives_BK):
-    rows_B = jnp.arange(scores_BV.shape[0])[:, None]
-    target_B1 = scores_BV[rows_B, targets_B[:, None]]
-    sampled_BK = scores_BV[rows_B, negatives_BK]
+def _rank_sampled(scores, targets_B, negatives_BK):
+    if isinstance(scores, SpreadScores):
+        targets_B, negatives_BK = (scores.placement.to_physical(x) for x in (targets_B, negatives_BK))
+        scores = scores.scores_BV
+    rows_B = jnp.arange(scores.shape[0])[:, None]
+    target_B1 = scores[rows_B, targets_B[:, None]]
+    sampled_BK = scores[rows_B, negatives_BK]
     return jnp.sum(sampled_BK > target_B1, -1), 1 + jnp.sum(sampled_BK == target_B1, -1)
 
 
@@ -109,16 +158,17 @@ def rank_examples(score_fn: ScoreFn, histories, ex: Examples, config: EvalConfig
         chunk = np.arange(first, min(first + size, len(ex.users)))
         padded = np.pad(chunk, (0, size - len(chunk)), mode="edge")  # one shape, compiled once
         users, ends, targets = ex.users[padded], ex.ends[padded], ex.targets[padded]
-        scores_BV = score_fn(users, ends)
+        scores = score_fn(users, ends)
         seen = _seen_pairs(histories, users, ends)
-        tile, is_bad_B = _rank(scores_BV, targets, *seen, top_k=top_k, filter_seen=config.filter_seen)
+        rank = _rank_spread if isinstance(scores, SpreadScores) else _rank
+        tile, is_bad_B = rank(scores, targets, *seen, top_k=top_k, filter_seen=config.filter_seen)
         bad = np.asarray(is_bad_B)
         if bad.any():
             user = histories.user_ids[users[np.argmax(bad)]]
             raise ValueError(f"NaN among the scores of user {user}: the model or baseline is broken")
         if config.sampled_negatives:
             negatives_BK = sample_unseen(histories, users, config.sampled_negatives, seed)
-            tile += _rank_sampled(scores_BV, targets, negatives_BK)
+            tile += _rank_sampled(scores, targets, negatives_BK)
         columns.append([np.asarray(x)[: len(chunk)] for x in tile])
     return Ranks(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 

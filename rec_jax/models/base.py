@@ -7,6 +7,8 @@ from typing import Any
 import flax.nnx as nnx
 import jax
 
+ITEMS = ("items", "embedding")  # where a model keeps the table of its catalogue
+
 
 @dataclass(frozen=True, eq=False)  # compared by identity, so that it can be a static argument of jit
 class Model:
@@ -36,3 +38,19 @@ def init_model(build: Callable[[nnx.Rngs], nnx.Module], seed: int) -> tuple[Mode
         return nnx.to_pure_dict(nnx.split(build(nnx.Rngs(params=key)), nnx.Param)[1])
 
     return define_model(build), jax.jit(make)(jax.random.key(seed))
+
+
+def without_table(params: dict) -> dict:
+    """The parameters but for the table of items."""
+    group, name = ITEMS
+    return {**params, group: {k: v for k, v in params[group].items() if k != name}}
+
+
+def with_table(params: dict, table) -> dict:
+    group, name = ITEMS
+    return {**params, group: {**params[group], name: table}}
+
+
+def get_table(params: dict):
+    group, name = ITEMS
+    return params[group][name]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from rec_jax.nn.blocks import TransformerBlock
 from rec_jax.nn.dropout import dropout
-from rec_jax.nn.embedding import sliced
+from rec_jax.nn.embedding import Embedding
 from rec_jax.nn.norm import LayerNorm
 
 
@@ -54,11 +54,9 @@ class SASRec(nnx.Module):
 
     def __init__(self, config: SASRecConfig, num_items: int, max_len: int, *, rngs: nnx.Rngs):
         self.config = config
-        init = nnx.initializers.normal(0.02)
-        self.items = nnx.Embed(num_items + 1, config.width, embedding_init=sliced(init), rngs=rngs)
+        self.items = Embedding(num_items + 1, config.width, rngs=rngs)
         if config.position == "learned":
-            init = nnx.initializers.normal(0.02)
-            self.positions = nnx.Embed(max_len, config.width, embedding_init=init, rngs=rngs)
+            self.positions = Embedding(max_len, config.width, rngs=rngs)
         self.blocks = nnx.List(
             [TransformerBlock(config, index, rngs=rngs) for index in range(config.num_layers)]
         )

@@ -7,6 +7,8 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 
+from rec_jax.nn.parallel import join, to_parts
+
 # Queries are processed in blocks of about this many, so that keys of the future are not even computed.
 QUERY_BLOCK = 50
 
@@ -96,9 +98,9 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, width: int, num_heads: int, *, rngs: nnx.Rngs):
         init = nnx.initializers.xavier_uniform()
-        self.num_heads = num_heads
+        self.head_width = width // num_heads
         self.query = nnx.Linear(width, width, kernel_init=init, rngs=rngs)
-        self.key_value = nnx.Linear(width, 2 * width, kernel_init=init, rngs=rngs)
+        self.key_value = nnx.LinearGeneral(width, (2, width), kernel_init=init, rngs=rngs)
         self.out = nnx.Linear(width, width, kernel_init=init, rngs=rngs)
 
     def __call__(self, x_BSD, memory_BSD, segments_BS, positions_BS=None):
@@ -107,12 +109,17 @@ class SelfAttention(nnx.Module):
         positions_BS: given for rotary positions, None where positions are in the input already.
         """
         batch, length, width = x_BSD.shape
-        heads = (batch, length, self.num_heads, -1)
+        is_split = self.query.kernel.shape[1] < width  # over "model", by heads
+        if is_split:
+            x_BSD, memory_BSD = to_parts(x_BSD), to_parts(memory_BSD)
+        heads = (batch, length, -1, self.head_width)
         # Dense layers see lists of tokens: so XLA:CPU need not transpose for the gradients of their weights.
         memory_TD = memory_BSD.reshape(-1, width)
         q = self.query(x_BSD.reshape(-1, width)).reshape(heads)
-        k, v = (x.reshape(heads) for x in jnp.split(self.key_value(memory_TD), 2, axis=-1))
+        kernel, bias = self.key_value.kernel[...], self.key_value.bias[...]  # [D, 2, D], [2, D] or part of it
+        both = memory_TD @ kernel.reshape(width, -1) + bias.reshape(-1)
+        k, v = (x.reshape(heads) for x in jnp.split(both, 2, axis=-1))
         if positions_BS is not None:
             q, k = rotary(q, positions_BS), rotary(k, positions_BS)
-        out_TD = segment_attention(q, k, v, segments_BS).reshape(-1, width)
-        return self.out(out_TD).reshape(x_BSD.shape)
+        out_TD = segment_attention(q, k, v, segments_BS).reshape(batch * length, -1)
+        return join(self.out, out_TD, is_split).reshape(x_BSD.shape)

@@ -1,10 +1,12 @@
 """Transformer blocks of the sequence models."""
 
 import flax.nnx as nnx
+from jax.sharding import PartitionSpec as P
 
 from rec_jax.nn.attention import SelfAttention
 from rec_jax.nn.dropout import dropout
 from rec_jax.nn.norm import LayerNorm
+from rec_jax.nn.parallel import join, to_parts
 
 
 class FeedForward(nnx.Module):
@@ -17,8 +19,10 @@ class FeedForward(nnx.Module):
         self.activation = activation
 
     def __call__(self, x_BSD):
-        hidden_TF = getattr(nnx, self.activation)(self.up(x_BSD.reshape(-1, x_BSD.shape[-1])))
-        return self.down(hidden_TF).reshape(x_BSD.shape)
+        is_split = self.up.kernel.shape[1] < self.up.out_features  # over "model", by channels
+        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        hidden_TF = getattr(nnx, self.activation)(self.up(to_parts(x_TD) if is_split else x_TD))
+        return join(self.down, hidden_TF, is_split).reshape(x_BSD.shape)
 
 
 class TransformerBlock(nnx.Module):
@@ -52,3 +56,26 @@ class TransformerBlock(nnx.Module):
         normed = self.ff_norm(x)
         residual = x if self.norm == "pre" else normed
         return residual + drop(self.ff(normed), 2)
+
+
+def tensor_parallel(num_heads: int, ff_width: int, parts: int) -> dict[str, P]:
+    """{regex of a parameter's name: how it lies over the mesh axis "model" of `parts` devices}.
+
+    Attention is split by heads and the feed-forward by channels, where these can be divided; else they are whole.
+    """
+    split = {}
+    if parts > 1 and num_heads % parts == 0:
+        split |= {
+            r".*attention/query/kernel": P(None, "model"),
+            r".*attention/query/bias": P("model"),
+            r".*attention/key_value/kernel": P(None, None, "model"),
+            r".*attention/key_value/bias": P(None, "model"),
+            r".*attention/out/kernel": P("model"),
+        }
+    if parts > 1 and ff_width % parts == 0:
+        split |= {
+            r".*ff/up/kernel": P(None, "model"),
+            r".*ff/up/bias": P("model"),
+            r".*ff/down/kernel": P("model"),
+        }
+    return split

@@ -1,4 +1,4 @@
-"""Tables whose rows are spread over a mesh with the axes "data" and "model".
+"""Reads and updates of tables whose rows are spread over a mesh with the axes "data" and "model".
 
 The batch is split over "data" and whole on every device of "model". A device at place j of "model" keeps
 rows of its column only. It exchanges ids, rows and gradients by all_to_all with the other devices of
@@ -10,12 +10,12 @@ further rounds. A round takes, for each owner, the rows below a bound that all d
 gradients of a row meet in one round and an optimizer sees their sum.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 
-from rec_jax.nn.sparse import Touched, dedupe, gather_rows, update_rows
+from rec_jax.nn.sparse import Touched, add_rows, dedupe, gather_rows, is_rows, read_rows, update_rows
 
 AXES = ("model", "data")  # of a table's rows, in this order
 _GROUPS = 1024  # a mesh must divide it
@@ -41,6 +41,15 @@ class Placement:
         rows = ids % _GROUPS * (self.size // _GROUPS) + ids // _GROUPS
         return jnp.where((ids >= 0) & (ids < self.num_rows), rows, -1)
 
+    def is_real(self, rows):
+        """Whether rows of the array hold an item: neither padding (id 0) nor what fills up the groups."""
+        ids = self.to_ids(rows)
+        return (ids > 0) & (ids < self.num_rows)
+
+    def to_ids(self, rows):
+        """The id of each row of the array; those that fill up the groups get ids beyond the catalogue."""
+        return rows % (self.size // _GROUPS) * _GROUPS + rows // (self.size // _GROUPS)
+
     def place(self, table_VX):
         """The array from a table in the order of ids, filled up with zeros."""
         pad = [(0, self.size - self.num_rows)] + [(0, 0)] * (table_VX.ndim - 1)
@@ -52,6 +61,37 @@ class Placement:
         before, after = array.shape[:axis], array.shape[axis + 1 :]
         groups = array.reshape(*before, _GROUPS, -1, *after).swapaxes(axis, axis + 1)
         return jax.lax.slice_in_dim(groups.reshape(array.shape), 0, self.num_rows, axis=axis)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SpreadScores:
+    """Scores of a catalogue where its rows lie: a column for each row of the array, none gathered."""
+
+    scores_BV: jax.Array  # P(None, AXES)
+    placement: Placement = field(metadata={"static": True})
+    mesh: jax.sharding.Mesh = field(metadata={"static": True})
+
+    def in_order(self) -> jax.Array:
+        """f32[B, V + 1] in the order of ids; column 0 (padding) is -inf."""
+        return self.placement.unplace(self.scores_BV, axis=1).at[:, 0].set(-jnp.inf)
+
+
+def sharded_top_k(scores_Bv, k: int) -> tuple[jax.Array, jax.Array]:
+    """(scores, physical rows), each [B, k], of the best of all devices, exact; on equal scores any of them.
+
+    Inside a shard_map. What travels is the best k of each device.
+    """
+    best_BK, column_BK = jax.lax.top_k(scores_Bv, min(k, scores_Bv.shape[1]))
+    row_BK = column_BK + shard_index() * scores_Bv.shape[1]
+    best_BN, row_BN = (jax.lax.all_gather(x, AXES, axis=1, tiled=True) for x in (best_BK, row_BK))
+    best_BK, place_BK = jax.lax.top_k(best_BN, k)
+    return best_BK, jnp.take_along_axis(row_BN, place_BK, axis=1)
+
+
+def shard_index():
+    """Which part of the rows this device has."""
+    return jax.lax.axis_index("model") * jax.lax.axis_size("data") + jax.lax.axis_index("data")
 
 
 def dedupe_physical(placement: Placement, ids_N) -> Touched:
@@ -98,16 +138,17 @@ def _swap(x_EC):
     return jax.lax.all_to_all(x_EC, "data", split_axis=0, concat_axis=0, tiled=True)
 
 
-def read_sharded(table_vD, rows_U, capacity: int) -> tuple[jax.Array, jax.Array]:
+def read_sharded(optimizer, table_vD, state, rows_U, capacity: int) -> tuple[jax.Array, jax.Array]:
     """(rows f32[U, D] of the whole table at the physical rows_U, number of rounds).
 
-    The place of ids that are no rows is NaN.
+    The place of ids that are no rows is NaN. optimizer, state: of the local rows, for what they have missed.
     """
     local_rows, dim = table_vD.shape
     columns = jax.lax.axis_size("model")
 
     def one_round(rows_UD, place_EC, asked_EC):
-        found_ECD = _swap(gather_rows(table_vD, asked_EC))
+        found_ND = read_rows(optimizer, table_vD, state, asked_EC.reshape(-1))
+        found_ECD = _swap(found_ND.reshape(*asked_EC.shape, dim))
         return rows_UD.at[place_EC].set(found_ECD, mode="drop")
 
     zeros_UD = jnp.zeros((rows_U.size, dim), table_vD.dtype)
@@ -119,30 +160,55 @@ def read_sharded(table_vD, rows_U, capacity: int) -> tuple[jax.Array, jax.Array]
     return jnp.where(is_bad_U1, jnp.nan, rows_UD), rounds
 
 
+def _sum_by_owner(rows_U, grads_UD, local_rows: int, capacity: int, carry, use):
+    """carry after `use(carry, rows_M, sums_MD)` of each round: local rows, sorted and distinct, and the sums of
+    their gradients over all devices."""
+    dim = grads_UD.shape[1]
+
+    def one_round(carry, place_EC, asked_EC):
+        grads_ECD = _swap(grads_UD.at[place_EC].get(mode="fill", fill_value=0))
+        touched = dedupe(asked_EC.reshape(-1), local_rows)
+        zeros_MD = jnp.zeros((asked_EC.size, dim), grads_UD.dtype)
+        return use(carry, touched.rows_U, zeros_MD.at[touched.place_N].add(grads_ECD.reshape(-1, dim)))
+
+    return _exchange(rows_U, local_rows, capacity, carry, one_round)[0]
+
+
 def update_sharded(optimizer, table_vD, state, rows_U, grads_UD, capacity: int) -> tuple:
     """(table_vD, state, sum of all squared gradients) after one step on the rows that any device has touched.
 
     grads_UD: of this device's rows_U, the same on every device of "model". state: of the local rows.
     """
-    local_rows, dim = table_vD.shape
+    local_rows, before = len(table_vD), state
 
-    def one_round(carry, place_EC, asked_EC):
+    def use(carry, rows_M, sums_MD):
         table_vD, state, squares = carry
-        grads_ECD = _swap(grads_UD.at[place_EC].get(mode="fill", fill_value=0))
-        touched = dedupe(asked_EC.reshape(-1), local_rows)
-        zeros_UD = jnp.zeros((asked_EC.size, dim), grads_UD.dtype)
-        sums_UD = zeros_UD.at[touched.place_N].add(grads_ECD.reshape(-1, dim))
-        rows_UD = gather_rows(table_vD, touched.rows_U)
         # Counts of the state are those before the step in every round.
-        counted = jax.tree.map(lambda old, new: new if _is_rows(new, local_rows) else old, before, state)
-        table_vD, state = update_rows(optimizer, table_vD, counted, touched.rows_U, rows_UD, sums_UD)
-        return table_vD, state, squares + jnp.sum(sums_UD**2)
+        counted = jax.tree.map(lambda old, new: new if is_rows(new, local_rows) else old, before, state)
+        rows_MD = gather_rows(table_vD, rows_M)
+        table_vD, state = update_rows(optimizer, table_vD, counted, rows_M, rows_MD, sums_MD)
+        return table_vD, state, squares + jnp.sum(sums_MD**2)
 
-    before = state
     carry = (table_vD, state, jnp.zeros((), jnp.float32))
-    (table_vD, state, squares), _ = _exchange(rows_U, local_rows, capacity, carry, one_round)
+    table_vD, state, squares = _sum_by_owner(rows_U, grads_UD, local_rows, capacity, carry, use)
     return table_vD, state, jax.lax.psum(squares, AXES)
 
 
-def _is_rows(leaf, num_rows: int) -> bool:
-    return leaf.ndim > 0 and leaf.shape[0] == num_rows
+def sum_squares_sharded(rows_U, grads_UD, local_rows: int, capacity: int) -> jax.Array:
+    """The sum of all squared gradients alone, at the price of an exchange of its own."""
+
+    def use(squares, rows_M, sums_MD):
+        return squares + jnp.sum(sums_MD**2)
+
+    zero = jnp.zeros((), jnp.float32)
+    return jax.lax.psum(_sum_by_owner(rows_U, grads_UD, local_rows, capacity, zero, use), AXES)
+
+
+def scatter_sharded(rows_U, grads_UD, local_rows: int, capacity: int) -> jax.Array:
+    """f32[local_rows, D]: the gradient of all local rows, for an optimizer that sweeps the table."""
+
+    def use(grads_vD, rows_M, sums_MD):
+        return add_rows(grads_vD, rows_M, sums_MD)
+
+    zeros_vD = jnp.zeros((local_rows, grads_UD.shape[1]), jnp.float32)
+    return _sum_by_owner(rows_U, grads_UD, local_rows, capacity, zeros_vD, use)

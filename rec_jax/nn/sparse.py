@@ -11,9 +11,11 @@ place. Cost follows the number of touched rows, not that of the table.
 
 SGD and Adagrad are thereby exactly what they are with dense gradients. Adam is not: a dense Adam goes on
 moving a row by its old momentum while nothing touches it. `optax.adam` used here is "lazy Adam": the
-moments of a row rest meanwhile. A weight decay decays the touched rows of a step only.
+moments of a row rest meanwhile. `catch_up_adam` makes up for the missed steps when a row is next read. A
+weight decay decays the touched rows of a step only.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -71,33 +73,53 @@ def write_rows(table_VX: jax.Array, rows_U: jax.Array, rows_UX: jax.Array) -> ja
     )
 
 
+def add_rows(table_VD: jax.Array, rows_U: jax.Array, updates_UD: jax.Array) -> jax.Array:
+    """The table with the updates added to those rows; places beyond the table are dropped."""
+    return table_VD.at[rows_U].add(
+        updates_UD.astype(table_VD.dtype), mode="drop", indices_are_sorted=True, unique_indices=True
+    )
+
+
+def is_rows(leaf, num_rows: int) -> bool:
+    """Whether an array of an optimizer's state has a row for each row of the table."""
+    return leaf.ndim > 0 and leaf.shape[0] == num_rows
+
+
+def gather_state(state, rows_U: jax.Array, num_rows: int):
+    """The state of some rows: arrays of num_rows rows gathered, others (counts) as they are."""
+    return jax.tree.map(lambda leaf: gather_rows(leaf, rows_U) if is_rows(leaf, num_rows) else leaf, state)
+
+
+def read_rows(optimizer, table_VD, state, rows_U) -> jax.Array:
+    """The rows as a model should see them: with the steps made up for that a `RowOptimizer` has missed."""
+    rows_UD = gather_rows(table_VD, rows_U)
+    if getattr(optimizer, "missed", None) is None:
+        return rows_UD
+    return rows_UD + optimizer.missed(gather_state(state, rows_U, table_VD.shape[0]))[0]
+
+
 def update_rows(optimizer, table_VD, state, rows_U, rows_UD, grads_UD) -> tuple:
     """Returns (table_VD, state) after one step of an optax transformation on the touched rows.
 
-    state: `optimizer.init(table_VD)`; its arrays of V rows are treated like the table, others (counts) are
-    passed through. rows_UD: the rows as the gradient saw them.
+    state: `optimizer.init(table_VD)`. rows_UD: the rows as the gradient saw them, for transformations that
+    look at parameters; where none does, a compiler drops their gathering.
     """
     num_rows = table_VD.shape[0]
-
-    def is_rows(leaf):
-        return leaf.ndim > 0 and leaf.shape[0] == num_rows
-
-    state_U = jax.tree.map(lambda leaf: gather_rows(leaf, rows_U) if is_rows(leaf) else leaf, state)
-    updates_UD, state_U = optimizer.update(grads_UD, state_U, rows_UD)
-    new_UD = optax.apply_updates(rows_UD, updates_UD)
+    updates_UD, state_U = optimizer.update(grads_UD, gather_state(state, rows_U, num_rows), rows_UD)
     state = jax.tree.map(
-        lambda leaf, new: write_rows(leaf, rows_U, new) if is_rows(leaf) else new, state, state_U
+        lambda leaf, new: write_rows(leaf, rows_U, new) if is_rows(leaf, num_rows) else new, state, state_U
     )
-    return write_rows(table_VD, rows_U, new_UD), state
+    return add_rows(table_VD, rows_U, updates_UD), state
 
 
 class RowwiseAdagradState(NamedTuple):
     sum_V: jax.Array  # of the mean squares of a row's gradients
 
 
-def scale_by_rowwise_rss(eps: float = 1e-8) -> optax.GradientTransformation:
+def scale_by_rowwise_rss(eps: float = 1e-8, axis: str | None = None) -> optax.GradientTransformation:
     """Adagrad with one accumulator a row, g / (sqrt(sum of mean squares) + eps).
 
+    axis: the mesh axis that the dims of a row are split over, if any.
     Source: the "exact row-wise Adagrad" of FBGEMM's table-batched embeddings.
     """
 
@@ -105,7 +127,66 @@ def scale_by_rowwise_rss(eps: float = 1e-8) -> optax.GradientTransformation:
         return RowwiseAdagradState(jnp.zeros(table_VD.shape[0], jnp.float32))
 
     def update(grads, state, params=None):
-        sums = state.sum_V + jnp.mean(grads.astype(jnp.float32) ** 2, axis=-1)
+        squares = jnp.mean(grads.astype(jnp.float32) ** 2, axis=-1)
+        sums = state.sum_V + (squares if axis is None else jax.lax.pmean(squares, axis))
         return grads / (jnp.sqrt(sums) + eps)[:, None], RowwiseAdagradState(sums)
 
     return optax.GradientTransformation(init, update)
+
+
+class RowOptimizer(NamedTuple):
+    """An optax transformation that knows what rows have missed while nothing touched them.
+
+    missed(state of some rows) -> (what is to be added to these rows before they are read, the state once it has
+    been added). `update` begins with it.
+    """
+
+    init: Callable
+    update: Callable
+    missed: Callable | None = None
+
+
+class CatchUpAdamState(NamedTuple):
+    count: jax.Array  # int32 scalar: steps taken
+    last_V: jax.Array  # int32[V]: the step after which the moments of a row hold; 0 = never touched
+    mu_VD: jax.Array
+    nu_VD: jax.Array
+
+
+def catch_up_adam(learning_rate: optax.Schedule, b1=0.9, b2=0.999, eps: float = 1e-8) -> RowOptimizer:
+    """Adam for touched rows that moves a row, when it is next read, as far as dense Adam would have meanwhile.
+
+    While nothing touches a row, both moments decay and dense Adam makes the steps
+    -rate r**j mu / sqrt(nu), r = b1 / sqrt(b2), j = 1, 2, ..., but for the bias corrections and eps: a geometric
+    series. Differs from dense Adam: the bias corrections are those at the weighted mean of the missed steps
+    (together within 2 % of the exact sum from step 10 on, 0.1 % from step 100, 13 % at step 1), the learning
+    rate is that of the catching up, and eps does not grow against the decaying sqrt(nu).
+    """
+    r = b1 / b2**0.5
+    if r >= 1:
+        raise ValueError(f"b1={b1} must be less than sqrt(b2)={b2**0.5:.4f}, or old momentum never fades")
+
+    def init(table_VD):
+        zeros = jnp.zeros_like(table_VD)
+        return CatchUpAdamState(jnp.zeros((), jnp.int32), jnp.zeros(len(table_VD), jnp.int32), zeros, zeros)
+
+    def missed(state):
+        k = (state.count - state.last_V).astype(jnp.float32)
+        left = r**k
+        mean = jnp.where(k > 0, (1 - (k + 1) * left + k * left * r) / ((1 - r) * (1 - left)), 1)
+        at = state.last_V + mean
+        steps = r * (1 - left) / (1 - r) * jnp.sqrt(1 - b2**at) / (1 - b1**at)
+        updates = -learning_rate(state.count) * steps[:, None] * state.mu_VD / (jnp.sqrt(state.nu_VD) + eps)
+        mu, nu = (b ** k[:, None] * x for b, x in ((b1, state.mu_VD), (b2, state.nu_VD)))
+        return updates, CatchUpAdamState(state.count, jnp.full_like(state.last_V, state.count), mu, nu)
+
+    def update(grads, state, params=None):
+        old, state = missed(state)
+        count = state.count + 1
+        mu = b1 * state.mu_VD + (1 - b1) * grads
+        nu = b2 * state.nu_VD + (1 - b2) * grads**2
+        step = mu / (1 - b1**count) / (jnp.sqrt(nu / (1 - b2**count)) + eps)
+        state = CatchUpAdamState(count, jnp.full_like(state.last_V, count), mu, nu)
+        return old - learning_rate(count - 1) * step, state
+
+    return RowOptimizer(init, update, missed)

@@ -129,6 +129,7 @@ def fit(
     run_info: dict,
     place: Callable[[Any], Any] = jax.device_put,
     describe_batch: Callable[[int], str] | None = None,
+    before_eval: Callable[[Any], Any] | None = None,
 ) -> FitResult:
     """Trains until the last epoch or until validation stops improving; resumes what it finds.
 
@@ -144,6 +145,7 @@ def fit(
       workdir: takes `metrics.jsonl`, `tensorboard/`, `checkpoints/` and `curves.png`.
       run_info: what the run is (config, split checksum), JSON-able; a resumed run must agree.
       place: puts a host batch on the devices.
+      before_eval: maps the state, which it consumes, to one whose parameters can be evaluated and saved.
       describe_batch: tells what the batch of a 0-based step holds, for the message of a NaN.
 
     Raises:
@@ -180,6 +182,7 @@ def fit(
             is_best = False
             if schedule.evaluates(step) and progress.eval_step != step and not stopping:
                 start = time.perf_counter()
+                state = before_eval(state) if before_eval else state
                 metrics = evaluate_fn(state.params)
                 progress.eval_secs += time.perf_counter() - start
                 value = _pick(metrics, config.metric)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rec_jax.data.negatives import Sampler
 from rec_jax.hashing import mix, words
-from rec_jax.nn.softmax import softmax_cross_entropy
+from rec_jax.nn.softmax import sharded_softmax_cross_entropy, softmax_cross_entropy
 
 _DROPPED = -1e30  # the score of a negative that does not count
 _SHARED = 1  # sets the key of shared negatives apart from those of rows
@@ -74,7 +74,7 @@ def draw_negatives(
 
 
 def _with_log_prob(sampler: Sampler, ids_BSK) -> Negatives:
-    return Negatives(ids_BSK, sampler.log_prob_V[ids_BSK])
+    return Negatives(ids_BSK, sampler.log_prob(ids_BSK))
 
 
 def loss_sum(
@@ -111,6 +111,18 @@ def loss_sum(
         neg_BSK = jnp.where(dropped_BSK, _DROPPED, neg_scores_BSK + prior)
         loss_BS = jnp.sum(jax.nn.softplus(neg_BSK), axis=-1) - beta * jax.nn.log_sigmoid(pos_BS + prior)
     return jnp.sum(jnp.where(real_BS, loss_BS, 0)), count
+
+
+def sharded_softmax_sum(x_BSD, table_vD, real_v, batch) -> tuple:
+    """The same for "softmax" where the rows of the table are spread over a mesh, inside a shard_map.
+
+    table_vD: the rows of this device; real_v: bool[v], those that are items. batch: targets (0 = padding), and
+    target_rows, their rows in the whole array.
+    """
+    weights_T = (batch["targets"] > 0).reshape(-1).astype(jnp.float32)
+    flat = x_BSD.reshape(-1, x_BSD.shape[-1])
+    rows_T = batch["target_rows"].reshape(-1)
+    return sharded_softmax_cross_entropy(flat, table_vD, real_v, rows_T, weights_T), jnp.sum(weights_T)
 
 
 def gbce_beta(num_negatives: int, num_items: int, t: float) -> float:

@@ -1,39 +1,60 @@
 """One training step: pure, jitted, its state donated."""
 
-import dataclasses
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from rec_jax.data.negatives import Sampler
 from rec_jax.hashing import mix, row_keys
-from rec_jax.mesh import replicate
-from rec_jax.models.base import Model
-from rec_jax.train.losses import LossConfig, draw_negatives, draw_shared, loss_sum
+from rec_jax.models.base import Model, get_table, with_table, without_table
+from rec_jax.nn import parallel
+from rec_jax.nn.layouts import shardings
+from rec_jax.nn.sharded import AXES, shard_index
+from rec_jax.train.losses import LossConfig, draw_negatives, draw_shared, loss_sum, sharded_softmax_sum
 from rec_jax.train.state import TrainState
-from rec_jax.train.tables import ItemTable, get_table, with_table, without_table
+from rec_jax.train.tables import ItemTable
 from rec_jax.tree import cast_floats
 
 Precision = Literal["f32", "bf16"]  # bf16: compute in bfloat16 over f32 parameters
 
 
-def init_state(
-    params, optimizer: optax.GradientTransformation, mesh: Mesh, item_table: ItemTable | None = None
-) -> TrainState:
-    """The state on the mesh. optimizer: of all parameters; of all but the table of items where there is an
-    item_table."""
-    dense = params if item_table is None else without_table(params)
-    state = TrainState(jnp.zeros((), jnp.int32), dense, optimizer.init(dense))
-    state = replicate(state, mesh)
+def state_specs(abstract_params, optimizer, specs=None, item_table: ItemTable | None = None) -> TrainState:
+    """How a state lies on the mesh.
+
+    specs: of all parameters but the table of items, from `parallel.partition`; None = whole on every device.
+    """
+    dense = abstract_params if item_table is None else without_table(abstract_params)
+    specs = jax.tree.map(lambda _: P(), dense) if specs is None else specs
+    opt_state = jax.eval_shape(optimizer.init, dense)
+    opt_specs = optax.tree.map_params(
+        optimizer, lambda _, spec: spec, opt_state, specs, transform_non_params=lambda _: P()
+    )
     if item_table is None:
-        return state
-    table = item_table.place(get_table(params))
-    opt_state = (state.opt_state, item_table.init(table))
-    return dataclasses.replace(state, params=with_table(state.params, table), opt_state=opt_state)
+        return TrainState(P(), specs, opt_specs)
+    layout = item_table.layout
+    arrays = jax.eval_shape(layout.arrange, get_table(abstract_params))
+    table_state = jax.eval_shape(layout.init_state(item_table.optimizer), arrays)
+    opt_specs = (opt_specs, layout.state_specs(table_state))
+    return TrainState(P(), with_table(specs, layout.spec), opt_specs)
+
+
+def init_state(params, optimizer, mesh: Mesh, item_table: ItemTable | None = None, specs=None) -> TrainState:
+    """The state on the mesh. optimizer: of all parameters; of all but the table of items where there is an
+    item_table. specs: see `state_specs`."""
+    wanted = shardings(mesh, state_specs(params, optimizer, specs, item_table))
+    step = jax.device_put(jnp.zeros((), jnp.int32), wanted.step)
+    if item_table is None:
+        params = jax.device_put(params, wanted.params)
+        return TrainState(step, params, jax.jit(optimizer.init, out_shardings=wanted.opt_state)(params))
+    dense = jax.device_put(without_table(params), without_table(wanted.params))
+    dense_state = jax.jit(optimizer.init, out_shardings=wanted.opt_state[0])(dense)
+    arrays = item_table.layout.place(get_table(params))
+    table_state = item_table.layout.init(item_table.optimizer, arrays)
+    return TrainState(step, with_table(dense, arrays), (dense_state, table_state))
 
 
 def make_train_step(
@@ -48,6 +69,8 @@ def make_train_step(
     seed: int = 0,
     clip_norm: float = 0.0,
     item_table: ItemTable | None = None,
+    specs=None,
+    reduce: Precision = "f32",
 ):
     """Returns jitted `step(state, batch) -> (state, metrics)`, which consumes `state`.
 
@@ -56,123 +79,153 @@ def make_train_step(
     number of devices nor of micro-steps changes the result but for rounding. On a CPU small micro-batches
     stay in cache. All randomness follows from (seed, state.step, row of the batch).
 
-    clip_norm: global norm that the gradient is scaled down to; 0 = off. item_table: updates the touched rows
-    of the table of items, and `optimizer` the other parameters only.
+    clip_norm: global norm that the gradient is scaled down to; 0 = off. item_table: reads and updates the table
+    of items, and `optimizer` the other parameters only. specs: see `state_specs`. reduce: the type in which
+    gradients are summed over devices.
 
     metrics: {"loss": (sum, tokens), "grad_norm": (norm, 1), "tokens": (tokens, 1)} of f32 scalars; with an
     item_table also "table_rounds": (rounds, 1), more than 1 where ids exceeded the capacity of an exchange.
     """
+    state_spec = state_specs(model.abstract_params, optimizer, specs, item_table)
+    dense_specs = state_spec.params if item_table is None else without_table(state_spec.params)
+    reduce_dtype = {"f32": jnp.float32, "bf16": jnp.bfloat16}[reduce]
 
-    def objective(params, micro, step_seed, shared):
+    def objective(params, catalogue_vD, micro, step_seed, shared):
+        """catalogue_vD: this device's rows of a table that a whole softmax reads; None for other losses."""
         if precision == "bf16":
-            params = cast_floats(params, jnp.bfloat16)
+            params, catalogue_vD = cast_floats((params, catalogue_vD), jnp.bfloat16)
         module = model.bind(params)
         key_B = row_keys(step_seed, micro["row_ids"])
+        x_BSD = module(micro, key_B)
+        if catalogue_vD is not None:
+            table_vD = model.bind(with_table(params, catalogue_vD)).item_vectors()
+            rows_v = shard_index() * len(table_vD) + jnp.arange(len(table_vD))
+            return sharded_softmax_sum(x_BSD, table_vD, item_table.placement.is_real(rows_v), micro)
         if "negatives" in micro:
             negatives = micro["negatives"]
         else:
             negatives = draw_negatives(loss_config, sampler, key_B, micro["items"].shape[1], shared)
-        return loss_sum(loss_config, sampler, module(micro, key_B), module.item_vectors(), micro, negatives)
+        return loss_sum(loss_config, sampler, x_BSD, module.item_vectors(), micro, negatives)
 
-    value_and_grad = jax.value_and_grad(objective, has_aux=True)
+    value_and_grad = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
 
-    def total(sums):  # XLA copies everything even where there is nobody to sum with
-        return jax.lax.psum(sums, "data") if mesh.shape["data"] > 1 else sums
-
-    def micro_sums(params, batch, step_seed, shared):
+    def micro_sums(params, catalogue_vD, batch, step_seed, shared):
+        """((loss, tokens), gradients of the first two) of this device's rows."""
         num_rows = batch["items"].shape[0]
         size = min(micro_rows, num_rows)
         if num_rows % size:
             raise ValueError(f"micro_rows={micro_rows} does not divide the {num_rows} rows of a device")
         if num_rows == size:  # no accumulation: spare a pass over all gradients
-            return value_and_grad(params, batch, step_seed, shared)
+            return value_and_grad(params, catalogue_vD, batch, step_seed, shared)
         micros = jax.tree.map(lambda x: x.reshape(num_rows // size, size, *x.shape[1:]), batch)
 
         def micro_step(sums, micro):
-            return jax.tree.map(jnp.add, sums, value_and_grad(params, micro, step_seed, shared)), None
+            more = value_and_grad(params, catalogue_vD, micro, step_seed, shared)
+            return jax.tree.map(jnp.add, sums, more), None
 
         zero = jnp.zeros((), jnp.float32)
-        zeros = ((zero, zero), jax.tree.map(jnp.zeros_like, params))
+        zeros = ((zero, zero), jax.tree.map(jnp.zeros_like, (params, catalogue_vD)))
         return jax.lax.scan(micro_step, zeros, micros)[0]
 
-    def dense_sums(params, batch, step_seed, shared):
-        return total(micro_sums(params, batch, step_seed, shared))
-
-    def touched_sums(params, batch, step_seed, shared):
-        """The same, but the model sees, and has gradients for, the rows that the batch refers to alone."""
+    def read_table(array, table_state, batch, step_seed, shared):
+        """What the batch refers to in the table of items, and batch and negatives as places in it."""
         ids = {"items": batch["items"], "targets": batch["targets"], "shared": shared.ids_BSK}
-        if loss_config.sharing != "batch":
+        if loss_config.type != "softmax" and loss_config.sharing != "batch":
             key_B = row_keys(step_seed, batch["row_ids"])
             drawn = draw_negatives(loss_config, sampler, key_B, batch["items"].shape[1], shared)
             ids["negatives"] = drawn.ids_BSK
-        rows_UD, places, rows_U, rounds = item_table.read(get_table(params), ids)
+        read, places = item_table.read(array, table_state, ids)
         shared = shared._replace(ids_BSK=places["shared"])
-        batch = {**batch, "items": places["items"], "targets": places["targets"]}
+        placed = {**batch, "items": places["items"], "targets": places["targets"]}
         if "negatives" in places:
-            batch["negatives"] = drawn._replace(ids_BSK=places["negatives"])
-        sums, grads = micro_sums(with_table(params, rows_UD), batch, step_seed, shared)
-        sums, dense_grads = total((sums, without_table(grads)))
-        rows_U, grads_UD = item_table.sum_grads(rows_U, get_table(grads))
-        return sums, dense_grads, rows_U, grads_UD, rounds
+            placed["negatives"] = drawn._replace(ids_BSK=places["negatives"])
+        if item_table.is_dense:
+            placed["target_rows"] = item_table.placement.to_physical(batch["targets"])
+        return read, placed, shared
 
-    def on_mesh(function, params_spec, out_specs):
-        return jax.shard_map(
-            function,
-            mesh=mesh,
-            in_specs=(params_spec, P("data"), P(), P()),
-            out_specs=out_specs,
-            check_vma=False,
-        )
+    def clip(squares, grads):
+        norm = jnp.sqrt(squares)
+        return jax.tree.map(lambda g: jnp.where(norm < clip_norm, g, g / norm * clip_norm), grads)
 
-    def dense_update(state: TrainState, batch, step_seed, shared):
-        sums, grads = on_mesh(dense_sums, P(), P())(state.params, batch, step_seed, shared)
+    def dense_step(state: TrainState, batch, step_seed, shared):
+        params = parallel.gather(state.params, dense_specs)
+        sums, (grads, _) = micro_sums(params, None, batch, step_seed, shared)
+        sums = parallel.reduce(sums, (P(), P()))
+        grads = parallel.reduce(grads, dense_specs, reduce_dtype)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums[1], 1), grads)
-        metrics = {"grad_norm": optax.tree.norm(grads)}
-        grads = clip(grads)
+        squares = parallel.sum_squares(grads, dense_specs)
+        if clip_norm:
+            grads = clip(squares, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        return optax.apply_updates(state.params, updates), opt_state, sums, metrics
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), sums, {"grad_norm": jnp.sqrt(squares)}
 
-    def touched_update(state: TrainState, batch, step_seed, shared):
-        dense, array_VD = without_table(state.params), get_table(state.params)
-        params_spec = with_table(jax.tree.map(lambda _: P(), dense), item_table.spec)
-        row_spec = P("data") if item_table.placement else P()
-        sums, dense_grads, rows_U, grads_UD, rounds = on_mesh(
-            touched_sums, params_spec, (P(), P(), row_spec, row_spec, P())
-        )(state.params, batch, step_seed, shared)
-        grads = jax.tree.map(lambda g: g / jnp.maximum(sums[1], 1), (dense_grads, grads_UD))
-        dense_grads, grads_UD = clip(grads)
-        dense_state, row_state = state.opt_state
-        updates, dense_state = optimizer.update(dense_grads, dense_state, dense)
-        array_VD, row_state, squares = item_table.update(array_VD, row_state, rows_U, grads_UD)
-        params = with_table(optax.apply_updates(dense, updates), array_VD)
-        if (
-            item_table.placement
-        ):  # the same row may have gradients on several devices until its owner sums them
-            norm = jnp.sqrt(optax.tree.norm(dense_grads, squared=True) + squares)
+    def table_step(state: TrainState, batch, step_seed, shared):
+        layout, dense, array = item_table.layout, without_table(state.params), get_table(state.params)
+        dense_state, table_state = state.opt_state
+        read, batch, shared = read_table(array, table_state, batch, step_seed, shared)
+        params = with_table(parallel.gather(dense, dense_specs), read.rows_UD)
+        catalogue_vD = array if item_table.is_dense else None
+        sums, (grads, catalogue_grads) = micro_sums(params, catalogue_vD, batch, step_seed, shared)
+
+        sums = parallel.reduce(sums, (P(), P()))
+        dense_grads = parallel.reduce(without_table(grads), dense_specs, reduce_dtype)
+        touched, table_grads = layout.sum_grads(read.touched, get_table(grads))
+        if item_table.is_dense:
+            table_grads = layout.scatter(touched, table_grads) + catalogue_grads
+        grads = jax.tree.map(lambda g: g / jnp.maximum(sums[1], 1), (dense_grads, table_grads))
+        squares = parallel.sum_squares(grads[0], dense_specs)
+        if item_table.is_dense:
+            squares += jax.lax.psum(jnp.sum(grads[1] ** 2), AXES)
+        elif clip_norm:  # where owners sum the gradients of rows, this takes an exchange of its own
+            squares += layout.sum_squares(touched, grads[1])
+        if clip_norm:
+            grads = clip(squares, grads)
+
+        updates, dense_state = optimizer.update(grads[0], dense_state, dense)
+        if item_table.is_dense:
+            array, table_state = item_table.update_dense(array, table_state, grads[1])
         else:
-            norm = optax.tree.norm(grads)
-        return params, (dense_state, row_state), sums, {"grad_norm": norm, "table_rounds": rounds}
+            array, table_state, row_squares = layout.update(
+                item_table.optimizer, array, table_state, touched, grads[1]
+            )
+            squares = squares if clip_norm else squares + row_squares
+        params = with_table(optax.apply_updates(dense, updates), array)
+        metrics = {"grad_norm": jnp.sqrt(squares), "table_rounds": read.rounds}
+        return TrainState(state.step + 1, params, (dense_state, table_state)), sums, metrics
 
-    def clip(grads):
-        if not clip_norm:
-            return grads
-        return optax.clip_by_global_norm(clip_norm).update(grads, optax.EmptyState())[0]
+    on_mesh = jax.shard_map(
+        dense_step if item_table is None else table_step,
+        mesh=mesh,
+        in_specs=(state_spec, P("data"), P(), P()),
+        out_specs=(state_spec, P(), P()),
+        check_vma=False,
+    )
 
     def step(state: TrainState, batch):
         step_seed = mix(mix(state.step), seed)
         batch = {**batch, "row_ids": jnp.arange(batch["items"].shape[0], dtype=jnp.int32)}
         shared = draw_shared(loss_config, sampler, step_seed, batch["targets"])
-        update = dense_update if item_table is None else touched_update
-        params, opt_state, (loss, tokens), metrics = update(state, batch, step_seed, shared)
+        state, (loss, tokens), metrics = on_mesh(state, batch, step_seed, shared)
         one = jnp.ones((), jnp.float32)
         metrics = {name: (value.astype(jnp.float32), one) for name, value in metrics.items()}
-        metrics |= {"loss": (loss, tokens), "tokens": (tokens, one)}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return state, metrics | {"loss": (loss, tokens), "tokens": (tokens, one)}
 
-    if item_table is None:
-        return jax.jit(step, donate_argnums=0)
-    whole = NamedSharding(mesh, P())  # said here, because XLA may find another name for it on a mesh of one
-    array_VD = jax.eval_shape(item_table.place, get_table(model.abstract_params))
-    params = with_table(jax.tree.map(lambda _: whole, model.abstract_params), item_table.sharding)
-    state = TrainState(whole, params, (whole, item_table.state_shardings(array_VD)))
-    return jax.jit(step, donate_argnums=0, out_shardings=(state, whole))
+    # Said here, because XLA may find another name for it on a mesh of one.
+    out_shardings = (shardings(mesh, state_spec), shardings(mesh, P()))
+    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
+
+
+def make_catch_up(item_table: ItemTable | None, mesh: Mesh, state_spec: TrainState):
+    """state -> state with every row of the table as an evaluation should see it; None if rows miss nothing."""
+    if item_table is None or getattr(item_table.optimizer, "missed", None) is None:
+        return None
+
+    def catch_up(state: TrainState) -> TrainState:
+        dense_state, table_state = state.opt_state
+        array, table_state = item_table.layout.catch_up(
+            item_table.optimizer, get_table(state.params), table_state
+        )
+        return TrainState(state.step, with_table(state.params, array), (dense_state, table_state))
+
+    return jax.jit(catch_up, donate_argnums=0, out_shardings=shardings(mesh, state_spec))

@@ -1,8 +1,13 @@
+import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from rec_jax.data.histories import Histories, examples, leave_one_out
 from rec_jax.eval.evaluator import EvalConfig, evaluate, rank_examples, sample_unseen
+from rec_jax.mesh import MeshConfig, make_mesh
+from rec_jax.nn.sharded import AXES, Placement, SpreadScores
 
 NUM_ITEMS = 12
 
@@ -185,3 +190,50 @@ def test_a_drawn_part_is_some_of_the_examples_and_the_same_every_time():
     everyone = evaluate(score_fn, histories, split, "test", EvalConfig(bootstrap=0), seed=3)
     more = evaluate(score_fn, histories, split, "test", EvalConfig(bootstrap=0, max_examples=41), seed=3)
     assert more == everyone and everyone["num_examples"] == 40
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "minus_inf"])
+@pytest.mark.parametrize("data, model", [(1, 1), (2, 4)])
+def test_scores_that_lie_spread_over_a_mesh_rank_the_same(kind, data, model):
+    histories = random_histories()
+    rng = np.random.default_rng(1)
+    scores_UV = {
+        "normal": rng.normal(size=(40, NUM_ITEMS + 1)),
+        "ties": rng.integers(0, 3, (40, NUM_ITEMS + 1)),
+        "minus_inf": rng.choice([-np.inf, 0, 1], (40, NUM_ITEMS + 1)),
+    }[kind]
+    mesh, placement = make_mesh(MeshConfig(data=data, model=model)), Placement(NUM_ITEMS + 1)
+    sharding = NamedSharding(mesh, P(None, AXES))
+
+    def spread_fn(users, ends):
+        physical = np.asarray(placement.place(scores_UV[users].astype(np.float32).T)).T
+        return SpreadScores(jax.device_put(physical, sharding), placement, mesh)
+
+    ex = examples(histories, leave_one_out(histories), "test")
+    for filter_seen in (True, False):
+        config = EvalConfig(
+            filter_seen=filter_seen, sampled_negatives=3, batch_bytes=4 * (NUM_ITEMS + 1) * 16
+        )
+        whole = rank_examples(table_scorer(histories, scores_UV), histories, ex, config)
+        spread = rank_examples(spread_fn, histories, ex, config)
+        for name in (
+            "greater",
+            "equal",
+            "greater_unfiltered",
+            "equal_unfiltered",
+            "sampled_greater",
+            "sampled_equal",
+        ):
+            np.testing.assert_array_equal(getattr(spread, name), getattr(whole, name), err_msg=name)
+        if kind == "normal":  # where no order is left to choice
+            np.testing.assert_array_equal(spread.top_EK, whole.top_EK)
+        np.testing.assert_array_equal(np.sort(spread.top_EK > 0), np.sort(whole.top_EK > 0))
+
+
+def test_a_spread_nan_is_found():
+    histories, mesh, placement = random_histories(), make_mesh(MeshConfig(data=2)), Placement(NUM_ITEMS + 1)
+    scores_BV = np.zeros((40, placement.size), np.float32)
+    scores_BV[:, placement.to_physical(5)] = np.nan
+    spread = SpreadScores(jax.device_put(scores_BV, NamedSharding(mesh, P(None, AXES))), placement, mesh)
+    with pytest.raises(ValueError, match="NaN among the scores of user u0"):
+        evaluate(lambda users, ends: spread, histories, leave_one_out(histories), "val", EvalConfig())

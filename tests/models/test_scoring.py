@@ -3,17 +3,16 @@
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from rec_jax.mesh import MeshConfig, make_mesh, replicate
 from rec_jax.models import scoring
-from rec_jax.models.base import init_model
+from rec_jax.models.base import get_table, init_model, with_table, without_table
 from rec_jax.models.sasrec import SASRec, SASRecConfig
 from rec_jax.models.scoring import SequenceScorer
-from rec_jax.nn.sharded import AXES, Placement
+from rec_jax.nn.layouts import HotCold, RowSharded
 
 NUM_ITEMS, MAX_LEN = 30, 6
 LENGTHS = [1, 3, 6, 7, 20, 2, 1, 5]
@@ -31,13 +30,14 @@ def scorer(devices=1):
     return SequenceScorer(MODEL, PARAMS, HISTORIES, MAX_LEN, make_mesh(MeshConfig(data=devices)))
 
 
-def spread_scorer(data, model):
-    """The table lies in rows over a mesh."""
-    mesh, placement = make_mesh(MeshConfig(data=data, model=model)), Placement(NUM_ITEMS + 1)
-    array = jax.device_put(placement.place(PARAMS["items"]["embedding"]), NamedSharding(mesh, P(AXES)))
-    params = replicate({k: v for k, v in PARAMS.items() if k != "items"}, mesh)
-    params = params | {"items": {"embedding": array}}
-    return SequenceScorer(MODEL, params, HISTORIES, MAX_LEN, mesh, placement)
+def spread_scorer(data, model, hot_ids=None):
+    """The table lies in rows over a mesh, hot rows apart."""
+    mesh = make_mesh(MeshConfig(data=data, model=model))
+    layout = RowSharded(NUM_ITEMS + 1, mesh)
+    if hot_ids is not None:
+        layout = HotCold(NUM_ITEMS + 1, mesh, hot_ids=jnp.array(hot_ids, jnp.int32))
+    params = with_table(replicate(without_table(PARAMS), mesh), layout.place(get_table(PARAMS)))
+    return SequenceScorer(MODEL, params, HISTORIES, MAX_LEN, mesh, layout)
 
 
 @jax.jit
@@ -65,11 +65,14 @@ def check(scores, histories):
         np.testing.assert_allclose(row[1:], slow(history)[1:], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("data, model", [(1, 1), (8, 1), (2, 4), (1, 8)])
-def test_a_spread_table_gives_the_same_scores(data, model):
+@pytest.mark.parametrize(
+    "data, model, hot_ids", [(1, 1, None), (8, 1, None), (2, 4, None), (2, 4, [2, 7, 30])]
+)
+def test_a_spread_table_gives_the_same_scores(data, model, hot_ids):
     users, ends = np.arange(len(LENGTHS)), OFFSETS[1:]
-    spread = spread_scorer(data, model)
-    np.testing.assert_allclose(spread(users, ends), scorer()(users, ends), rtol=1e-5, atol=1e-6)
+    spread = spread_scorer(data, model, hot_ids)
+    in_order = spread(users, ends).in_order()
+    np.testing.assert_allclose(in_order, scorer()(users, ends), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
         spread.score_history([3, 1, 2]), scorer().score_history([3, 1, 2]), rtol=1e-5, atol=1e-6
     )

@@ -6,7 +6,15 @@ import numpy as np
 import optax
 import pytest
 
-from rec_jax.nn.sparse import dedupe, gather_rows, scale_by_rowwise_rss, update_rows, write_rows
+from rec_jax.nn.sparse import (
+    catch_up_adam,
+    dedupe,
+    gather_rows,
+    read_rows,
+    scale_by_rowwise_rss,
+    update_rows,
+    write_rows,
+)
 
 V, D, N = 50, 4, 12
 RNG = np.random.default_rng(0)
@@ -120,3 +128,49 @@ def test_the_table_is_changed_in_place_and_nothing_of_its_size_is_made():
     table_bytes = rows * dim * 4
     assert memory.alias_size_in_bytes >= 3 * table_bytes
     assert memory.temp_size_in_bytes < table_bytes / 100
+
+
+def test_adam_with_catch_up_follows_dense_adam():
+    """One row is touched at every tenth step only; momentum moves it in between."""
+    rate = optax.constant_schedule(0.01)
+    ours, exact, lazy = catch_up_adam(rate, b2=0.98), optax.adam(0.01, b2=0.98), optax.adam(0.01, b2=0.98)
+    tables = {name: TABLE for name in ("ours", "exact", "lazy")}
+    states = {"ours": ours.init(TABLE), "exact": exact.init(TABLE), "lazy": lazy.init(TABLE)}
+    for step in range(101):
+        row = 3 if step % 10 == 0 else 4 + step % 10
+        batch = jnp.array([row]), jnp.asarray(RNG.normal(size=(1, D)) + 1, jnp.float32)
+        for name, update, optimizer in (
+            ("ours", sparse, ours),
+            ("exact", dense, exact),
+            ("lazy", sparse, lazy),
+        ):
+            tables[name], states[name] = update(optimizer, tables[name], states[name], *batch)
+    seen = read_rows(ours, tables["ours"], states["ours"], jnp.arange(V))
+    moved = np.asarray(tables["exact"] - TABLE)
+    off, off_lazy = np.asarray(seen - tables["exact"]), np.asarray(tables["lazy"] - tables["exact"])
+    touched = slice(3, 14)
+    assert np.abs(off[touched]).max() < 0.02 * np.abs(moved[touched]).max()
+    assert np.abs(off[touched]).max() < 0.05 * np.abs(off_lazy[touched]).max()
+    untouched = np.r_[0:3, 14:V]
+    np.testing.assert_array_equal(np.asarray(seen)[untouched], TABLE[untouched])
+    # Once caught up, nothing is missed, and the next update goes on from there alike.
+    updates, caught = ours.missed(states["ours"])
+    again, _ = ours.missed(caught)
+    assert not np.asarray(again).any()
+    batch = jnp.array([3]), jnp.ones((1, D))
+    one, state_one = sparse(ours, tables["ours"], states["ours"], *batch)
+    two, state_two = sparse(ours, tables["ours"] + updates, caught, *batch)
+    np.testing.assert_allclose(one[3], two[3], rtol=1e-6)
+    np.testing.assert_allclose(state_one.mu_VD[3], state_two.mu_VD[3], rtol=1e-6)
+
+
+def test_momentum_that_never_fades_is_refused():
+    with pytest.raises(ValueError, match="b1=0.99"):
+        catch_up_adam(optax.constant_schedule(0.1), b1=0.99, b2=0.9)
+
+
+def test_weight_decay_decays_the_touched_rows():
+    optimizer = optax.chain(optax.add_decayed_weights(0.5), optax.scale(-1.0))
+    table, _ = sparse(optimizer, TABLE, optimizer.init(TABLE), jnp.array([2, 2]), jnp.zeros((2, D)))
+    np.testing.assert_allclose(table[2], TABLE[2] / 2, rtol=1e-6)
+    np.testing.assert_array_equal(np.delete(table, 2, axis=0), np.delete(TABLE, 2, axis=0))

@@ -1,0 +1,130 @@
+"""Where the table of items would lie on a mesh, what that takes of each device and sends in each step.
+
+    python -m experiments.plan --config=configs/large_tables.py --config.mesh.data=4 --config.mesh.model=2
+    python -m experiments.plan --config=configs/large_tables.py:1b --compile
+
+The mesh need not exist: its size is mesh.data times mesh.model. With --compile the training step is compiled for
+that many virtual CPU devices, nothing is allocated, and the compiler's own figures are printed: memory of one
+device and bytes of each kind of collective. (On accelerators the same program is partitioned alike; temporary
+memory differs.) The layout is chosen by rule, and table.layout overrides it.
+"""
+
+import dataclasses
+import math
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from experiments.launch import launch
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional :variant.")
+_NUM_ITEMS = flags.DEFINE_integer(
+    "num_items", 0, "Items of the catalogue; by default those of a simulated world.", lower_bound=0
+)
+_COMPILE = flags.DEFINE_bool("compile", False, "Compile the step and print what the compiler says.")
+flags.mark_flag_as_required("config")
+
+
+def main():
+    from rec_jax.config import build
+    from rec_jax.experiment import ExperimentConfig
+
+    config = build(ExperimentConfig, _CONFIG.value)
+    data, model = config.mesh.data or 1, config.mesh.model
+    if _COMPILE.value:
+        jax.config.update("jax_num_cpu_devices", data * model)
+    num_items = _NUM_ITEMS.value or (config.data.sim.num_items if config.data.format == "simulator" else 0)
+    if not num_items:
+        raise ValueError(
+            "--num_items is needed: a plan does not read the data, so it must be told their number"
+        )
+    if config.train.batch_rows % data:
+        raise ValueError(
+            f"batch_rows={config.train.batch_rows} cannot be split over mesh.data={data} (TrainConfig)"
+        )
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=data))
+    program = _plan(config, num_items)
+    if _COMPILE.value:
+        _compile(program)
+
+
+def _plan(config, num_items: int):
+    import numpy as np
+    from jax.sharding import AbstractMesh
+
+    from rec_jax.experiment import Program
+    from rec_jax.mesh import make_mesh
+    from rec_jax.report import print_table
+    from rec_jax.train.plan import RULE, ids_per_device
+
+    data, model = config.mesh.data, config.mesh.model
+    mesh = make_mesh(config.mesh) if _COMPILE.value else AbstractMesh((data, model), ("data", "model"))
+    counts = np.broadcast_to(1, (num_items + 1,))  # nothing is known of them
+    program = Program(config, num_items, mesh, 1, counts)
+    num_ids = ids_per_device(config.loss, config.train.batch_rows, config.data.max_len, data)
+    print(
+        f"mesh: data={data}, model={model}, {data * model} devices\n"
+        f"table of items: {num_items + 1:,} rows x {config.model.width}, optimizer {config.table.optimizer}; "
+        f"{num_ids:,} ids a device and step\n"
+    )
+    rows = [
+        (
+            cost.layout,
+            _size(cost.table_bytes),
+            _size(cost.state_bytes),
+            _size(cost.sent_bytes),
+            "yes" if cost.fits(config.table) else "no",
+            "<-" if cost.layout == program.layout else "",
+        )
+        for cost in program.layout_costs
+    ]
+    fits = f"fits {config.table.device_gbytes:g} GB"
+    print_table(("layout", "table/device", "optimizer/device", "sent/device/step", fits, ""), rows)
+    print(f"\n{RULE}" if config.table.layout == "auto" else "\nThe layout is that of the config.")
+    print(f"other parameters: {_size(_bytes_per_device(program))} a device, their optimizer's state included")
+    return program
+
+
+def _bytes_per_device(program) -> int:
+    """Of parameters and optimizer without a table of its own."""
+    from rec_jax.models.base import without_table
+
+    state = program.abstract_state()
+    dense = (state.params, state.opt_state)
+    if program.item_table:
+        dense = (without_table(state.params), state.opt_state[0])
+    return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(dense))
+
+
+def _compile(program):
+    from experiments.speed.collectives import collective_bytes
+    from rec_jax.data.packing import FIELDS
+    from rec_jax.report import print_table
+
+    config, mesh = program.config, program.mesh
+    sharding = jax.NamedSharding(mesh, jax.P("data"))
+    shape = (config.train.batch_rows, config.data.max_len)
+    batch = {name: jax.ShapeDtypeStruct(shape, "int32", sharding=sharding) for name in FIELDS}
+    compiled = program.make_step().lower(program.abstract_state(), batch).compile()
+    memory = compiled.memory_analysis()
+    print(
+        f"\ncompiled for {mesh.size} virtual CPU devices; of one device:\n"
+        f"  state and batch  {_size(memory.argument_size_in_bytes)}, "
+        f"{_size(memory.alias_size_in_bytes)} of it changed in place\n"
+        f"  temporaries      {_size(memory.temp_size_in_bytes)}\n"
+    )
+    sent = collective_bytes(compiled.as_text(), mesh.size)
+    print_table(("collective", "sent/device/step"), [(kind, _size(size)) for kind, size in sent.items()])
+    print("(of a loop, as over micro-batches or rounds of an exchange, one turn is counted)")
+
+
+def _size(num_bytes: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:,.2f} {unit}"
+    return f"{num_bytes} B"
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,99 @@
+"""Parameters split over a mesh: over "model" by heads and channels (tensor parallelism), over "data" fully.
+
+All functions but `partition` run inside a shard_map over both axes.
+
+Source: Shoeybi et al., arXiv 1909.08053, for the pair of functions around a split block; Rajbhandari et al.,
+SC'20 (arXiv 1910.02054), for parameters of which each device keeps a part.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from rec_jax.tree import leaf_names
+
+
+@jax.custom_vjp
+def to_parts(x):
+    """Into a block whose parameters are split over "model": as it is; gradients of the parts are summed."""
+    return x
+
+
+to_parts.defvjp(lambda x: (x, None), lambda _, grad: (jax.lax.psum(grad, "model"),))
+
+
+@jax.custom_vjp
+def sum_parts(x):
+    """Out of such a block: the sum of the parts; its gradient is that of each part."""
+    return jax.lax.psum(x, "model")
+
+
+sum_parts.defvjp(lambda x: (jax.lax.psum(x, "model"), None), lambda _, grad: (grad,))
+
+
+def join(linear, x_TF, is_split: bool):
+    """The dense layer that ends a block; where the block is split, x_TF and the kernel are one part of it."""
+    if not is_split:
+        return linear(x_TF)
+    return sum_parts(jnp.dot(x_TF, linear.kernel[...].astype(x_TF.dtype))) + linear.bias[...]
+
+
+def partition(params, split: dict[str, P], mesh: Mesh, *, fully_sharded: bool):
+    """A tree of PartitionSpecs. split: {regex of a parameter's name: how it lies over "model"}.
+
+    fully_sharded: also over "data", along the largest dim that it divides and that is whole.
+    """
+
+    def spec_of(name: str, x) -> P:
+        dims = [None] * x.ndim
+        for pattern, spec in split.items():
+            if re.fullmatch(pattern, name):
+                dims[: len(spec)] = spec
+        size = mesh.shape["data"]
+        free = [d for d in range(x.ndim) if dims[d] is None and x.shape[d] % size == 0]
+        if fully_sharded and free and size > 1:
+            dims[max(free, key=lambda d: x.shape[d])] = "data"
+        return P(*dims)
+
+    names = leaf_names(params)
+    return jax.tree.unflatten(jax.tree.structure(params), [spec_of(*item) for item in names.items()])
+
+
+def gather(params, specs):
+    """Parameters that are whole along "data"."""
+
+    def whole(x, spec):
+        if "data" not in spec:
+            return x
+        return jax.lax.all_gather(x, "data", axis=tuple(spec).index("data"), tiled=True)
+
+    return jax.tree.map(whole, params, specs)
+
+
+def reduce(grads, specs, dtype=jnp.float32):
+    """Sums over "data" of gradients, each device getting its own part; dtype: of what is sent and summed."""
+
+    def total(grad, spec):
+        grad = grad.astype(dtype)
+        if "data" in spec:
+            dim = tuple(spec).index("data")
+            grad = jax.lax.psum_scatter(grad, "data", scatter_dimension=dim, tiled=True)
+        elif jax.lax.axis_size("data") > 1:  # XLA copies everything even where there is nobody to sum with
+            grad = jax.lax.psum(grad, "data")
+        return grad.astype(jnp.float32)
+
+    return jax.tree.map(total, grads, specs)
+
+
+def sum_squares(grads, specs) -> jax.Array:
+    """Of all elements of all devices, each counted once."""
+
+    def squares(grad, spec):
+        axes = tuple(axis for axis in spec if axis is not None)
+        total = jnp.sum(grad**2)
+        return jax.lax.psum(total, axes) if axes else total
+
+    return sum(jax.tree.leaves(jax.tree.map(squares, grads, specs)))

@@ -1,0 +1,107 @@
+"""What each layout of the table of items would take of a device and send over the wires, and the choice."""
+
+import math
+from dataclasses import dataclass
+
+from rec_jax.train.losses import LossConfig
+from rec_jax.train.tables import TableConfig
+
+RULE = (
+    "Of the layouts that fit into table.device_gbytes, the one that sends the fewest bytes a step; of equals "
+    "the first in this table."
+)
+
+
+@dataclass(frozen=True)
+class LayoutCost:
+    """Of one device: bytes of the table, bytes of its optimizer, bytes sent in a step."""
+
+    layout: str
+    table_bytes: int
+    state_bytes: int
+    sent_bytes: int
+
+    def fits(self, config: TableConfig) -> bool:
+        return self.table_bytes + self.state_bytes <= config.device_gbytes * 1e9
+
+
+def ids_per_device(loss: LossConfig, batch_rows: int, max_len: int, data: int) -> int:
+    """Ids that one device looks up in a step: items, targets and negatives."""
+    rows = batch_rows // data
+    num_sets = {"batch": 1, "row": rows, "position": rows * max_len}[loss.sharing]
+    return 1 + 2 * rows * max_len + (0 if loss.type == "softmax" else num_sets * loss.num_negatives)
+
+
+def layout_costs(
+    config: TableConfig, optimizer: str, num_rows: int, dim: int, num_ids: int, data: int, model: int
+) -> list[LayoutCost]:
+    """All layouts that this table can have on a mesh of data x model devices.
+
+    optimizer: of the dense parameters, for a table that is one of them. num_ids: from `ids_per_device`. Arrays
+    have places for all ids, distinct or not, and every exchange is taken to need one round. Bytes sent are
+    those of ring algorithms: (n - 1) / n of an array gathered over n devices, twice that to sum it.
+    """
+    kind = optimizer if config.optimizer == "dense" else config.optimizer
+    numbers = {
+        "sgd": 0,
+        "adagrad": dim,
+        "rowwise_adagrad": 1,
+        "lazy_adam": 2 * dim,
+        "catch_up_adam": 2 * dim + 1,
+    }
+    state_row = 4 * numbers.get(kind, 2 * dim)
+    row, num_devices = 4 * dim, data * model
+    touched = num_ids * (4 + row)  # ids and their gradients
+    over_data, over_model = (data - 1) / data, (model - 1) / model
+
+    def cost(layout, parts, sent, more_rows=0):
+        rows = num_rows / parts + more_rows
+        return LayoutCost(layout, round(rows * row), round(rows * state_row), round(sent))
+
+    if config.optimizer == "dense":
+        costs = [cost("replicated", 1, 2 * over_data * num_rows * row)]
+    else:
+        costs = [cost("replicated", 1, (data - 1) * touched)]
+    if num_devices == 1:
+        return costs
+    if config.optimizer != "dense" and model > 1 and dim % model == 0:
+        gathered = over_model * num_ids * row
+        costs.append(cost("dims", model, gathered + (data - 1) * num_ids * (4 + row / model)))
+    exchanged = over_data * config.capacity_factor * touched / model
+    summed = 2 * over_model * num_ids * row
+    costs.append(cost("rows", num_devices, 2 * exchanged + summed))
+    if config.optimizer != "dense" and config.hot_rows < num_rows:
+        hot = config.hot_rows
+        share = zipf_cold_share(num_rows, hot)
+        sent = 2 * exchanged * share + summed + 2 * over_data * hot * row
+        costs.append(cost("hot_cold", num_devices, sent, more_rows=hot))
+    return costs
+
+
+def zipf_cold_share(num_rows: int, hot_rows: int) -> float:
+    """The share of events beyond the most frequent rows, where popularity falls as 1 / rank."""
+
+    def harmonic(n):
+        return math.log(n) + 0.5772 + 1 / (2 * n)
+
+    return 1 - harmonic(hot_rows) / harmonic(num_rows)
+
+
+def choose_layout(config: TableConfig, costs: list[LayoutCost]) -> str:
+    """The layout of the config, or by the rule where it says "auto".
+
+    Raises ValueError if no layout fits.
+    """
+    if config.layout != "auto":
+        return config.layout
+    fitting = [cost for cost in costs if cost.fits(config)]
+    if not fitting:
+        least = min(costs, key=lambda cost: cost.table_bytes + cost.state_bytes)
+        raise ValueError(
+            f"device_gbytes={config.device_gbytes}: the table and its optimizer take "
+            f"{(least.table_bytes + least.state_bytes) / 1e9:.1f} GB of a device at the least "
+            f"(layout={least.layout!r}); use more devices or a smaller optimizer (TableConfig)"
+        )
+    if config.optimizer == "dense" and fitting[0].layout == "replicated":
+        return "replicated"  # a parameter like any other, as long as it fits
+    return min(fitting, key=lambda cost: cost.sent_bytes).layout
