@@ -29,7 +29,7 @@ from rec_jax.train import checkpoint
 from rec_jax.train.loop import TrainConfig, fit
 from rec_jax.train.losses import LossConfig
 from rec_jax.train.optim import OptimConfig, make_optimizer
-from rec_jax.train.plan import choose_layout, ids_per_device, layout_costs
+from rec_jax.train.plan import LayoutCost, choose_layout, ids_per_device, layout_costs
 from rec_jax.train.state import TrainState
 from rec_jax.train.step import init_state, make_catch_up, make_train_step, state_specs
 from rec_jax.train.tables import TableConfig, make_item_table
@@ -68,6 +68,14 @@ def model_builder(config: ExperimentConfig, num_items: int):
     return lambda rngs: build_module(config.model, num_items, config.data.max_len, rngs=rngs)
 
 
+def plan_layouts(config: ExperimentConfig, num_items: int, mesh) -> list[LayoutCost]:
+    data, model = mesh.shape["data"], mesh.shape["model"]
+    num_ids = ids_per_device(config.loss, config.train.batch_rows, config.data.max_len, data)
+    return layout_costs(
+        config.table, config.optim.type, num_items + 1, config.model.width, num_ids, data, model
+    )
+
+
 class Program:
     """What a config computes on a mesh: the model and its training step, without the data.
 
@@ -79,15 +87,7 @@ class Program:
         self._build = model_builder(config, num_items)
         self.model = define_model(self._build)
         self.sampler = make_sampler(config.loss.sampler, item_counts)
-        self.layout_costs = layout_costs(
-            config.table,
-            config.optim.type,
-            num_items + 1,
-            config.model.width,
-            ids_per_device(config.loss, config.train.batch_rows, config.data.max_len, mesh.shape["data"]),
-            mesh.shape["data"],
-            mesh.shape["model"],
-        )
+        self.layout_costs = plan_layouts(config, num_items, mesh)
         self.layout = choose_layout(config.table, self.layout_costs)
         table = dataclasses.replace(config.table, layout=self.layout)
         self.item_table = make_item_table(table, config.optim, total_steps, item_counts, mesh)
@@ -141,7 +141,20 @@ class Experiment:
         self.mesh = mesh_lib.make_mesh(config.mesh)
         self.dataset = load_dataset(config.data, self.workdir / "data")
         self.histories, self.split = self.dataset.histories, self.dataset.split
+        self.config = config = self._with_layout(config)
         self.model = define_model(model_builder(config, self.histories.num_items))
+
+    def _with_layout(self, config: ExperimentConfig) -> ExperimentConfig:
+        """The config with the layout of the table that this run began with, or that the plan chooses: another
+        mesh would choose another, whose checkpoints have other arrays."""
+        if config.table.layout != "auto":
+            return config
+        path = self.workdir / "config.json"
+        if path.exists():
+            layout = json.loads(path.read_text())["table"]["layout"]
+        else:
+            layout = choose_layout(config.table, plan_layouts(config, self.histories.num_items, self.mesh))
+        return dataclasses.replace(config, table=dataclasses.replace(config.table, layout=layout))
 
     @classmethod
     def open(cls, workdir) -> "Experiment":

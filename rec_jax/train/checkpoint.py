@@ -31,9 +31,20 @@ import orbax.checkpoint as ocp
 _NUM_BEST = 2
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_DISK_TEXTS = ("No space left", "File too large", "quota exceeded", "RESOURCE_EXHAUSTED")
-# Keys of a run that may change between its sessions: they steer when it stops and what it writes
-# down, not what a step computes.
-_FREE_KEYS = {"epochs", "patience", "checkpoint_every_steps", "log_every_steps", "keep_checkpoints"}
+# Keys of a run that may change between its sessions: they steer when it stops, what it writes down and how its
+# work is divided, not what a step computes (but for rounding).
+_FREE_KEYS = (
+    ".epochs",
+    ".patience",
+    ".checkpoint_every_steps",
+    ".log_every_steps",
+    ".keep_checkpoints",
+    ".micro_rows",
+    ".capacity_factor",
+    ".mesh.data",
+    ".mesh.model",
+    ".mesh.fully_sharded",
+)
 
 
 class SaveError(RuntimeError):
@@ -150,7 +161,7 @@ def restore(directory, state, run_info: dict) -> Restored | None:
       directory: the `checkpoints` folder.
       state: a pytree of arrays: the structure, shapes, types and placement to restore into.
       run_info: what the run is (config, split checksum); must equal what was saved, except for
-        the number of epochs and the keys that only steer stopping and logging.
+        the number of epochs, the mesh and the keys that only steer stopping and logging.
 
     Raises:
       ValueError: the run differs from the saved one.
@@ -309,7 +320,7 @@ def _check_same_run(saved: dict, current: dict, path: pathlib.Path) -> None:
     differing = [
         f"{key} (saved {saved.get(key, 'nothing')}, now {current.get(key, 'nothing')})"
         for key in sorted(saved.keys() | current.keys())
-        if saved.get(key) != current.get(key) and key.split(".")[-1] not in _FREE_KEYS
+        if saved.get(key) != current.get(key) and not f".{key}".endswith(_FREE_KEYS)
     ]
     if differing:
         raise ValueError(

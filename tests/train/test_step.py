@@ -71,10 +71,16 @@ def make_program(
     return Program(config, NUM_ITEMS, make_mesh(config.mesh), 10, COUNTS)
 
 
+@functools.cache
+def initial_params(model_config):
+    config = ExperimentConfig(data=DataConfig(max_len=LENGTH), model=model_config)
+    return jax.device_get(init_model(model_builder(config, NUM_ITEMS), seed=0)[1])  # steps consume theirs
+
+
 def run(loss="softmax", devices=1, micro_rows=8, steps=3, batches=None, **fields):
     program = make_program(loss, devices, micro_rows, **fields)
     step, catch_up = program.make_step(), program.make_catch_up()
-    _, params = init_model(model_builder(program.config, NUM_ITEMS), seed=0)
+    params = initial_params(program.config.model)
     state = init_state(params, program.optimizer, program.mesh, program.item_table, program.specs)
     losses, norms = [], []
     for index in range(steps):
@@ -103,7 +109,7 @@ def assert_close(a, b, rtol=2e-5):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_division_into_devices_and_micro_steps_changes_nothing(loss):
     whole = reference(loss)
-    for devices, micro_rows in [(2, 2), (8, 1)]:
+    for devices, micro_rows in [(2, 2), (8, 1)] if loss in ("softmax", "in_batch") else [(2, 2)]:
         assert_close(run(loss, devices, micro_rows), whole)
 
 
@@ -128,8 +134,16 @@ def test_spread_rows_learn_the_same_on_every_mesh(loss, update):
     assert_close(run(loss, 4, 1, optim=optim, table=update, **tight), dense)
 
 
-@pytest.mark.parametrize("layout", ["rows", "dims", "hot_cold"])
-@pytest.mark.parametrize("update", ["rowwise_adagrad", "lazy_adam", "catch_up_adam"])
+@pytest.mark.parametrize(
+    "layout, update",
+    [
+        ("rows", "rowwise_adagrad"),
+        ("dims", "rowwise_adagrad"),
+        ("hot_cold", "lazy_adam"),
+        ("rows", "catch_up_adam"),
+        ("hot_cold", "catch_up_adam"),
+    ],
+)
 def test_every_layout_learns_the_same(layout, update):
     spread = run("sampled", 2, 4, table=update, model_axis=4, layout=layout)
     assert_close(spread, reference("sampled", table=update))
@@ -169,7 +183,7 @@ def test_gradients_summed_in_bf16_are_near():
     assert bf16[0] != f32[0]
 
 
-@pytest.mark.parametrize("layout", ["rows", "hot_cold", "dims"])
+@pytest.mark.parametrize("layout", ["rows", "dims"])
 def test_clipping_is_that_of_the_whole_gradient_in_every_layout(layout):
     optim = dataclasses.replace(OPTIM, clip_norm=0.05)
     dense = reference("sampled", optim=optim)
@@ -195,12 +209,11 @@ def test_rows_that_no_batch_touches_stay(update):
     batch = make_batch()  # whose negatives are drawn from itself
     config = SASRecConfig(width=8, ff_width=8, num_layers=1)
     _, before = init_model(lambda rngs: SASRec(config, NUM_ITEMS, LENGTH, rngs=rngs), seed=0)
-    for devices in (1, 2):
-        _, params, _ = run("in_batch", devices, 4, table=update, batches=[batch] * 3)
-        changed = (params["items"]["embedding"] != np.asarray(before["items"]["embedding"])).any(-1)
-        read = np.union1d(batch["items"], batch["targets"])
-        assert 0 < len(read) - 1 < NUM_ITEMS
-        np.testing.assert_array_equal(np.flatnonzero(changed), read[read > 0])
+    _, params, _ = run("in_batch", 2, 4, table=update, batches=[batch] * 3)
+    changed = (params["items"]["embedding"] != np.asarray(before["items"]["embedding"])).any(-1)
+    read = np.union1d(batch["items"], batch["targets"])
+    assert 0 < len(read) - 1 < NUM_ITEMS
+    np.testing.assert_array_equal(np.flatnonzero(changed), read[read > 0])
 
 
 @pytest.mark.parametrize("bad", [-1, NUM_ITEMS + 1, 2**30])

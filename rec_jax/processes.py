@@ -1,0 +1,118 @@
+"""Several processes of one run: how they find each other, take turns and agree. Free where there is only one.
+
+They share a file system. Process 0 prints and writes for all; all compute the same, each feeding its own devices.
+A process that fails does not wait for the others. They fail too: when they next need it, if its connections
+break with it (CPU), at once if it was process 0, and else after 100 s without a sign of life.
+"""
+
+import contextlib
+import itertools
+import os
+import zlib
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
+
+_DAY_MS = 24 * 3600 * 1000
+_places = itertools.count()
+
+
+def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Makes this process one of several that share all devices. Must run before JAX is first used.
+
+    What is None comes from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; where all three are
+    missing, nothing happens.
+
+    Args:
+      coordinator: HOST:PORT where process 0 is to listen; "auto" on a cluster that JAX detects, instead of all
+        three.
+    """
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if coordinator != "auto":
+        num_processes = _from_environment("JAX_NUM_PROCESSES", num_processes)
+        process_id = _from_environment("JAX_PROCESS_ID", process_id)
+    given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == 3:
+        return
+    # Its handler of SIGTERM would swallow those before the training; the loop has one of its own.
+    jax.config.update("jax_enable_preemption_service", False)
+    if coordinator == "auto":
+        if len(missing) < 2:
+            raise ValueError("--coordinator=auto asks JAX for all: leave out --num_processes and --process_id")
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise ValueError(
+                f"--coordinator=auto, but JAX detects no cluster here ({error}): give --coordinator=HOST:PORT, "
+                "--num_processes and --process_id"
+            ) from error
+        return
+    if missing:
+        raise ValueError(
+            f"{' and '.join(missing)} missing: --coordinator, --num_processes and --process_id (or "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID) go together; give all three or none"
+        )
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"--coordinator={coordinator} must be HOST:PORT of process 0, or auto")
+    if not 0 <= process_id < num_processes:
+        raise ValueError(
+            f"--process_id={process_id} with --num_processes={num_processes}: processes are counted from 0 to "
+            f"num_processes - 1"
+        )
+    jax.distributed.initialize(coordinator, num_processes, process_id)
+
+
+def _from_environment(name: str, value: int | None) -> int | None:
+    text = os.environ.get(name)
+    if value is not None or text is None:
+        return value
+    if not text.isdigit():
+        raise ValueError(f"{name}={text!r} must be a number")
+    return int(text)
+
+
+def is_first() -> bool:
+    """Whether this process prints and writes for all."""
+    return jax.process_index() == 0
+
+
+def wait_for_all() -> None:
+    """Returns once all processes have come to this place, however long that takes."""
+    if jax.process_count() > 1:  # not by a collective: on a CPU the first one gives up after 30 s
+        multihost.get_barrier_sync_fn()(key=f"rec_jax_{next(_places)}", timeout_ms=_DAY_MS)
+
+
+@contextlib.contextmanager
+def first_before_others():
+    """Process 0 runs the block, and when it is done the others do: they find what it wrote."""
+    if not is_first():
+        wait_for_all()
+    yield
+    if is_first():
+        wait_for_all()
+
+
+def largest(number: int) -> int:
+    """Of the numbers, int32, that the processes give."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.process_allgather(np.int32(number)).max())
+
+
+def of_first(value: float) -> float:
+    """What process 0 gives, bit for bit: decisions must not hang on the rounding of one machine."""
+    if jax.process_count() == 1:
+        return value
+    bits = np.array([value], np.float64).view(np.uint32)  # JAX would round an f64
+    return float(multihost_utils.broadcast_one_to_all(bits).view(np.float64)[0])
+
+
+def check_same(name: str, value: str) -> None:
+    """Raises ValueError in all processes if they do not give the same text."""
+    digest = zlib.crc32(value.encode()) >> 1
+    if jax.process_count() > 1 and largest(digest) != -largest(-digest):
+        raise ValueError(f"the processes have different {name}: start all of them with the same flags")
