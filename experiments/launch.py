@@ -2,10 +2,18 @@
 
 import os
 import sys
+import traceback
 
-from absl import app, logging
+import jax
+from absl import app, flags, logging
 
 from rec_jax.mesh import use_cpu_cores
+
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of the first of several processes; auto on a cluster that JAX detects."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes share the run.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
 def launch(main) -> None:
@@ -20,13 +28,34 @@ def launch(main) -> None:
             raise app.UsageError(f"unexpected argument {argv[1]!r}: every option is --name=value")
         logging.set_verbosity(logging.WARNING)
         use_cpu_cores()
-        from rec_jax.train.checkpoint import SaveError  # slow to import: after --help
+        from rec_jax import processes  # slow to import: after --help
+        from rec_jax.train.checkpoint import SaveError
 
         try:
+            processes.connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+            if jax.distributed.is_initialized() and not processes.is_first():
+                sys.stdout = open(os.devnull, "w")
             main()
         except (ValueError, OSError, FloatingPointError, SaveError) as error:
             if "REC_JAX_TRACEBACK" in os.environ:
-                raise
-            sys.exit(f"error: {error}")
+                _end_with_traceback()
+            _end(f"error: {error}")
+        except (Exception, KeyboardInterrupt):
+            _end_with_traceback()
 
     app.run(guarded)
+
+
+def _end(text: str) -> None:
+    """Ends a failed process. One of several leaves without waiting for the others, which wait for it."""
+    if not jax.distributed.is_initialized():
+        sys.exit(text)
+    print(text, file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _end_with_traceback() -> None:
+    if not jax.distributed.is_initialized():
+        raise
+    _end(traceback.format_exc())
+

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from rec_jax import mesh as mesh_lib
+from rec_jax import processes
 from rec_jax.config import build
 from rec_jax.data.datasets import DataConfig, load_dataset
 from rec_jax.data.negatives import make_sampler
@@ -26,6 +27,7 @@ from rec_jax.nn.blocks import tensor_parallel
 from rec_jax.nn.layouts import shardings
 from rec_jax.nn.parallel import partition
 from rec_jax.train import checkpoint
+from rec_jax.train.dedupe import DedupingSource
 from rec_jax.train.loop import TrainConfig, fit
 from rec_jax.train.losses import LossConfig
 from rec_jax.train.optim import OptimConfig, make_optimizer
@@ -128,6 +130,13 @@ class Program:
             reduce=config.mesh.reduce,
         )
 
+    def prepare(self, source):
+        """The source of batches as the step wants them."""
+        config = self.config
+        if not config.table.host_dedupe:
+            return source
+        return DedupingSource(source, config.loss, self.sampler, self.item_table, config.seed)
+
     def make_catch_up(self):
         return make_catch_up(self.item_table, self.mesh, self.state_specs)
 
@@ -139,7 +148,9 @@ class Experiment:
         self.config, self.workdir = config, pathlib.Path(workdir)
         self.workdir.mkdir(parents=True, exist_ok=True)
         self.mesh = mesh_lib.make_mesh(config.mesh)
-        self.dataset = load_dataset(config.data, self.workdir / "data")
+        processes.check_same("configs", repr(config))
+        with processes.first_before_others():
+            self.dataset = load_dataset(config.data, self.workdir / "data")
         self.histories, self.split = self.dataset.histories, self.dataset.split
         self.config = config = self._with_layout(config)
         self.model = define_model(model_builder(config, self.histories.num_items))
@@ -193,7 +204,7 @@ class Experiment:
         fitted = fit(
             program.init_state(),
             program.make_step(),
-            make_iterator(source),
+            make_iterator(program.prepare(source)),
             lambda params: self.evaluate(self.scorer(params), "val", quick=True),
             config=config.train,
             steps_per_epoch=source.steps_per_epoch,
@@ -258,7 +269,12 @@ def _name_users(histories, users: np.ndarray) -> str:
 
 
 def write_json(path: pathlib.Path, value) -> None:
-    """Writes through a temporary file, so that a killed process leaves the old or the new one."""
+    """Writes through a temporary file, so that a killed process leaves the old or the new one.
+
+    Of several processes only the first writes.
+    """
+    if not processes.is_first():
+        return
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(value, indent=1))
     os.replace(partial, path)

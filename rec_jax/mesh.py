@@ -40,8 +40,11 @@ def use_cpu_cores() -> None:
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh with the axes "data" and "model" over the first devices."""
-    devices = jax.devices()
+    """A mesh with the axes "data" and "model" over the first devices; over all of several processes.
+
+    The devices of a process are neighbours along "data", so that each process feeds its own rows of a batch.
+    """
+    devices = sorted(jax.devices(), key=lambda device: device.process_index)
     model = config.model
     data = config.data or max(1, len(devices) // model)
     if data * model > len(devices):
@@ -49,6 +52,13 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"mesh.data={data} times mesh.model={model} but there are {len(devices)} devices "
             f"({devices[0].platform}); lower one, or set JAX_NUM_CPU_DEVICES to have more virtual ones on a "
             "CPU"
+        )
+    num_processes, num_local = jax.process_count(), jax.local_device_count()
+    if num_processes > 1 and (num_local % model or data * model != num_processes * num_local):
+        raise ValueError(
+            f"mesh.data={data} times mesh.model={model} but there are {num_processes} processes, this one with "
+            f"{num_local} of {len(devices)} devices: give each process as many, a multiple of mesh.model, and "
+            "leave mesh.data at 0 to use them all"
         )
     return Mesh(np.array(devices[: data * model]).reshape(data, model), ("data", "model"))
 

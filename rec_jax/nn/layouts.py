@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rec_jax.nn import sharded
 from rec_jax.nn.sharded import AXES, Placement
-from rec_jax.nn.sparse import dedupe, gather_rows, is_rows, read_rows, update_rows
+from rec_jax.nn.sparse import Touched, dedupe, gather_rows, host_dedupe, is_rows, read_rows, update_rows
 
 
 class Read(NamedTuple):
@@ -78,10 +79,15 @@ class Replicated:
         updates, state = optimizer.missed(state)
         return arrays + updates, state
 
-    def read(self, optimizer, table_VD, state, ids_N) -> Read:
-        touched = dedupe(ids_N, self.num_rows)
+    def read(self, optimizer, table_VD, state, ids_N, touched: Touched | None = None) -> Read:
+        """touched: from `host_dedupe`, where the host has done it."""
+        touched = dedupe(ids_N, self.num_rows) if touched is None else touched
         rows_UD = read_rows(optimizer, table_VD, state, touched.rows_U)
         return Read(rows_UD, touched.place_N, touched.rows_U, jnp.ones((), jnp.int32))
+
+    def host_dedupe(self, ids_N: np.ndarray) -> Touched:
+        """What `read` would find itself, by NumPy."""
+        return host_dedupe(ids_N, self.num_rows)
 
     def sum_grads(self, rows_U, grads_UD) -> tuple:
         """Sums over all devices: rows, sorted and distinct, and their gradients."""
@@ -111,8 +117,8 @@ class DimSharded(Replicated):
     def spec(self) -> P:
         return P(None, "model")
 
-    def read(self, optimizer, table_Vd, state, ids_N) -> Read:
-        part = super().read(optimizer, table_Vd, state, ids_N)
+    def read(self, optimizer, table_Vd, state, ids_N, touched: Touched | None = None) -> Read:
+        part = super().read(optimizer, table_Vd, state, ids_N, touched)
         return part._replace(rows_UD=jax.lax.all_gather(part.rows_UD, "model", axis=1, tiled=True))
 
     def sum_grads(self, rows_U, grads_UD) -> tuple:
@@ -153,8 +159,12 @@ class RowSharded(Replicated):
     def _capacity(self, num_ids: int) -> int:
         return max(1, math.ceil(self.capacity_factor * num_ids / self.mesh.size))
 
-    def read(self, optimizer, table_vD, state, ids_N) -> Read:
-        touched = sharded.dedupe_physical(self.placement, ids_N)
+    def host_dedupe(self, ids_N: np.ndarray) -> Touched:
+        return host_dedupe(np.asarray(self.placement.to_physical(ids_N)), self.placement.size)
+
+    def read(self, optimizer, table_vD, state, ids_N, touched: Touched | None = None) -> Read:
+        if touched is None:
+            touched = sharded.dedupe_physical(self.placement, ids_N)
         rows_UD, rounds = sharded.read_sharded(
             optimizer, table_vD, state, touched.rows_U, self._capacity(ids_N.size)
         )

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -46,6 +47,15 @@ def dedupe(ids_N: jax.Array, num_rows: int) -> Touched:
     free_U = bad + 1 + jnp.arange(ids_N.size, dtype=jnp.int32)
     rows_U = free_U.at[jnp.cumsum(is_first_N) - 1].set(sorted_N)
     return Touched(rows_U, jnp.searchsorted(rows_U, ids_N).astype(jnp.int32))
+
+
+def host_dedupe(ids_N: np.ndarray, num_rows: int) -> Touched:
+    """The same on the host, by NumPy: for a loader that works while the device does."""
+    ids_N = np.where((ids_N < 0) | (ids_N > num_rows), num_rows, ids_N)
+    distinct, place_N = np.unique(ids_N, return_inverse=True)
+    rows_U = num_rows + 1 + np.arange(ids_N.size)
+    rows_U[: distinct.size] = distinct
+    return Touched(rows_U.astype(np.int32), place_N.astype(np.int32))
 
 
 def gather_rows(table_VD: jax.Array, rows_U: jax.Array) -> jax.Array:

@@ -28,6 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from rec_jax import processes
+
 _NUM_BEST = 2
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_DISK_TEXTS = ("No space left", "File too large", "quota exceeded", "RESOURCE_EXHAUSTED")
@@ -176,8 +178,9 @@ def restore(directory, state, run_info: dict) -> Restored | None:
             _say(str(error))
             reasons[path] = str(error)
             continue
-        for damaged in reasons:
-            _set_aside(damaged, directory)
+        with processes.first_before_others():
+            for damaged in reasons if processes.is_first() else ():
+                _set_aside(damaged, directory)
         if reasons:
             step = restored.record["step"]
             _say(f"falling back to the last good checkpoint, step {step} ({path})")
@@ -245,7 +248,7 @@ def _read(path: pathlib.Path, target, run_info: dict | None) -> Restored:
     """Reads one checkpoint back; a run_info of None is not compared."""
     _silence_orbax()
     with _damage_raised(path):
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        with _reader() as reader:
             saved = reader.restore(path, ocp.args.Composite(record=ocp.args.JsonRestore())).record
         record = saved["record"]
         if _record_digest(record) != saved["digest"]:
@@ -256,14 +259,23 @@ def _read(path: pathlib.Path, target, run_info: dict | None) -> Restored:
         return Restored(_read_state(path, target, record["digests"]), record, path)
 
 
+def _reader() -> ocp.Checkpointer:
+    """Of this process alone: Orbax would wait for one that met damage."""
+    alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
+
+
 @contextlib.contextmanager
 def _damage_raised(path: pathlib.Path):
-    """Turns any error into a DamagedError, for damage shows up as any kind of error."""
+    """Turns any error into a DamagedError, for damage shows up as any kind of error; in all processes, if one
+    meets it."""
+    reason = ""
     try:
         yield
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise DamagedError(f"the checkpoint {path} is damaged ({reason})") from None
+    if processes.largest(int(reason != "")):
+        raise DamagedError(f"the checkpoint {path} is damaged ({reason or 'another process cannot read it'})")
 
 
 def _read_state(path: pathlib.Path, target, digests: dict):
@@ -274,10 +286,10 @@ def _read_state(path: pathlib.Path, target, digests: dict):
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
         partial_restore=isinstance(target, dict),
     )
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+    with _reader() as reader:
         state = reader.restore(path, ocp.args.Composite(state=args)).state
     for name, digest in _digests(state).items():
-        if digests[name] != digest:
+        if digests.get(name, digest) != digest:
             raise DamagedError(f"the checksum of {name} is {digest}, {digests[name]} was saved")
     return state
 

@@ -18,8 +18,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from rec_jax import processes
 from rec_jax.train.checkpoint import DamagedError, Saver, is_finite, restore, restore_best
-from rec_jax.train.monitor import Monitor
+from rec_jax.train.monitor import Monitor, SilentMonitor
 
 _WAY_OUT = "Lower the learning rate, clip the gradients, or use f32."
 _MAX_STEPS_AHEAD = 4  # Steps that the host may have queued: enough to hide it, bounded in memory.
@@ -133,7 +134,8 @@ def fit(
 ) -> FitResult:
     """Trains until the last epoch or until validation stops improving; resumes what it finds.
 
-    On SIGTERM (or one Ctrl-C) it finishes the step, saves and raises SystemExit, with code 0 (130).
+    On SIGTERM (or one Ctrl-C) it finishes the step, saves and raises SystemExit, with code 0 (130). Of several
+    processes, when one is told to stop all do, after the next step that is logged.
 
     Args:
       state: a registered dataclass with `step` (int32 scalar) and `params`; donated.
@@ -165,7 +167,8 @@ def fit(
         batches.set_state(record["data"])
         progress, saved_step = Progress(**record["progress"]), record["step"]
     step = int(state.step)
-    monitor = Monitor(workdir, total_steps=schedule.total, step=step, eval_step=progress.eval_step)
+    make_monitor = Monitor if processes.is_first() else SilentMonitor
+    monitor = make_monitor(workdir, total_steps=schedule.total, step=step, eval_step=progress.eval_step)
 
     with contextlib.ExitStack() as stack:
         stack.callback(monitor.close)
@@ -185,7 +188,7 @@ def fit(
                 state = before_eval(state) if before_eval else state
                 metrics = evaluate_fn(state.params)
                 progress.eval_secs += time.perf_counter() - start
-                value = _pick(metrics, config.metric)
+                value = processes.of_first(_pick(metrics, config.metric))
                 is_best = progress.add_evaluation(step, value)
                 monitor.log(step, step / steps_per_epoch, _under("val", metrics))
                 monitor.say(_evaluation_text(step, steps_per_epoch, config.metric, value, progress))
@@ -215,10 +218,11 @@ def fit(
             if len(in_flight) > _MAX_STEPS_AHEAD:
                 in_flight.popleft().block_until_ready()
             monitor.advance()
-            stopping = stop.caught
+            is_logged = is_first or schedule.logs(step)
+            stopping = stop.agreed(is_logged)
 
             # Log, and always before an evaluation or a save, so that these see finite numbers.
-            if is_first or stopping or schedule.logs(step):
+            if is_logged or stopping:
                 window = jax.device_get(sums)
                 secs = time.perf_counter() - start
                 _check_finite(window, steps_per_epoch, saved_step, describe_batch)
@@ -293,6 +297,13 @@ class _StopSignal:
     """Takes the first SIGTERM or Ctrl-C as a wish to stop after the step; a second one kills."""
 
     caught: signal.Signals | None = None
+
+    def agreed(self, is_logged: bool) -> signal.Signals | None:
+        """What this process has caught, or any of several: these ask each other after logged steps only."""
+        if jax.process_count() == 1:
+            return self.caught
+        number = processes.largest(self.caught or 0) if is_logged else 0
+        return signal.Signals(number) if number else None
 
     def __enter__(self):
         self._before = {}

@@ -86,6 +86,26 @@ class Monitor:
                 file.close()
 
 
+class SilentMonitor:
+    """What the other processes of a run have in place of the first one's."""
+
+    def __init__(self, workdir, **_):
+        self._workdir = pathlib.Path(workdir)
+
+    def advance(self) -> None: ...
+
+    def log(self, step: int, epoch: float, metrics: dict) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def history(self) -> list[dict]:
+        return read_metrics(self._workdir / "metrics.jsonl")
+
+    def plot(self, metric: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
 @contextlib.contextmanager
 def _full_disk_reported(workdir: pathlib.Path):
     try:

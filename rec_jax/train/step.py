@@ -14,6 +14,7 @@ from rec_jax.models.base import Model, get_table, with_table, without_table
 from rec_jax.nn import parallel
 from rec_jax.nn.layouts import shardings
 from rec_jax.nn.sharded import AXES, shard_index
+from rec_jax.nn.sparse import Touched
 from rec_jax.train.losses import LossConfig, draw_negatives, draw_shared, loss_sum, sharded_softmax_sum
 from rec_jax.train.state import TrainState
 from rec_jax.train.tables import ItemTable
@@ -129,12 +130,12 @@ def make_train_step(
 
     def read_table(array, table_state, batch, step_seed, shared):
         """What the batch refers to in the table of items, and batch and negatives as places in it."""
-        ids = {"items": batch["items"], "targets": batch["targets"], "shared": shared.ids_BSK}
-        if loss_config.type != "softmax" and loss_config.sharing != "batch":
-            key_B = row_keys(step_seed, batch["row_ids"])
-            drawn = draw_negatives(loss_config, sampler, key_B, batch["items"].shape[1], shared)
-            ids["negatives"] = drawn.ids_BSK
-        read, places = item_table.read(array, table_state, ids)
+        batch = dict(batch)
+        ids, drawn = lookups(loss_config, sampler, step_seed, batch, shared)
+        touched = None
+        if "rows" in batch:  # the loader has found the distinct ids, of each device in a row
+            touched = Touched(batch.pop("rows")[0], batch.pop("places")[0])
+        read, places = item_table.read(array, table_state, ids, touched)
         shared = shared._replace(ids_BSK=places["shared"])
         placed = {**batch, "items": places["items"], "targets": places["targets"]}
         if "negatives" in places:
@@ -203,7 +204,7 @@ def make_train_step(
     )
 
     def step(state: TrainState, batch):
-        step_seed = mix(mix(state.step), seed)
+        step_seed = step_seed_of(state.step, seed)
         batch = {**batch, "row_ids": jnp.arange(batch["items"].shape[0], dtype=jnp.int32)}
         shared = draw_shared(loss_config, sampler, step_seed, batch["targets"])
         state, (loss, tokens), metrics = on_mesh(state, batch, step_seed, shared)
@@ -214,6 +215,21 @@ def make_train_step(
     # Said here, because XLA may find another name for it on a mesh of one.
     out_shardings = (shardings(mesh, state_spec), shardings(mesh, P()))
     return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
+
+
+def step_seed_of(step, seed: int):
+    """uint32: all that is random in a step follows from it and the rows of the batch."""
+    return mix(mix(step), seed)
+
+
+def lookups(loss_config: LossConfig, sampler, step_seed, batch, shared):
+    """({name: ids that rows of a batch look up}, the negatives drawn for them, if any are drawn by row)."""
+    ids = {"items": batch["items"], "targets": batch["targets"], "shared": shared.ids_BSK}
+    if loss_config.type == "softmax" or loss_config.sharing == "batch":
+        return ids, None
+    key_B = row_keys(step_seed, batch["row_ids"])
+    drawn = draw_negatives(loss_config, sampler, key_B, batch["items"].shape[1], shared)
+    return ids | {"negatives": drawn.ids_BSK}, drawn
 
 
 def make_catch_up(item_table: ItemTable | None, mesh: Mesh, state_spec: TrainState):

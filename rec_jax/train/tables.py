@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from rec_jax.nn.layouts import DimSharded, HotCold, Read, Replicated, RowSharded
 from rec_jax.nn.sharded import Placement
-from rec_jax.nn.sparse import RowOptimizer, catch_up_adam, scale_by_rowwise_rss
+from rec_jax.nn.sparse import RowOptimizer, Touched, catch_up_adam, scale_by_rowwise_rss
 from rec_jax.train.losses import LossConfig
 from rec_jax.train.optim import OptimConfig, make_optimizer, make_schedule
 
@@ -49,6 +49,11 @@ class TableConfig:
             raise ValueError(
                 f"weight_decay={self.weight_decay} is not for optimizer={self.optimizer!r}: use optim.weight_decay "
                 "for 'dense', or another optimizer of touched rows (TableConfig)"
+            )
+        if self.host_dedupe and (self.layout == "hot_cold" or self.optimizer == "dense"):
+            raise ValueError(
+                f"host_dedupe=True is neither for layout='hot_cold' nor for optimizer='dense', but they are "
+                f"{self.layout!r} and {self.optimizer!r} (TableConfig)"
             )
         if self.optimizer == "dense" and self.layout in ("dims", "hot_cold"):
             raise ValueError(
@@ -120,16 +125,24 @@ class ItemTable:
     def placement(self) -> Placement | None:
         return self.layout.placement if isinstance(self.layout, RowSharded) else None
 
-    def read(self, array, state, ids: dict) -> tuple[Read, dict]:
+    def read(self, array, state, ids: dict, touched: Touched | None = None) -> tuple[Read, dict]:
         """Inside a shard_map: what the ids of one device refer to, and the same arrays of ids as places in it.
 
-        ids: int32 arrays, 0 = padding.
+        ids: int32 arrays, 0 = padding. touched: from `host_dedupe`.
         """
-        flat_N, unravel = jax.flatten_util.ravel_pytree(ids)
-        ids_N = jnp.concatenate([jnp.zeros(1, jnp.int32), flat_N])
-        read = self.layout.read(None if self.is_dense else self.optimizer, array, state, ids_N)
+        ids_N, unravel = _ravel(ids)
+        read = self.layout.read(None if self.is_dense else self.optimizer, array, state, ids_N, touched)
         return read, unravel(read.place_N[1:])
+
+    def host_dedupe(self, ids: dict) -> Touched:
+        return self.layout.host_dedupe(np.asarray(_ravel(ids)[0]))
 
     def update_dense(self, array_vD, state, grads_vD) -> tuple:
         updates_vD, state = self.optimizer.update(grads_vD, state, array_vD)
         return optax.apply_updates(array_vD, updates_vD), state
+
+
+def _ravel(ids: dict) -> tuple:
+    """All ids after a 0, for padding must be among them, and the way back to arrays without it."""
+    flat_N, unravel = jax.flatten_util.ravel_pytree(ids)
+    return jnp.concatenate([jnp.zeros(1, jnp.int32), flat_N]), unravel

@@ -81,11 +81,11 @@ def run(loss="softmax", devices=1, micro_rows=8, steps=3, batches=None, **fields
     program = make_program(loss, devices, micro_rows, **fields)
     step, catch_up = program.make_step(), program.make_catch_up()
     params = initial_params(program.config.model)
+    batches = program.prepare([make_batch(index) for index in range(steps)] if batches is None else batches)
     state = init_state(params, program.optimizer, program.mesh, program.item_table, program.specs)
     losses, norms = [], []
     for index in range(steps):
-        batch = batches[index] if batches else make_batch(index)
-        state, metrics = step(state, place_batch(batch, program.mesh))
+        state, metrics = step(state, place_batch(batches[index], program.mesh))
         losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
         norms.append(float(metrics["grad_norm"][0]))
     assert step._cache_size() == 1  # one trace over all steps
@@ -147,6 +147,17 @@ def test_spread_rows_learn_the_same_on_every_mesh(loss, update):
 def test_every_layout_learns_the_same(layout, update):
     spread = run("sampled", 2, 4, table=update, model_axis=4, layout=layout)
     assert_close(spread, reference("sampled", table=update))
+
+
+@pytest.mark.parametrize(
+    "loss, layout, data, model",
+    [("sampled", "replicated", 4, 1), ("in_batch", "rows", 2, 4), ("bce", "dims", 1, 2)],
+)
+def test_ids_deduped_by_the_loader_are_those_of_the_device(loss, layout, data, model):
+    fields = {"table": "adagrad", "layout": layout, "model_axis": model}
+    by_host, by_device = (run(loss, data, 2, host_dedupe=flag, **fields) for flag in (True, False))
+    assert by_host[0] == by_device[0]
+    jax.tree.map(np.testing.assert_array_equal, by_host[1], by_device[1])
 
 
 @pytest.mark.parametrize("data, model", [(1, 1), (8, 1), (2, 4), (1, 8)])
