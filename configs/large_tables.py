@@ -3,8 +3,8 @@
 A simulated world (data/simulator.py): Zipf popularity, sequences of 100 events, 2 million events. Sampled
 softmax, row-wise Adagrad for the table of 10 million x 64 numbers, Adam for the rest. Most items occur once
 or never in the log, so the scores say little; what counts here is time and memory.
-Variants: `:1m` a million items; `:10m` as it is; `:1b` a billion, on 64 devices, which can only be compiled here
-(`python -m experiments.plan --config=configs/large_tables.py:1b --compile`); `:smoke` seconds.
+Variants: `:1m` a million items; `:10m` as it is; `:1b` a billion, on 64 devices, which can only be compiled
+here (`python -m experiments.plan --config=configs/large_tables.py:1b --compile`); `:smoke` seconds.
 Protocol: leave-one-out, 64 users drawn, full-catalogue ranking, seen items not filtered (items repeat).
 
     python -m experiments.train --config=configs/large_tables.py --workdir=runs/large

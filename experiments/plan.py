@@ -3,10 +3,10 @@
     python -m experiments.plan --config=configs/large_tables.py --config.mesh.data=4 --config.mesh.model=2
     python -m experiments.plan --config=configs/large_tables.py:1b --compile
 
-The mesh need not exist: its size is mesh.data times mesh.model. With --compile the training step is compiled for
-that many virtual CPU devices, nothing is allocated, and the compiler's own figures are printed: memory of one
-device and bytes of each kind of collective. (On accelerators the same program is partitioned alike; temporary
-memory differs.) The layout is chosen by rule, and table.layout overrides it.
+The mesh need not exist: its size is mesh.data times mesh.model. With --compile the training step is compiled
+for that many virtual CPU devices, nothing is allocated, and the compiler's own figures are printed: memory of
+one device and bytes of each kind of collective. (On accelerators the same program is partitioned alike;
+temporary memory differs.) The layout is chosen by rule, and table.layout overrides it.
 """
 
 import dataclasses

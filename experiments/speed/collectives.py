@@ -25,8 +25,8 @@ def collective_bytes(hlo: str, num_devices: int) -> dict[str, int]:
     """Bytes that each device sends in one run of a compiled program: {kind of collective: bytes}.
 
     By the ring algorithms over the n devices of a group: an all-reduce of x bytes sends 2 (n - 1) / n x; an
-    all-gather or all_to_all whose result has x bytes (n - 1) / n x; a reduce-scatter (n - 1) times its result. A
-    loop's body counts once. num_devices: of the program, for collectives over all of them.
+    all-gather or all_to_all whose result has x bytes (n - 1) / n x; a reduce-scatter (n - 1) times its
+    result. A loop's body counts once. num_devices: of the program, for collectives over all of them.
     """
     sent = {}
     for line in hlo.splitlines():

@@ -61,7 +61,8 @@ class TransformerBlock(nnx.Module):
 def tensor_parallel(num_heads: int, ff_width: int, parts: int) -> dict[str, P]:
     """{regex of a parameter's name: how it lies over the mesh axis "model" of `parts` devices}.
 
-    Attention is split by heads and the feed-forward by channels, where these can be divided; else they are whole.
+    Attention is split by heads and the feed-forward by channels, where these can be divided; else they are
+    whole.
     """
     split = {}
     if parts > 1 and num_heads % parts == 0:

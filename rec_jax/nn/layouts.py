@@ -1,4 +1,4 @@
-"""Where the rows of a table lie on a mesh with the axes "data" and "model", and how they are read and updated.
+"""Where a table lies on a mesh with the axes "data" and "model", and how its rows are read and updated.
 
 A batch is split over "data" and whole on every device of "model". Four layouts of one interface:
 
@@ -7,8 +7,8 @@ A batch is split over "data" and whole on every device of "model". Four layouts 
     DimSharded   each device of "model" has some of the dims of all rows
     HotCold      the most frequent rows replicated, the others spread
 
-`place`, `unplace` and `init` work on whole arrays, all other methods inside a shard_map over both axes, on what
-one device has. An update has two halves, so that a caller can scale the gradients in between:
+`place`, `unplace` and `init` work on whole arrays, all other methods inside a shard_map over both axes, on
+what one device has. An update has two halves, so that a caller can scale the gradients in between:
 
     read = layout.read(optimizer, arrays, state, ids_N)
     read.rows_UD[read.place_N]                                       the lookup

@@ -147,8 +147,8 @@ def scale_by_rowwise_rss(eps: float = 1e-8, axis: str | None = None) -> optax.Gr
 class RowOptimizer(NamedTuple):
     """An optax transformation that knows what rows have missed while nothing touched them.
 
-    missed(state of some rows) -> (what is to be added to these rows before they are read, the state once it has
-    been added). `update` begins with it.
+    missed(state of some rows) -> (what is to be added to these rows before they are read, the state once it
+    has been added). `update` begins with it.
     """
 
     init: Callable
@@ -164,13 +164,14 @@ class CatchUpAdamState(NamedTuple):
 
 
 def catch_up_adam(learning_rate: optax.Schedule, b1=0.9, b2=0.999, eps: float = 1e-8) -> RowOptimizer:
-    """Adam for touched rows that moves a row, when it is next read, as far as dense Adam would have meanwhile.
+    """Adam for touched rows that moves a row, when it is next read, as far as dense Adam would have
+    meanwhile.
 
     While nothing touches a row, both moments decay and dense Adam makes the steps
-    -rate r**j mu / sqrt(nu), r = b1 / sqrt(b2), j = 1, 2, ..., but for the bias corrections and eps: a geometric
-    series. Differs from dense Adam: the bias corrections are those at the weighted mean of the missed steps
-    (together within 2 % of the exact sum from step 10 on, 0.1 % from step 100, 13 % at step 1), the learning
-    rate is that of the catching up, and eps does not grow against the decaying sqrt(nu).
+    -rate r**j mu / sqrt(nu), r = b1 / sqrt(b2), j = 1, 2, ..., but for the bias corrections and eps: a
+    geometric series. Differs from dense Adam: the bias corrections are those at the weighted mean of the
+    missed steps (together within 2 % of the exact sum from step 10 on, 0.1 % from step 100, 13 % at step 1),
+    the learning rate is that of the catching up, and eps does not grow against the decaying sqrt(nu).
     """
     r = b1 / b2**0.5
     if r >= 1:

@@ -14,8 +14,8 @@ from rec_jax.train.tables import ItemTable
 class DedupingSource:
     """A source of batches that also finds the distinct ids of each device, on the host, ahead of the step.
 
-    Adds rows and places, int32[devices of "data", N + 1]. It draws the negatives that the step will draw; those
-    that are drawn from the batch itself only where this host has all of it.
+    Adds rows and places, int32[devices of "data", N + 1]. It draws the negatives that the step will draw;
+    those that are drawn from the batch itself only where this host has all of it.
     """
 
     def __init__(self, source, loss_config: LossConfig, sampler, item_table: ItemTable, seed: int):

@@ -37,9 +37,9 @@ def layout_costs(
 ) -> list[LayoutCost]:
     """All layouts that this table can have on a mesh of data x model devices.
 
-    optimizer: of the dense parameters, for a table that is one of them. num_ids: from `ids_per_device`. Arrays
-    have places for all ids, distinct or not, and every exchange is taken to need one round. Bytes sent are
-    those of ring algorithms: (n - 1) / n of an array gathered over n devices, twice that to sum it.
+    optimizer: of the dense parameters, for a table that is one of them. num_ids: from `ids_per_device`.
+    Arrays have places for all ids, distinct or not, and every exchange is taken to need one round. Bytes sent
+    are those of ring algorithms: (n - 1) / n of an array gathered over n devices, twice that to sum it.
     """
     kind = optimizer if config.optimizer == "dense" else config.optimizer
     numbers = {

@@ -47,8 +47,8 @@ class TableConfig:
             raise ValueError(f"weight_decay={self.weight_decay} must not be negative (TableConfig)")
         if self.weight_decay and self.optimizer in ("dense", "catch_up_adam"):
             raise ValueError(
-                f"weight_decay={self.weight_decay} is not for optimizer={self.optimizer!r}: use optim.weight_decay "
-                "for 'dense', or another optimizer of touched rows (TableConfig)"
+                f"weight_decay={self.weight_decay} is not for optimizer={self.optimizer!r}: use "
+                "optim.weight_decay for 'dense', or another optimizer of touched rows (TableConfig)"
             )
         if self.host_dedupe and (self.layout == "hot_cold" or self.optimizer == "dense"):
             raise ValueError(
@@ -96,7 +96,8 @@ def _make_optimizer(config: TableConfig, optim: OptimConfig, total_steps: int):
 def make_item_table(
     config: TableConfig, optim: OptimConfig, total_steps: int, item_counts: np.ndarray, mesh: Mesh
 ) -> "ItemTable | None":
-    """None where the table is like any other parameter. item_counts: int[V + 1] training events of each row."""
+    """None where the table is like any other parameter. item_counts: int[V + 1] training events of each
+    row."""
     num_rows = len(item_counts)
     if config.optimizer == "dense" and config.layout == "replicated":
         return None
@@ -126,7 +127,8 @@ class ItemTable:
         return self.layout.placement if isinstance(self.layout, RowSharded) else None
 
     def read(self, array, state, ids: dict, touched: Touched | None = None) -> tuple[Read, dict]:
-        """Inside a shard_map: what the ids of one device refer to, and the same arrays of ids as places in it.
+        """Inside a shard_map: what the ids of one device refer to, and the same arrays of ids as places in
+        it.
 
         ids: int32 arrays, 0 = padding. touched: from `host_dedupe`.
         """
