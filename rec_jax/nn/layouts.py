@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rec_jax.nn import sharded
-from rec_jax.nn.sharded import AXES, Placement
+from rec_jax.nn.sharded import AXES, NUM_GROUPS, Placement
 from rec_jax.nn.sparse import Touched, dedupe, gather_rows, host_dedupe, is_rows, read_rows, update_rows
 
 
@@ -117,6 +117,14 @@ class DimSharded(Replicated):
     def spec(self) -> P:
         return P(None, "model")
 
+    def arrange(self, table_VD):
+        parts = self.mesh.shape["model"]
+        if table_VD.shape[1] % parts:
+            raise ValueError(
+                f"layout='dims' splits {table_VD.shape[1]} dims over mesh.model={parts}, which must divide them"
+            )
+        return table_VD
+
     def read(self, optimizer, table_Vd, state, ids_N, touched: Touched | None = None) -> Read:
         part = super().read(optimizer, table_Vd, state, ids_N, touched)
         return part._replace(rows_UD=jax.lax.all_gather(part.rows_UD, "model", axis=1, tiled=True))
@@ -133,6 +141,10 @@ class DimSharded(Replicated):
 @dataclass(frozen=True)
 class RowSharded(Replicated):
     capacity_factor: float = 1.0  # rows a device sends another at once, over an even share of its ids
+
+    def __post_init__(self):
+        if NUM_GROUPS % self.mesh.size:
+            raise ValueError(f"rows are spread over {self.mesh.size} devices, which must divide {NUM_GROUPS}")
 
     @property
     def placement(self) -> Placement:

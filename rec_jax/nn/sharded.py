@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from rec_jax.nn.sparse import Touched, add_rows, dedupe, gather_rows, is_rows, read_rows, update_rows
 
 AXES = ("model", "data")  # of a table's rows, in this order
-_GROUPS = 1024  # a mesh must divide it
+NUM_GROUPS = 1024  # a mesh must divide it
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Placement:
     @property
     def size(self) -> int:
         """Rows of the array: as many as in the catalogue, rounded up to whole groups."""
-        return -(-self.num_rows // _GROUPS) * _GROUPS
+        return -(-self.num_rows // NUM_GROUPS) * NUM_GROUPS
 
     def to_physical(self, ids):
         """An id outside [0, num_rows) becomes -1."""
-        rows = ids % _GROUPS * (self.size // _GROUPS) + ids // _GROUPS
+        rows = ids % NUM_GROUPS * (self.size // NUM_GROUPS) + ids // NUM_GROUPS
         return jnp.where((ids >= 0) & (ids < self.num_rows), rows, -1)
 
     def is_real(self, rows):
@@ -48,18 +48,18 @@ class Placement:
 
     def to_ids(self, rows):
         """The id of each row of the array; those that fill up the groups get ids beyond the catalogue."""
-        return rows % (self.size // _GROUPS) * _GROUPS + rows // (self.size // _GROUPS)
+        return rows % (self.size // NUM_GROUPS) * NUM_GROUPS + rows // (self.size // NUM_GROUPS)
 
     def place(self, table_VX):
         """The array from a table in the order of ids, filled up with zeros."""
         pad = [(0, self.size - self.num_rows)] + [(0, 0)] * (table_VX.ndim - 1)
-        groups = jnp.pad(table_VX, pad).reshape(-1, _GROUPS, *table_VX.shape[1:])
+        groups = jnp.pad(table_VX, pad).reshape(-1, NUM_GROUPS, *table_VX.shape[1:])
         return groups.swapaxes(0, 1).reshape(self.size, *table_VX.shape[1:])
 
     def unplace(self, array, axis: int = 0):
         """The table in the order of ids, or anything else with an axis of rows."""
         before, after = array.shape[:axis], array.shape[axis + 1 :]
-        groups = array.reshape(*before, _GROUPS, -1, *after).swapaxes(axis, axis + 1)
+        groups = array.reshape(*before, NUM_GROUPS, -1, *after).swapaxes(axis, axis + 1)
         return jax.lax.slice_in_dim(groups.reshape(array.shape), 0, self.num_rows, axis=axis)
 
 

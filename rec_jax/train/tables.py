@@ -104,7 +104,8 @@ def make_item_table(
     if config.layout == "rows":
         layout = RowSharded(num_rows, mesh, config.capacity_factor)
     elif config.layout == "hot_cold":
-        hot = 1 + np.argpartition(-item_counts[1:], config.hot_rows - 1)[: config.hot_rows]
+        num_hot = min(config.hot_rows, num_rows - 1)
+        hot = 1 + np.argpartition(-item_counts[1:], num_hot - 1)[:num_hot]
         layout = HotCold(num_rows, mesh, config.capacity_factor, jnp.asarray(np.sort(hot), jnp.int32))
     else:
         layout = {"replicated": Replicated, "dims": DimSharded}[config.layout](num_rows, mesh)

@@ -1,0 +1,58 @@
+"""Tables as configs describe them: mistakes are named."""
+
+import numpy as np
+import pytest
+
+from rec_jax.experiment import ExperimentConfig
+from rec_jax.mesh import MeshConfig, make_mesh
+from rec_jax.nn.layouts import HotCold
+from rec_jax.train.losses import LossConfig
+from rec_jax.train.optim import OptimConfig
+from rec_jax.train.tables import TableConfig, make_item_table
+
+SAMPLED = LossConfig(type="bce")
+
+
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        ({"learning_rate": 0.0}, "learning_rate=0.0"),
+        ({"weight_decay": -1.0, "optimizer": "sgd"}, "weight_decay=-1.0"),
+        ({"weight_decay": 0.1}, "weight_decay=0.1"),
+        ({"layout": "dims"}, "layout='dims'"),
+        ({"host_dedupe": True}, "host_dedupe=True"),
+        ({"host_dedupe": True, "optimizer": "sgd", "layout": "hot_cold"}, "'hot_cold'"),
+        ({"hot_rows": 0}, "hot_rows=0"),
+    ],
+)
+def test_mistakes_of_one_table(fields, named):
+    with pytest.raises(ValueError, match=named):
+        TableConfig(**fields)
+
+
+def test_what_does_not_go_with_the_loss():
+    with pytest.raises(ValueError, match="optimizer='sgd' touches"):
+        ExperimentConfig(table=TableConfig(optimizer="sgd"))
+    with pytest.raises(ValueError, match="layout='rows' with optimizer='dense'"):
+        ExperimentConfig(table=TableConfig(layout="rows"), loss=SAMPLED)
+    ExperimentConfig(table=TableConfig(layout="rows"))
+    ExperimentConfig(table=TableConfig(optimizer="sgd"), loss=SAMPLED)
+
+
+def test_the_hot_rows_are_the_most_frequent_in_training():
+    counts = np.array([99, 3, 9, 1, 7, 0])
+    mesh = make_mesh(MeshConfig(data=2))
+    for num, expected in ((2, [2, 4]), (100, [1, 2, 3, 4, 5])):
+        config = TableConfig(optimizer="sgd", layout="hot_cold", hot_rows=num)
+        layout = make_item_table(config, OptimConfig(), 1, counts, mesh).layout
+        assert isinstance(layout, HotCold) and layout.hot_ids.tolist() == expected
+
+
+def test_a_mesh_that_cannot_share_the_table():
+    config = TableConfig(optimizer="sgd", layout="rows")
+    with pytest.raises(ValueError, match="3 devices, which must divide 1024"):
+        make_item_table(config, OptimConfig(), 1, np.ones(10), make_mesh(MeshConfig(data=3)))
+    config = TableConfig(optimizer="sgd", layout="dims")
+    table = make_item_table(config, OptimConfig(), 1, np.ones(10), make_mesh(MeshConfig(data=1, model=4)))
+    with pytest.raises(ValueError, match="6 dims over mesh.model=4"):
+        table.layout.place(np.zeros((10, 6), np.float32))
