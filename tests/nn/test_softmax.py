@@ -2,8 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from rec_jax.mesh import MeshConfig, make_mesh
 from rec_jax.nn import softmax
+from rec_jax.nn.sharded import AXES, Placement, shard_index
 
 D = 8
 
@@ -111,3 +115,32 @@ def test_temporary_memory_does_not_hold_tokens_times_items():
         inputs_bytes = 4 * D * (num_tokens + num_rows)
         assert temp < 6 * 4 * softmax.TILE_ELEMENTS + 6 * inputs_bytes
         assert temp < 4 * num_tokens * num_rows
+
+
+@pytest.mark.parametrize("data, model", [(4, 2), (1, 1)])
+def test_rows_spread_over_a_mesh_give_the_same_loss_and_gradients(data, model, monkeypatch):
+    monkeypatch.setattr(softmax, "TILE_ELEMENTS", 16 * 128)  # several tiles a device
+    num_rows = 2500
+    h, table, targets, weights = inputs(16, num_rows)
+    targets = targets.at[3].set(num_rows - 1)
+    placement, mesh = Placement(num_rows), make_mesh(MeshConfig(data=data, model=model))
+    spread = jax.device_put(placement.place(table), NamedSharding(mesh, P(AXES)))
+
+    def part(h_TD, table_vD, targets_T, weights_T):
+        real_v = placement.is_real(shard_index() * len(table_vD) + jnp.arange(len(table_vD)))
+        loss, grads = jax.value_and_grad(softmax.sharded_softmax_cross_entropy, argnums=(0, 1))(
+            h_TD, table_vD, real_v, placement.to_physical(targets_T), weights_T
+        )
+        return jax.lax.psum(loss, "data"), *grads
+
+    specs = (P("data"), P(AXES), P("data"), P("data"))
+    on_mesh = jax.shard_map(
+        part, mesh=mesh, in_specs=specs, out_specs=(P(), P("data"), P(AXES)), check_vma=False
+    )
+    loss, dh, dtable = jax.jit(on_mesh)(h, spread, targets, weights)
+    expected, dh_expected, dtable_expected = float64_reference(h, table, targets, weights)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(dh, dh_expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(placement.unplace(dtable), dtable_expected, rtol=1e-4, atol=1e-5)
+    filled_up = np.asarray(placement.is_real(jnp.arange(placement.size)))
+    assert not np.asarray(dtable)[~filled_up].any()
