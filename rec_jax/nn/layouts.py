@@ -56,6 +56,8 @@ class Replicated:
 
     def place(self, table_VD):
         """The arrays on the mesh, of a table in the order of ids."""
+        if len(table_VD) != self.num_rows:
+            raise ValueError(f"a table of {len(table_VD)} rows must have num_rows={self.num_rows}")
         return jax.jit(self.arrange, out_shardings=shardings(self.mesh, self.spec))(table_VD)
 
     def init(self, optimizer, arrays):
@@ -121,7 +123,8 @@ class DimSharded(Replicated):
         parts = self.mesh.shape["model"]
         if table_VD.shape[1] % parts:
             raise ValueError(
-                f"layout='dims' splits {table_VD.shape[1]} dims over mesh.model={parts}, which must divide them"
+                f"layout='dims' splits {table_VD.shape[1]} dims over mesh.model={parts}, which must divide "
+                "them"
             )
         return table_VD
 
@@ -204,7 +207,13 @@ class HotCold(RowSharded):
     """Arrays and states are {"hot": of the hot rows, "cold": of all rows, spread}; what "cold" holds for hot
     rows is not read."""
 
-    hot_ids: jax.Array = None  # int32[H], sorted, without padding
+    hot_ids: jax.Array | None = None  # int32[H], ascending, without padding
+
+    def __post_init__(self):
+        super().__post_init__()
+        ids = np.asarray([] if self.hot_ids is None else self.hot_ids)
+        if not (ids.size and ids[0] > 0 and ids[-1] < self.num_rows and (np.diff(ids) > 0).all()):
+            raise ValueError(f"hot_ids={ids} must be ascending ids from 1 to {self.num_rows - 1} (HotCold)")
 
     @property
     def spec(self) -> dict:

@@ -1,0 +1,328 @@
+"""Several tables in one step against plain optax on dense gradients of the whole tables."""
+
+import functools
+import json
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from experiments.speed.collectives import collective_bytes
+from rec_jax.data.vocabulary import DynamicVocabulary
+from rec_jax.mesh import MeshConfig, make_mesh, replicate
+from rec_jax.nn.embedding import MultiHash, QuotientRemainder, bag, ragged, reset_rows
+from rec_jax.nn.layouts import DimSharded, HotCold, Replicated, RowSharded, shardings
+from rec_jax.nn.sparse import scale_by_rowwise_rss
+from rec_jax.nn.tables import Table, Tables
+
+B, S, K, NUM_TAG_IDS, STEPS = 16, 5, 6, 12, 3
+NUM_ITEMS, NUM_CITIES = 2999, 99
+MESHES = [(1, 1), (8, 1), (2, 4), (1, 8)]  # data, model
+USERS = MultiHash(64, 8, rngs=nnx.Rngs(0))
+CITIES = QuotientRemainder(1 + NUM_CITIES, 10, 2, std=0.3, rngs=nnx.Rngs(1))
+KEYS = jax.random.split(jax.random.key(0), 3)
+WHOLE = {
+    "items": 0.3 * jax.random.normal(KEYS[0], (1 + NUM_ITEMS, 16)),
+    "tags": 0.3 * jax.random.normal(KEYS[1], (40, 4)),
+    "users": USERS.embedding[...],
+    "cities": CITIES.embedding[...],
+}
+PARAMS = np.asarray(0.3 * jax.random.normal(KEYS[2], (16 + 4 + 4 + 8 + 2, 16)))  # NumPy is never donated
+DECAY = 0.5
+OPTIMIZERS = {
+    "items": optax.chain(
+        scale_by_rowwise_rss(), optax.scale_by_learning_rate(optax.linear_schedule(0.3, 0.1, 4))
+    ),
+    "tags": optax.adagrad(0.3),
+    "users": optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(0.3)),
+    "cities": optax.adagrad(0.3),
+}
+
+
+def tables_on(mesh, whole=WHOLE):
+    num_rows = {name: len(table_VD) for name, table_VD in whole.items()}
+    layouts = {
+        "items": RowSharded(num_rows["items"], mesh),
+        "tags": Replicated(num_rows["tags"], mesh),
+        "users": DimSharded(num_rows["users"], mesh),
+        "cities": HotCold(num_rows["cities"], mesh, hot_ids=jnp.array([1, 4, 11])),
+    }
+    return Tables({name: Table(layout, OPTIMIZERS[name]) for name, layout in layouts.items()})
+
+
+def make_batch(seed):
+    """Histories of different lengths, several tags an event; in the batch of seed 1 nothing has a tag."""
+    rng = np.random.default_rng(seed)
+    walk = np.minimum(rng.zipf(1.2, (B, S + 1)), NUM_ITEMS)
+    is_real = np.arange(S) < rng.integers(1, S + 1, B)[:, None]
+    most_tags = 0 if seed == 1 else 3
+    tags = [
+        ragged([rng.integers(1, 40, rng.integers(0, most_tags + 1)) for _ in range(S)], S * 3)
+        for _ in range(B)
+    ]
+    return {
+        "items": np.where(is_real, walk[:, :-1], 0).astype(np.int32),
+        "targets": np.where(is_real, walk[:, 1:], 0).astype(np.int32),
+        "negatives": rng.integers(1, NUM_ITEMS + 1, (B, K), np.int32),
+        "tags": np.stack([ids for ids, _ in tags]),
+        "bags": np.stack([bags for _, bags in tags]),
+        "weights": rng.random((B, S * 3), np.float32),
+        "users": rng.integers(1, 2**31 - 1, B, np.int32),
+        "cities": rng.integers(1, NUM_CITIES + 1, B, np.int32),
+    }
+
+
+def ids_of(batch):
+    return {
+        "items": {name: batch[name] for name in ("items", "targets", "negatives")},
+        "tags": batch["tags"],
+        "users": USERS.rows(batch["users"]),
+        "cities": CITIES.rows(batch["cities"]),
+    }
+
+
+def loss_sum(params, rows, places, batch):
+    """(sum of the losses, number of targets). Of whole tables for rows and ids for places: the dense one."""
+    items = {name: rows["items"][place] for name, place in places["items"].items()}
+    tags_BND = rows["tags"][places["tags"]]
+    mean_BSD = jax.vmap(lambda rows, bags: bag(rows, bags, S, combine="mean"))(tags_BND, batch["bags"])
+    weighted_BSD = jax.vmap(lambda rows, bags, weights: bag(rows, bags, S, weights_N=weights))(
+        tags_BND, batch["bags"], batch["weights"]
+    )
+    context_BD = jnp.concatenate(
+        [
+            USERS.combine(rows["users"][places["users"]]),
+            CITIES.combine(rows["cities"][places["cities"]]),
+        ],
+        -1,
+    )
+    context_BSD = jnp.repeat(context_BD[:, None], S, axis=1)
+    x_BSD = jnp.concatenate([items["items"], mean_BSD, weighted_BSD, context_BSD], -1)
+    x_BSD = jnp.tanh(jnp.cumsum(x_BSD, axis=1) @ params)
+    target_BS = jnp.sum(x_BSD * items["targets"], -1)
+    negative_BSK = jnp.einsum("bsd,bkd->bsk", x_BSD, items["negatives"])
+    scores = jnp.concatenate([target_BS[..., None], negative_BSK], -1)
+    is_target = batch["targets"] > 0
+    losses = jnp.where(is_target, jax.nn.logsumexp(scores, -1) - target_BS, 0)
+    return jnp.sum(losses), jnp.sum(is_target)
+
+
+value_and_grad = jax.value_and_grad(loss_sum, argnums=(0, 1), has_aux=True)
+
+
+def make_step(tables, states, mesh, compiler_options=None):
+    """step((params, arrays, states), batch, max_norm) -> (state, (loss, norm, squares of clipped tables))."""
+
+    def step(state, batch, max_norm):
+        params, arrays, states = state
+        rows, places, touched, _ = tables.read(arrays, states, ids_of(batch))
+        sums, grads = value_and_grad(params, rows, places, batch)
+        (loss, num_targets), of_params = jax.lax.psum((sums, grads[0]), "data")
+        touched, of_tables = tables.sum_grads(touched, grads[1])
+        grads = jax.tree.map(lambda g: g / num_targets, (of_params, of_tables))
+        norm = jnp.sqrt(jnp.sum(grads[0] ** 2) + tables.sum_squares(touched, grads[1]))
+        grads = jax.tree.map(lambda g: g * jnp.minimum(1, max_norm / norm), grads)
+        arrays, states, squares = tables.update(arrays, states, touched, grads[1])
+        return (params - 0.3 * grads[0], arrays, states), (loss / num_targets, norm, squares)
+
+    state_specs = (P(), tables.specs, tables.state_specs(states))
+    in_specs, out_specs = (state_specs, P("data"), P()), (state_specs, P())
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    out_shardings = shardings(mesh, out_specs)
+    return jax.jit(mapped, donate_argnums=0, out_shardings=out_shardings, compiler_options=compiler_options)
+
+
+@jax.jit
+def dense_step(state, batch, max_norm):
+    params, whole, states = state
+    (loss, num_targets), grads = value_and_grad(params, whole, ids_of(batch), batch)
+    grads = jax.tree.map(lambda g: g / num_targets, grads)
+    norm = optax.tree.norm(grads)
+    grads = jax.tree.map(lambda g: g * jnp.minimum(1, max_norm / norm), grads)
+    updates = {}
+    for name, optimizer in OPTIMIZERS.items():
+        updates[name], states[name] = optimizer.update(grads[1][name], states[name], whole[name])
+    # The decay is of the touched rows, row 0 (padding) being one of them.
+    is_touched_V = jnp.zeros(64, bool).at[USERS.rows(batch["users"])].set(True).at[0].set(True)
+    updates["users"] = jnp.where(is_touched_V[:, None], updates["users"], 0)
+    state = (params - 0.3 * grads[0], optax.apply_updates(whole, updates), states)
+    return state, (loss / num_targets, norm, optax.tree.norm(grads[1], squared=True))
+
+
+@functools.cache
+def compiled_on(data, model):
+    mesh = make_mesh(MeshConfig(data=data, model=model))
+    tables = tables_on(mesh)
+    states = tables.init(tables.place(WHOLE))
+    faster_to_compile = {"xla_backend_optimization_level": 0}
+    return tables, make_step(tables, states, mesh, faster_to_compile)
+
+
+def run(data, model, max_norm=jnp.inf, batches=(0, 1, 2)):
+    """(params, tables in the order of ids) after the steps, and what each step returned."""
+    tables, step = compiled_on(data, model)
+    arrays = tables.place(WHOLE)
+    state = (replicate(PARAMS, make_mesh(MeshConfig(data=data, model=model))), arrays, tables.init(arrays))
+    metrics = []
+    for batch in batches:
+        batch = make_batch(batch) if isinstance(batch, int) else batch
+        state, out = step(state, batch, max_norm)
+        metrics.append([float(x) for x in out])
+    assert step._cache_size() == 1
+    return (state[0], tables.unplace(state[1])), metrics
+
+
+@functools.cache
+def run_dense(max_norm=jnp.inf):
+    state = (PARAMS, WHOLE, {name: OPTIMIZERS[name].init(table_VD) for name, table_VD in WHOLE.items()})
+    metrics = []
+    for seed in range(STEPS):
+        state, out = dense_step(state, make_batch(seed), max_norm)
+        metrics.append([float(x) for x in out])
+    return state[:2], metrics
+
+
+def assert_close(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), a, b)
+
+
+@pytest.mark.parametrize("data, model", MESHES)
+def test_tables_of_all_kinds_learn_what_dense_gradients_teach_them(data, model):
+    assert not make_batch(1)["tags"].any()  # a feature without any id
+    trained = run(data, model)
+    assert_close(trained, run_dense())
+    users = trained[0][1]["users"]
+    touched = np.union1d(0, [USERS.rows(make_batch(seed)["users"]) for seed in range(STEPS)])
+    resting = np.setdiff1d(np.arange(len(users)), touched)
+    assert 0 < len(resting) < len(users)
+    np.testing.assert_array_equal(users[resting], WHOLE["users"][resting])  # no decay either
+
+
+@pytest.mark.parametrize("data, model", MESHES)
+def test_clipping_is_by_the_norm_of_all_gradients(data, model):
+    limit = 0.1
+    clipped = run(data, model, limit)
+    assert min(norm for _, norm, _ in clipped[1]) > limit
+    assert_close(clipped, run_dense(limit))
+
+
+@pytest.mark.parametrize(
+    "name, bad",
+    [
+        ("items", -1),
+        ("targets", NUM_ITEMS + 1),
+        ("negatives", 2**30),
+        ("tags", -1),
+        ("cities", NUM_CITIES + 1),
+    ],
+)
+def test_an_id_beyond_its_table_shows_in_the_loss(name, bad):
+    batch = make_batch(0)
+    batch["bags"][0, 0] = 0
+    assert np.isfinite(run(2, 4, batches=[batch])[1]).all()
+    batch[name].reshape(B, -1)[0, 0] = bad
+    assert np.isnan(run(2, 4, batches=[batch])[1][0][0])
+
+
+def test_nothing_of_a_tables_size_is_made_or_sent():
+    mesh = make_mesh(MeshConfig(data=2, model=4))
+    whole = {name: jax.ShapeDtypeStruct((2**20, x.shape[1]), x.dtype) for name, x in WHOLE.items()}
+    tables = tables_on(mesh, whole)
+    arrays = jax.eval_shape(tables.place, whole)
+    states = jax.eval_shape(tables.init, arrays)
+    arrays, states = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        (arrays, states),
+        shardings(mesh, (tables.specs, tables.state_specs(states))),
+    )
+    step = make_step(tables, states, mesh)
+    compiled = step.lower((PARAMS, arrays, states), make_batch(0), jnp.inf).compile()
+
+    def bytes_of(tree):  # on one device
+        return sum(
+            np.prod(x.sharding.shard_shape(x.shape), dtype=int) * x.dtype.itemsize
+            for x in jax.tree.leaves(tree)
+        )
+
+    smallest = min(bytes_of(array) for array in arrays.values())
+    assert smallest > 2**20
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 0.1 * smallest
+    assert memory.alias_size_in_bytes >= bytes_of((arrays, states))
+    assert sum(collective_bytes(compiled.as_text(), mesh.size).values()) < 0.1 * smallest
+
+
+def test_a_new_key_starts_with_a_fresh_row_and_a_fresh_state():
+    mesh, rate = make_mesh(MeshConfig(data=2)), 0.5
+    layout = RowSharded(3, mesh)
+    optimizer = optax.chain(scale_by_rowwise_rss(), optax.scale(-rate))
+    tables = Tables({"users": Table(layout, optimizer)})
+    arrays = tables.place({"users": jnp.zeros((3, 4))})
+    states = tables.init(arrays)
+    specs = (tables.specs, tables.state_specs(states))
+
+    @functools.partial(jax.jit, out_shardings=shardings(mesh, specs))
+    def day(arrays, states, rows_B, new_U, key):
+        """Draws the new rows, then makes a step down the sum of all that the batch looks up."""
+        physical_U = layout.placement.to_physical(new_U)
+        users = reset_rows(
+            arrays["users"], states["users"], physical_U, key, nnx.initializers.normal(), optimizer
+        )
+
+        def step(arrays, states, rows_B):
+            rows, places, touched, _ = tables.read(arrays, states, {"users": rows_B})
+            grads = jax.grad(lambda rows: jnp.sum(rows["users"][places["users"]]))(rows)
+            return tables.update(arrays, states, *tables.sum_grads(touched, grads))[:2]
+
+        on_mesh = jax.shard_map(
+            step, mesh=mesh, in_specs=(*specs, P("data")), out_specs=specs, check_vma=False
+        )
+        return on_mesh({"users": users[0]}, {"users": users[1]}, rows_B)
+
+    def new_rows():  # of a fixed number; -1 is no row
+        rows = vocabulary.take_new_rows()
+        return np.pad(rows, (0, 2 - len(rows)), constant_values=-1)
+
+    def drawn(key):
+        return np.asarray(nnx.initializers.normal()(key, (2, 4)))
+
+    vocabulary, keys = DynamicVocabulary(3, evict_after=1), jax.random.split(jax.random.key(0))
+    rows_B = vocabulary.rows_of(["ann", "bob"], time=0)
+    assert rows_B.tolist() == [1, 2]
+    arrays, states = day(arrays, states, rows_B, new_rows(), keys[0])
+    after = tables.unplace(arrays)["users"]
+    np.testing.assert_allclose(after[1:], drawn(keys[0]) - rate, rtol=1e-5)
+
+    saved = json.dumps(vocabulary.state_dict())
+    vocabulary = DynamicVocabulary.from_state_dict(json.loads(saved))
+    assert vocabulary.lookup(["bob", "ann", "cleo"]).tolist() == [2, 1, 0]
+    rows_B = vocabulary.rows_of(["cleo", "bob"], time=2)
+    assert rows_B.tolist() == [1, 2]  # that of ann, who was not seen for 2 days
+    arrays, states = day(arrays, states, rows_B, new_rows(), keys[1])
+    before, after = after, tables.unplace(arrays)["users"]
+    np.testing.assert_allclose(after[1], drawn(keys[1])[0] - rate, rtol=1e-5)  # a first step
+    np.testing.assert_allclose(after[2], before[2] - rate / np.sqrt(2), rtol=1e-5)  # a second step
+    sums = layout.placement.unplace(states["users"][0].sum_V)
+    np.testing.assert_allclose(sums[1:], [1, 2], rtol=1e-6)
+    np.testing.assert_array_equal(after[0], 0)
+
+
+def test_mistakes():
+    mesh = make_mesh(MeshConfig(data=2))
+    tables = tables_on(mesh)
+    with pytest.raises(ValueError, match="39 rows must have num_rows=40"):
+        tables.place(WHOLE | {"tags": WHOLE["tags"][1:]})
+    with pytest.raises(ValueError, match=r"ids of \['item_tags', 'items'\] must be of all tables"):
+        tables.read({}, {}, {"items": jnp.zeros(1, jnp.int32), "item_tags": jnp.zeros(1, jnp.int32)})
+    for ids in (jnp.zeros(1), {}):
+        with pytest.raises(ValueError, match=r"ids\['items'\] must be int32"):
+            tables.read({}, {}, dict.fromkeys(WHOLE, ids))
+    other = make_mesh(MeshConfig(data=4))
+    with pytest.raises(ValueError, match="one mesh"):
+        Tables(tables.tables | {"tags": Table(Replicated(40, other), OPTIMIZERS["tags"])})
+    with pytest.raises(ValueError, match=r"tables=\[\] must be at least one"):
+        Tables({})
