@@ -116,8 +116,8 @@ def loss_sum(
 def sharded_softmax_sum(x_BSD, table_vD, real_v, batch) -> tuple:
     """The same for "softmax" where the rows of the table are spread over a mesh, inside a shard_map.
 
-    table_vD: the rows of this device; real_v: bool[v], those that are items. batch: targets (0 = padding), and
-    target_rows, their rows in the whole array.
+    table_vD: the rows of this device; real_v: bool[v], those that are items. batch: targets (0 = padding),
+    and target_rows, their rows in the whole array.
     """
     weights_T = (batch["targets"] > 0).reshape(-1).astype(jnp.float32)
     flat = x_BSD.reshape(-1, x_BSD.shape[-1])

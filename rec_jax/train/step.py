@@ -80,9 +80,9 @@ def make_train_step(
     number of devices nor of micro-steps changes the result but for rounding. On a CPU small micro-batches
     stay in cache. All randomness follows from (seed, state.step, row of the batch).
 
-    clip_norm: global norm that the gradient is scaled down to; 0 = off. item_table: reads and updates the table
-    of items, and `optimizer` the other parameters only. specs: see `state_specs`. reduce: the type in which
-    gradients are summed over devices.
+    clip_norm: global norm that the gradient is scaled down to; 0 = off. item_table: reads and updates the
+    table of items, and `optimizer` the other parameters only. specs: see `state_specs`. reduce: the type in
+    which gradients are summed over devices.
 
     metrics: {"loss": (sum, tokens), "grad_norm": (norm, 1), "tokens": (tokens, 1)} of f32 scalars; with an
     item_table also "table_rounds": (rounds, 1), more than 1 where ids exceeded the capacity of an exchange.
@@ -233,7 +233,8 @@ def lookups(loss_config: LossConfig, sampler, step_seed, batch, shared):
 
 
 def make_catch_up(item_table: ItemTable | None, mesh: Mesh, state_spec: TrainState):
-    """state -> state with every row of the table as an evaluation should see it; None if rows miss nothing."""
+    """state -> state with every row of the table as an evaluation should see it; None if rows miss
+    nothing."""
     if item_table is None or getattr(item_table.optimizer, "missed", None) is None:
         return None
 
