@@ -89,7 +89,9 @@ def _layer_norm(layer, x):
 def _attention(layer, q_in, memory, causal_SS, num_heads):
     batch, length, width = q_in.shape
     q = _dense(layer["query"], q_in).reshape(batch, length, num_heads, -1)
-    kv = _dense(layer["key_value"], memory).reshape(batch, length, 2, num_heads, -1)
+    kernel, bias = layer["key_value"]["kernel"], layer["key_value"]["bias"]  # [D, 2, D], [2, D]
+    kv = memory @ kernel.reshape(len(kernel), -1) + bias.reshape(-1)
+    kv = kv.reshape(batch, length, 2, num_heads, -1)
     k, v = kv[:, :, 0], kv[:, :, 1]
     logits = jnp.einsum("bqnh,bknh->bnqk", q, k) / (width // num_heads) ** 0.5
     weights = jax.nn.softmax(jnp.where(causal_SS, logits, -jnp.inf), axis=-1)

@@ -78,12 +78,12 @@ def test_bytes_of_collectives_by_hand():
 
 
 def test_the_exchange_sends_a_quarter_of_plain_indexing_and_reads_the_same(monkeypatch):
-    monkeypatch.setattr(sharding, "NUM_ROWS", 5000)
-    monkeypatch.setattr(sharding, "NUM_LOOKUPS", 1024)
+    monkeypatch.setattr(sharding, "NUM_ROWS", 50_000)
+    monkeypatch.setattr(sharding, "NUM_LOOKUPS", 4096)
     figures = sharding.measure_sharding(repeats=1)
     assert figures["ours"]["gather_bytes_over_this"] > 4
     assert "all-gather" not in figures["ours"]["bytes_by_kind"]
-    assert figures["gather"]["bytes_by_kind"]["all-reduce"] >= 1024 * 64 * 4
+    assert figures["gather"]["bytes_by_kind"]["all-reduce"] >= 4096 * 64 * 4
 
 
 def test_interleaved_takes_turns_after_a_call_for_compilation():
