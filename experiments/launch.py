@@ -20,7 +20,7 @@ def launch(main) -> None:
     """Runs `main(argv)` with all CPU cores, little chatter, and errors as one line.
 
     A mistake of the user's is a ValueError that says what to do, so it is shown without a traceback,
-    unless REC_JAX_TRACEBACK is set.
+    unless REC_JAX_TRACEBACK is set. Of several processes only the first prints to stdout.
     """
 
     def guarded(argv):
@@ -36,26 +36,16 @@ def launch(main) -> None:
             if jax.distributed.is_initialized() and not processes.is_first():
                 sys.stdout = open(os.devnull, "w")
             main()
-        except (ValueError, OSError, FloatingPointError, SaveError) as error:
-            if "REC_JAX_TRACEBACK" in os.environ:
-                _end_with_traceback()
-            _end(f"error: {error}")
-        except (Exception, KeyboardInterrupt):
-            _end_with_traceback()
+        except (Exception, KeyboardInterrupt) as error:
+            is_mistake = isinstance(error, (ValueError, OSError, FloatingPointError, SaveError))
+            text = f"error: {error}" if is_mistake and "REC_JAX_TRACEBACK" not in os.environ else ""
+            if jax.distributed.is_initialized():
+                # The others wait for this one: it must not wait for them, as JAX would at exit.
+                print(text or traceback.format_exc(), file=sys.stderr, flush=True)
+                sys.stdout.flush()
+                os._exit(1)
+            if not text:
+                raise
+            sys.exit(text)
 
     app.run(guarded)
-
-
-def _end(text: str) -> None:
-    """Ends a failed process. One of several leaves without waiting for the others, which wait for it."""
-    if not jax.distributed.is_initialized():
-        sys.exit(text)
-    print(text, file=sys.stderr, flush=True)
-    os._exit(1)
-
-
-def _end_with_traceback() -> None:
-    if not jax.distributed.is_initialized():
-        raise
-    _end(traceback.format_exc())
-

@@ -21,7 +21,7 @@ class MeshConfig:
     data: int = 0  # devices that share a batch; 0 = all there are, divided by `model`
     model: int = 1  # devices that share the heads, channels and tables, and see the same part of a batch
     fully_sharded: bool = False  # split parameters and optimizer over "data" too; gathered for each step
-    reduce: Literal["f32", "bf16"] = "f32"  # in which gradients are sent and summed over "data"
+    reduce: Literal["f32", "bf16"] = "f32"  # of gradients, but those of tables, sent over "data"
 
     def __post_init__(self):
         if self.data < 0:
@@ -56,9 +56,9 @@ def make_mesh(config: MeshConfig) -> Mesh:
     num_processes, num_local = jax.process_count(), jax.local_device_count()
     if num_processes > 1 and (num_local % model or data * model != num_processes * num_local):
         raise ValueError(
-            f"mesh.data={data} times mesh.model={model} but there are {num_processes} processes, this one with "
-            f"{num_local} of {len(devices)} devices: give each process as many, a multiple of mesh.model, and "
-            "leave mesh.data at 0 to use them all"
+            f"mesh.data={data} times mesh.model={model} but this is one of {num_processes} processes, with "
+            f"{num_local} of {len(devices)} devices: give each process the same number, a multiple of "
+            "mesh.model, and leave mesh.data at 0 to use them all"
         )
     return Mesh(np.array(devices[: data * model]).reshape(data, model), ("data", "model"))
 

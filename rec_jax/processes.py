@@ -1,8 +1,8 @@
 """Several processes of one run: how they find each other, take turns and agree. Free where there is only one.
 
-They share a file system. Process 0 prints and writes for all; all compute the same, each feeding its own devices.
-A process that fails does not wait for the others. They fail too: when they next need it, if its connections
-break with it (CPU), at once if it was process 0, and else after 100 s without a sign of life.
+They share a file system. Process 0 prints and writes for all; all compute the same, each feeding its devices.
+A process that fails leaves without waiting for the others. JAX ends these with a message of its own: at once
+if process 0 has failed, and else, at the latest, when a process has given no sign of life for 100 s.
 """
 
 import contextlib
@@ -26,44 +26,49 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
     missing, nothing happens.
 
     Args:
-      coordinator: HOST:PORT where process 0 is to listen; "auto" on a cluster that JAX detects, instead of all
-        three.
+      coordinator: HOST:PORT where process 0 is to listen; or "auto" alone, on a cluster that JAX detects.
     """
+    # Its handler would swallow a SIGTERM that comes before the training, which has one of its own.
+    jax.config.update("jax_enable_preemption_service", False)
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if coordinator != "auto":
-        num_processes = _from_environment("JAX_NUM_PROCESSES", num_processes)
-        process_id = _from_environment("JAX_PROCESS_ID", process_id)
-    given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
+    if coordinator == "auto":
+        return _connect_detected(num_processes, process_id)
+    given = {
+        "--coordinator": coordinator,
+        "--num_processes": _from_environment("JAX_NUM_PROCESSES", num_processes),
+        "--process_id": _from_environment("JAX_PROCESS_ID", process_id),
+    }
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == 3:
         return
-    # Its handler of SIGTERM would swallow those before the training; the loop has one of its own.
-    jax.config.update("jax_enable_preemption_service", False)
-    if coordinator == "auto":
-        if len(missing) < 2:
-            raise ValueError("--coordinator=auto asks JAX for all: leave out --num_processes and --process_id")
-        try:
-            jax.distributed.initialize()
-        except ValueError as error:
-            raise ValueError(
-                f"--coordinator=auto, but JAX detects no cluster here ({error}): give --coordinator=HOST:PORT, "
-                "--num_processes and --process_id"
-            ) from error
-        return
     if missing:
         raise ValueError(
-            f"{' and '.join(missing)} missing: --coordinator, --num_processes and --process_id (or "
-            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID) go together; give all three or none"
+            f"{' and '.join(missing)} missing: --coordinator, --num_processes and --process_id go together "
+            "(in the environment JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID): give all "
+            "three or none"
         )
+    coordinator, num_processes, process_id = given.values()
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
         raise ValueError(f"--coordinator={coordinator} must be HOST:PORT of process 0, or auto")
     if not 0 <= process_id < num_processes:
         raise ValueError(
-            f"--process_id={process_id} with --num_processes={num_processes}: processes are counted from 0 to "
-            f"num_processes - 1"
+            f"--process_id={process_id} with --num_processes={num_processes}: processes count from 0 to "
+            "num_processes - 1"
         )
     jax.distributed.initialize(coordinator, num_processes, process_id)
+
+
+def _connect_detected(num_processes: int | None, process_id: int | None) -> None:
+    if num_processes is not None or process_id is not None:
+        raise ValueError("--coordinator=auto finds out all: leave out --num_processes and --process_id")
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        raise ValueError(
+            f"--coordinator=auto, but JAX detects no cluster here ({error}): give --coordinator=HOST:PORT, "
+            "--num_processes and --process_id"
+        ) from error
 
 
 def _from_environment(name: str, value: int | None) -> int | None:

@@ -35,3 +35,12 @@ def test_mistakes_name_the_way_out():
         make_mesh(MeshConfig(data=9))
     with pytest.raises(ValueError, match="6 rows.*4 devices.*batch_rows"):
         place_batch({"items": np.zeros((6, 2), np.int32)}, make_mesh(MeshConfig(data=4)))
+
+
+def test_processes_have_whole_rows_of_the_mesh_and_use_all_devices(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 4)
+    assert make_mesh(MeshConfig(model=4)).shape == {"data": 2, "model": 4}
+    for config in (MeshConfig(data=4), MeshConfig(model=8)):
+        with pytest.raises(ValueError, match="one of 2 processes, with 4 of 8 devices.*mesh.data at 0"):
+            make_mesh(config)

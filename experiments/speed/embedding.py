@@ -9,7 +9,14 @@ import optax
 import tqdm
 
 from experiments.speed.timing import interleaved
-from rec_jax.nn.sparse import catch_up_adam, dedupe, gather_rows, scale_by_rowwise_rss, update_rows
+from rec_jax.nn.sparse import (
+    catch_up_adam,
+    find_rows,
+    gather_rows,
+    host_dedupe,
+    scale_by_rowwise_rss,
+    update_rows,
+)
 
 NUM_ROWS, DIMS = (100_000, 1_000_000, 4_000_000, 10_000_000), (64, 128)
 NUM_LOOKUPS = 25_600
@@ -60,7 +67,7 @@ def _dense_step(optimizer, table_VD, state, ids_N, grads_ND):
 
 
 def _touched_step(optimizer, table_VD, state, ids_N, grads_ND):
-    return _deduped_step(optimizer, table_VD, state, dedupe(ids_N, table_VD.shape[0]), grads_ND)
+    return _deduped_step(optimizer, table_VD, state, find_rows(ids_N, table_VD.shape[0]), grads_ND)
 
 
 def _deduped_step(optimizer, table_VD, state, touched, grads_ND):
@@ -88,7 +95,7 @@ def _measure(num_rows: int, dim: int, repeats: int, copy_gbytes: float) -> dict:
         return figures | {"left_out": f"{3 * table_bytes / 2**30:.0f} GiB of table and moments"}
     arrays = _Arrays(num_rows, dim)
     for name, (optimizer, _, finder) in methods.items():
-        ids = dedupe(ids_N, num_rows) if finder == "host" else ids_N
+        ids = host_dedupe(np.asarray(ids_N), num_rows) if finder == "host" else ids_N
         step = jax.jit(partial(_STEPS[finder], optimizer), donate_argnums=(0, 1))
         compiled = step.lower(*arrays.take(optimizer), ids, grads_ND).compile()
         figures[f"{name}_temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes

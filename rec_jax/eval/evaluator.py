@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rec_jax.data.histories import Examples, examples
@@ -103,7 +104,7 @@ def _rank(scores_BV, targets_B, seen_rows_P, seen_items_P, *, top_k, filter_seen
 
 @partial(jax.jit, static_argnames=("top_k", "filter_seen"))
 def _rank_spread(spread: SpreadScores, targets_B, seen_rows_P, seen_items_P, *, top_k, filter_seen):
-    """The same where each device has the scores of some items: what travels is counts and the best of each."""
+    """The same where each device has the scores of some items: counts and the best of each travel."""
     placement = spread.placement
 
     def part(scores_Bv, target_B, seen_rows_P, seen_P):
@@ -135,12 +136,15 @@ def _rank_spread(spread: SpreadScores, targets_B, seen_rows_P, seen_items_P, *, 
 
 @jax.jit
 def _rank_sampled(scores, targets_B, negatives_BK):
+    mesh = None
     if isinstance(scores, SpreadScores):
         targets_B, negatives_BK = (scores.placement.to_physical(x) for x in (targets_B, negatives_BK))
-        scores = scores.scores_BV
+        scores, mesh = scores.scores_BV, scores.mesh
     rows_B = jnp.arange(scores.shape[0])[:, None]
-    target_B1 = scores[rows_B, targets_B[:, None]]
-    sampled_BK = scores[rows_B, negatives_BK]
+    chosen_BK = scores[rows_B, jnp.concatenate([targets_B[:, None], negatives_BK], axis=1)]
+    if mesh is not None:  # every process is to read the counts
+        chosen_BK = jax.lax.with_sharding_constraint(chosen_BK, NamedSharding(mesh, P()))
+    target_B1, sampled_BK = chosen_BK[:, :1], chosen_BK[:, 1:]
     return jnp.sum(sampled_BK > target_B1, -1), 1 + jnp.sum(sampled_BK == target_B1, -1)
 
 

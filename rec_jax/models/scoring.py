@@ -41,9 +41,9 @@ def _spread_scores(table_VD, x_BD, sharding):
 class SequenceScorer:
     """`score_fn(users, ends)` over the histories of a data set, or over one given history.
 
-    Histories are packed into rows like those of training, split over the mesh axis "data". layout: of the table
-    of items, if it is not a parameter like any other. Spread rows stay where they are, and so do their scores.
-    Several processes must all ask for the same.
+    Histories are packed into rows like those of training, split over the mesh axis "data". layout: of the
+    table of items, if it is not a parameter like any other. Spread rows stay where they are, and so do their
+    scores. Several processes must all ask for the same.
     """
 
     def __init__(self, model: Model, params, histories, max_len: int, mesh: Mesh, layout=None):
@@ -76,7 +76,9 @@ class SequenceScorer:
         if items.size == 0:
             raise ValueError("the history is empty: a sequence model needs at least one item")
         scores = self._score(items, np.array([items.size]), np.array([items.size]))
-        return (scores.in_order() if isinstance(scores, SpreadScores) else scores)[0]
+        if isinstance(scores, SpreadScores):
+            scores = jax.jit(SpreadScores.in_order, out_shardings=self._whole)(scores)
+        return scores[0]
 
     def _score(self, items, ends, lengths):
         """Encodes packed rows in blocks of one fixed shape, then scores the last token of each history."""

@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 
 from rec_jax.nn import sharded
 from rec_jax.nn.sharded import AXES, NUM_GROUPS, Placement
-from rec_jax.nn.sparse import Touched, dedupe, gather_rows, host_dedupe, is_rows, read_rows, update_rows
+from rec_jax.nn.sparse import Touched, find_rows, gather_rows, host_dedupe, is_rows, read_rows, update_rows
 
 
 class Read(NamedTuple):
@@ -83,7 +83,7 @@ class Replicated:
 
     def read(self, optimizer, table_VD, state, ids_N, touched: Touched | None = None) -> Read:
         """touched: from `host_dedupe`, where the host has done it."""
-        touched = dedupe(ids_N, self.num_rows) if touched is None else touched
+        touched = find_rows(ids_N, self.num_rows) if touched is None else touched
         rows_UD = read_rows(optimizer, table_VD, state, touched.rows_U)
         return Read(rows_UD, touched.place_N, touched.rows_U, jnp.ones((), jnp.int32))
 
@@ -98,7 +98,7 @@ class Replicated:
         rows_N = jax.lax.all_gather(rows_U, "data", tiled=True)
         grads_ND = jax.lax.all_gather(grads_UD, "data", tiled=True)
         # The free places of all devices become one and the same id that is no row.
-        touched = dedupe(jnp.minimum(rows_N, self.num_rows), self.num_rows)
+        touched = find_rows(jnp.minimum(rows_N, self.num_rows), self.num_rows)
         return touched.rows_U, jnp.zeros_like(grads_ND).at[touched.place_N].add(grads_ND)
 
     def sum_squares(self, rows_U, grads_UD) -> jax.Array:
@@ -237,7 +237,8 @@ class HotCold(RowSharded):
             name: part[1] for name, part in parts.items()
         }
 
-    def read(self, optimizer, arrays, state, ids_N) -> Read:
+    def read(self, optimizer, arrays, state, ids_N, touched: None = None) -> Read:
+        """Its rows are not deduped on the host."""
         num_hot = len(self.hot_ids)
         index_N = jnp.clip(jnp.searchsorted(self.hot_ids, ids_N), 0, num_hot - 1).astype(jnp.int32)
         is_hot_N = self.hot_ids[index_N] == ids_N

@@ -15,7 +15,16 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
-from rec_jax.nn.sparse import Touched, add_rows, dedupe, gather_rows, is_rows, read_rows, update_rows
+from rec_jax.nn.sparse import (
+    Touched,
+    add_rows,
+    dedupe,
+    find_rows,
+    gather_rows,
+    is_rows,
+    read_rows,
+    update_rows,
+)
 
 AXES = ("model", "data")  # of a table's rows, in this order
 NUM_GROUPS = 1024  # a mesh must divide it
@@ -167,7 +176,7 @@ def _sum_by_owner(rows_U, grads_UD, local_rows: int, capacity: int, carry, use):
 
     def one_round(carry, place_EC, asked_EC):
         grads_ECD = _swap(grads_UD.at[place_EC].get(mode="fill", fill_value=0))
-        touched = dedupe(asked_EC.reshape(-1), local_rows)
+        touched = find_rows(asked_EC.reshape(-1), local_rows)
         zeros_MD = jnp.zeros((asked_EC.size, dim), grads_UD.dtype)
         return use(carry, touched.rows_U, zeros_MD.at[touched.place_N].add(grads_ECD.reshape(-1, dim)))
 

@@ -1,13 +1,13 @@
 """Updates of a table that touch only the rows a batch has read.
 
-    touched = dedupe(ids_N, num_rows)                      distinct ids, sorted
+    touched = find_rows(ids_N, num_rows)                   distinct ids
     rows_UD = gather_rows(table_VD, touched.rows_U)        what the model sees instead of the table
     rows_UD[touched.place_N]                               the lookup
     table_VD, state = update_rows(optimizer, table_VD, state, touched.rows_U, rows_UD, grads_UD)
 
 Any optax transformation that works element by element or row by row will do: its state is gathered with the
-rows, updated and written back once, sorted and without duplicates, so that a donated table is changed in
-place. Cost follows the number of touched rows, not that of the table.
+rows, updated and written back once, without duplicates (and sorted but on a CPU), so that a donated table is
+changed in place. Cost follows the number of touched rows, not that of the table.
 
 SGD and Adagrad are thereby exactly what they are with dense gradients. Adam is not: a dense Adam goes on
 moving a row by its old momentum while nothing touches it. `optax.adam` used here is "lazy Adam": the
@@ -23,11 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rec_jax.hashing import mix
+
 
 class Touched(NamedTuple):
     """Distinct ids, and where each of N ids is among them."""
 
-    rows_U: jax.Array  # int32[U], U = N: sorted, distinct; free places hold ids beyond the table
+    rows_U: jax.Array  # int32[U], U = N: distinct; free places hold ids beyond the table
     place_N: jax.Array  # int32[N]: rows_U[place_N] == ids_N
 
     def count(self, num_rows: int) -> jax.Array:
@@ -35,11 +37,22 @@ class Touched(NamedTuple):
         return jnp.sum(self.rows_U < num_rows, dtype=jnp.int32)
 
 
-def dedupe(ids_N: jax.Array, num_rows: int) -> Touched:
-    """ids_N: int32[N]. One outside [0, num_rows) reads as a row of NaN, so that the loss shows it.
+def find_rows(ids_N: jax.Array, num_rows: int) -> Touched:
+    """Distinct ids in whatever order is fastest: of their occurrence on a CPU, else sorted, for sorted
+    writes.
 
-    Sorting and searching is 3.5 times faster on a CPU than `jnp.unique`, which sorts pairs.
+    ids_N: int32[N]. One outside [0, num_rows) reads as a row of NaN, so that the loss shows it.
     """
+    return dedupe_by_hash(ids_N, num_rows) if _is_cpu() else dedupe(ids_N, num_rows)
+
+
+def _is_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def dedupe(ids_N: jax.Array, num_rows: int) -> Touched:
+    """Distinct ids, sorted. Sorting and searching is 3.5 times faster on a CPU than `jnp.unique`, which sorts
+    pairs."""
     bad = num_rows
     ids_N = jnp.where((ids_N < 0) | (ids_N > num_rows), bad, ids_N).astype(jnp.int32)
     sorted_N = jnp.sort(ids_N)
@@ -47,6 +60,33 @@ def dedupe(ids_N: jax.Array, num_rows: int) -> Touched:
     free_U = bad + 1 + jnp.arange(ids_N.size, dtype=jnp.int32)
     rows_U = free_U.at[jnp.cumsum(is_first_N) - 1].set(sorted_N)
     return Touched(rows_U, jnp.searchsorted(rows_U, ids_N).astype(jnp.int32))
+
+
+def dedupe_by_hash(ids_N: jax.Array, num_rows: int) -> Touched:
+    """Distinct ids, each in the place of its first occurrence; on a CPU in a third of the time of a sort.
+
+    All ids of a slot of a hash table learn who was first there; those who find another id than their own try
+    again under another hash. Each round settles one id a slot at least.
+    """
+    size = ids_N.size
+    ids_N = jnp.where((ids_N < 0) | (ids_N > num_rows), num_rows, ids_N).astype(jnp.int32)
+    own_N = jnp.arange(size, dtype=jnp.int32)
+    bits = max(1, (4 * size - 1).bit_length())
+
+    def one_round(state):
+        place_N, count = state
+        slot_N = (mix(ids_N, mix(count)) >> (32 - bits)).astype(jnp.int32)
+        slot_N = jnp.where(place_N == size, slot_N, 2**bits)  # who is settled takes no part
+        first = jnp.full(2**bits, size, jnp.int32).at[slot_N].min(own_N, mode="drop")
+        first_N = jnp.minimum(first.at[slot_N].get(mode="clip"), size - 1)
+        is_mine_N = (place_N == size) & (ids_N[first_N] == ids_N)
+        return jnp.where(is_mine_N, first_N, place_N), count + 1
+
+    def is_open(state):
+        return jnp.any(state[0] == size)
+
+    place_N, _ = jax.lax.while_loop(is_open, one_round, (jnp.full(size, size, jnp.int32), jnp.uint32(0)))
+    return Touched(jnp.where(place_N == own_N, ids_N, num_rows + 1 + own_N), place_N)
 
 
 def host_dedupe(ids_N: np.ndarray, num_rows: int) -> Touched:
@@ -79,14 +119,14 @@ def gather_rows(table_VD: jax.Array, rows_U: jax.Array) -> jax.Array:
 def write_rows(table_VX: jax.Array, rows_U: jax.Array, rows_UX: jax.Array) -> jax.Array:
     """The table with those rows replaced; places beyond the table are dropped."""
     return table_VX.at[rows_U].set(
-        rows_UX.astype(table_VX.dtype), mode="drop", indices_are_sorted=True, unique_indices=True
+        rows_UX.astype(table_VX.dtype), mode="drop", indices_are_sorted=not _is_cpu(), unique_indices=True
     )
 
 
 def add_rows(table_VD: jax.Array, rows_U: jax.Array, updates_UD: jax.Array) -> jax.Array:
     """The table with the updates added to those rows; places beyond the table are dropped."""
     return table_VD.at[rows_U].add(
-        updates_UD.astype(table_VD.dtype), mode="drop", indices_are_sorted=True, unique_indices=True
+        updates_UD.astype(table_VD.dtype), mode="drop", indices_are_sorted=not _is_cpu(), unique_indices=True
     )
 
 

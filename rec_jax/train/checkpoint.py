@@ -33,8 +33,8 @@ from rec_jax import processes
 _NUM_BEST = 2
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_DISK_TEXTS = ("No space left", "File too large", "quota exceeded", "RESOURCE_EXHAUSTED")
-# Keys of a run that may change between its sessions: they steer when it stops, what it writes down and how its
-# work is divided, not what a step computes (but for rounding).
+# Keys of a run that may change between its sessions: they steer when it stops, what it writes down and how
+# its work is divided, not what a step computes (but for rounding).
 _FREE_KEYS = (
     ".epochs",
     ".patience",
@@ -178,9 +178,10 @@ def restore(directory, state, run_info: dict) -> Restored | None:
             _say(str(error))
             reasons[path] = str(error)
             continue
-        with processes.first_before_others():
-            for damaged in reasons if processes.is_first() else ():
+        for damaged in reasons:
+            if processes.is_first():
                 _set_aside(damaged, directory)
+            processes.wait_for_all()
         if reasons:
             step = restored.record["step"]
             _say(f"falling back to the last good checkpoint, step {step} ({path})")

@@ -134,8 +134,8 @@ def fit(
 ) -> FitResult:
     """Trains until the last epoch or until validation stops improving; resumes what it finds.
 
-    On SIGTERM (or one Ctrl-C) it finishes the step, saves and raises SystemExit, with code 0 (130). Of several
-    processes, when one is told to stop all do, after the next step that is logged.
+    On SIGTERM (or one Ctrl-C) it finishes the step, saves and raises SystemExit, with code 0 (130). If one
+    of several processes is told to stop, all do, after the next step that is logged.
 
     Args:
       state: a registered dataclass with `step` (int32 scalar) and `params`; donated.

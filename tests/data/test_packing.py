@@ -139,7 +139,8 @@ def test_the_iterator_goes_on_where_its_state_was_taken():
 
 
 def test_devices_get_equal_work():
-    """Every device has as many rows of one length; their real tokens differ by hardly more than an empty row."""
+    """Every device has as many rows of one length; their real tokens differ by hardly more than an empty
+    row."""
     histories, split = make_data(np.random.default_rng(0).integers(5, 32, 2000))
     source = BatchSource(histories, split, max_len=20, batch_rows=16, epochs=1, seed=0)
     for step in range(len(source)):

@@ -9,7 +9,9 @@ import pytest
 from rec_jax.nn.sparse import (
     catch_up_adam,
     dedupe,
+    dedupe_by_hash,
     gather_rows,
+    host_dedupe,
     read_rows,
     scale_by_rowwise_rss,
     update_rows,
@@ -38,6 +40,33 @@ def test_distinct_ids_and_their_places(ids):
     np.testing.assert_array_equal(touched.rows_U[:count], expected)
     np.testing.assert_array_equal(touched.place_N, place)
     assert (np.diff(touched.rows_U) > 0).all() and (np.asarray(touched.rows_U[count:]) > V).all()
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [3],
+        [7] * 50,
+        RNG.integers(0, 10**6, 3000),
+        RNG.permutation(3000),
+        np.arange(3000) * 2**18,
+        np.minimum(RNG.zipf(1.2, 3000), 10**6),
+        [0, 2, 0, -1, 10**6, 2, 10**6 + 5],
+    ],
+    ids=["one", "the same", "uniform", "distinct", "high bits", "zipf", "bad ones"],
+)
+def test_hashing_finds_the_distinct_ids_that_sorting_does(ids):
+    num_rows = 10**6
+    by_sort, by_hash, on_host = (
+        jax.tree.map(np.asarray, find(np.asarray(ids, np.int32), num_rows))
+        for find in (dedupe, jax.jit(dedupe_by_hash, static_argnums=1), host_dedupe)
+    )
+    np.testing.assert_array_equal(by_hash.rows_U[by_hash.place_N], by_sort.rows_U[by_sort.place_N])
+    np.testing.assert_array_equal(
+        np.sort(by_hash.rows_U[by_hash.rows_U <= num_rows]), by_sort.rows_U[by_sort.rows_U <= num_rows]
+    )
+    assert len(np.unique(by_hash.rows_U)) == len(ids)
+    np.testing.assert_array_equal(on_host, by_sort)
 
 
 @pytest.mark.parametrize("bad", [-1, V, V + 3, -V, 2**31 - 1, -(2**31)])
