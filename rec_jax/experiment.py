@@ -85,10 +85,9 @@ class Program:
     """
 
     def __init__(self, config: ExperimentConfig, num_items: int, mesh, total_steps: int, item_counts):
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self._item_counts = config, mesh, item_counts
         self._build = model_builder(config, num_items)
         self.model = define_model(self._build)
-        self.sampler = make_sampler(config.loss.sampler, item_counts)
         self.layout_costs = plan_layouts(config, num_items, mesh)
         self.layout = choose_layout(config.table, self.layout_costs)
         table = dataclasses.replace(config.table, layout=self.layout)
@@ -100,14 +99,18 @@ class Program:
         self.specs = partition(dense, split, mesh, fully_sharded=config.mesh.fully_sharded)
         self.state_specs = state_specs(abstract, self.optimizer, self.specs, self.item_table)
 
+    @functools.cached_property
+    def sampler(self):  # made only where it is used: its tables take seconds for millions of items
+        return make_sampler(self.config.loss.sampler, self._item_counts)
+
     def init_state(self) -> TrainState:
         params = init_model(self._build, self.config.seed)[1]
         return init_state(params, self.optimizer, self.mesh, self.item_table, self.specs)
 
     def abstract_state(self) -> TrainState:
         """Shapes and shardings of a state; computes nothing."""
-        whole_mesh = partial(init_state, mesh=self.mesh, item_table=self.item_table, specs=self.specs)
-        state = jax.eval_shape(lambda params: whole_mesh(params, self.optimizer), self.model.abstract_params)
+        make = partial(init_state, mesh=self.mesh, item_table=self.item_table, specs=self.specs)
+        state = jax.eval_shape(lambda params: make(params, self.optimizer), self.model.abstract_params)
         return jax.tree.map(_laid, state, shardings(self.mesh, self.state_specs))
 
     def abstract_params(self):
