@@ -1,0 +1,102 @@
+"""Steps of a small model on any mesh, for the tests of steps."""
+
+import functools
+
+import jax
+import numpy as np
+
+from rec_jax.data.datasets import DataConfig
+from rec_jax.experiment import ExperimentConfig, Program, model_builder
+from rec_jax.mesh import MeshConfig, make_mesh, place_batch
+from rec_jax.models.base import get_table, init_model, with_table
+from rec_jax.models.sasrec import SASRecConfig
+from rec_jax.train.loop import TrainConfig
+from rec_jax.train.losses import LossConfig
+from rec_jax.train.optim import OptimConfig
+from rec_jax.train.step import init_state
+from rec_jax.train.tables import TableConfig
+
+NUM_ITEMS, ROWS, LENGTH = 40, 8, 12
+
+
+def make_batch(seed=0, rows=ROWS):
+    """Packed rows of several segments, some with padding behind, one all padding."""
+    rng = np.random.default_rng(seed)
+    batch = {n: np.zeros((rows, LENGTH), np.int32) for n in ("items", "targets", "segments", "positions")}
+    for row in range(rows - 1):
+        at, segment = 0, 1
+        while at < LENGTH - 2:
+            length = int(rng.integers(1, LENGTH - at))
+            inside = slice(at, at + length)
+            walk = rng.integers(1, NUM_ITEMS + 1, length + 1)
+            batch["items"][row, inside], batch["targets"][row, inside] = walk[:-1], walk[1:]
+            batch["segments"][row, inside], batch["positions"][row, inside] = segment, np.arange(length)
+            at, segment = at + length, segment + 1
+    return batch
+
+
+LOSSES = {
+    "softmax": LossConfig(type="softmax"),
+    "sampled": LossConfig(type="sampled_softmax", num_negatives=5, sampler="popularity"),
+    "in_batch": LossConfig(type="sampled_softmax", num_negatives=5, sampler="in_batch", sharing="batch"),
+    "bce": LossConfig(type="bce", num_negatives=1, sharing="position", exclude_history=True),
+    "gbce": LossConfig(type="gbce", num_negatives=5),
+}
+
+
+OPTIM = OptimConfig(type="sgd", learning_rate=0.5)
+COUNTS = np.arange(NUM_ITEMS + 1)
+
+
+def make_program(
+    loss="softmax", devices=1, micro_rows=8, precision="f32", seed=0, optim=OPTIM, table=None, model_axis=1,
+    num_heads=1, fully_sharded=False, reduce="f32", **table_fields,
+):  # fmt: skip
+    """table: an update of touched rows, or None for the dense one."""
+    table_fields = {"layout": "replicated", "hot_rows": 8} | table_fields
+    config = ExperimentConfig(
+        seed=seed,
+        data=DataConfig(max_len=LENGTH),
+        model=SASRecConfig(width=8, ff_width=8, num_layers=1, dropout=0.3, num_heads=num_heads),
+        loss=LOSSES[loss],
+        optim=optim,
+        train=TrainConfig(batch_rows=ROWS, micro_rows=micro_rows, precision=precision),
+        table=TableConfig(optimizer=table or "dense", learning_rate=optim.learning_rate, **table_fields),
+        mesh=MeshConfig(data=devices, model=model_axis, fully_sharded=fully_sharded, reduce=reduce),
+    )
+    return Program(config, NUM_ITEMS, make_mesh(config.mesh), 10, COUNTS)
+
+
+@functools.cache
+def initial_params(model_config):
+    config = ExperimentConfig(data=DataConfig(max_len=LENGTH), model=model_config)
+    return jax.device_get(init_model(model_builder(config, NUM_ITEMS), seed=0)[1])  # steps consume theirs
+
+
+def run(loss="softmax", devices=1, micro_rows=8, steps=3, batches=None, **fields):
+    program = make_program(loss, devices, micro_rows, **fields)
+    step, catch_up = program.make_step(), program.make_catch_up()
+    params = initial_params(program.config.model)
+    batches = program.prepare([make_batch(index) for index in range(steps)] if batches is None else batches)
+    state = init_state(params, program.optimizer, program.mesh, program.item_table, program.specs)
+    losses, norms = [], []
+    for index in range(steps):
+        state, metrics = step(state, place_batch(batches[index], program.mesh))
+        losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+        norms.append(float(metrics["grad_norm"][0]))
+    assert step._cache_size() == 1  # one trace over all steps
+    state = catch_up(state) if catch_up else state
+    params = state.params
+    if program.item_table:
+        params = with_table(params, program.item_table.layout.unplace(get_table(params)))
+    return losses, jax.device_get(params), norms
+
+
+reference = functools.cache(run)  # on one device
+
+
+def assert_close(a, b, rtol=2e-5):
+    np.testing.assert_allclose(a[0], b[0], rtol=rtol)
+    for x, y in zip(jax.tree.leaves(a[1]), jax.tree.leaves(b[1]), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-5)
+    np.testing.assert_allclose(a[2], b[2], rtol=1e-4)
