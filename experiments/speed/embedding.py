@@ -12,7 +12,6 @@ from experiments.speed.timing import interleaved
 from rec_jax.nn.sparse import (
     catch_up_adam,
     find_rows,
-    gather_rows,
     host_dedupe,
     scale_by_rowwise_rss,
     update_rows,
@@ -73,8 +72,7 @@ def _touched_step(optimizer, table_VD, state, ids_N, grads_ND):
 def _deduped_step(optimizer, table_VD, state, touched, grads_ND):
     """Like the dense step without the lookup itself."""
     grads_UD = jnp.zeros_like(grads_ND).at[touched.place_N].add(grads_ND)
-    rows_UD = gather_rows(table_VD, touched.rows_U)
-    return update_rows(optimizer, table_VD, state, touched.rows_U, rows_UD, grads_UD)
+    return update_rows(optimizer, table_VD, state, touched.rows_U, grads_UD)
 
 
 _STEPS = {"all rows": _dense_step, "device": _touched_step, "host": _deduped_step}

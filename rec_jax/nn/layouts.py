@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 
 from rec_jax.nn import sharded
 from rec_jax.nn.sharded import AXES, NUM_GROUPS, Placement
-from rec_jax.nn.sparse import Touched, find_rows, gather_rows, host_dedupe, is_rows, read_rows, update_rows
+from rec_jax.nn.sparse import Touched, find_rows, host_dedupe, is_rows, read_rows, update_rows
 
 
 class Read(NamedTuple):
@@ -106,8 +106,7 @@ class Replicated:
 
     def update(self, optimizer, table_VD, state, rows_U, grads_UD) -> tuple:
         """(arrays, state, sum of the squared gradients) after one step of the optimizer."""
-        rows_UD = gather_rows(table_VD, rows_U)
-        updated = update_rows(optimizer, table_VD, state, rows_U, rows_UD, grads_UD)
+        updated = update_rows(optimizer, table_VD, state, rows_U, grads_UD)
         return *updated, self.sum_squares(rows_U, grads_UD)
 
 

@@ -20,10 +20,9 @@ from rec_jax.nn.sparse import (
     add_rows,
     dedupe,
     find_rows,
-    gather_rows,
-    is_rows,
     read_rows,
     update_rows,
+    with_counts_of,
 )
 
 AXES = ("model", "data")  # of a table's rows, in this order
@@ -192,10 +191,8 @@ def update_sharded(optimizer, table_vD, state, rows_U, grads_UD, capacity: int) 
 
     def use(carry, rows_M, sums_MD):
         table_vD, state, squares = carry
-        # Counts of the state are those before the step in every round.
-        counted = jax.tree.map(lambda old, new: new if is_rows(new, local_rows) else old, before, state)
-        rows_MD = gather_rows(table_vD, rows_M)
-        table_vD, state = update_rows(optimizer, table_vD, counted, rows_M, rows_MD, sums_MD)
+        state = with_counts_of(before, state, local_rows)
+        table_vD, state = update_rows(optimizer, table_vD, state, rows_M, sums_MD)
         return table_vD, state, squares + jnp.sum(sums_MD**2)
 
     carry = (table_vD, state, jnp.zeros((), jnp.float32))

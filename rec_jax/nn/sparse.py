@@ -3,7 +3,7 @@
     touched = find_rows(ids_N, num_rows)                   distinct ids
     rows_UD = gather_rows(table_VD, touched.rows_U)        what the model sees instead of the table
     rows_UD[touched.place_N]                               the lookup
-    table_VD, state = update_rows(optimizer, table_VD, state, touched.rows_U, rows_UD, grads_UD)
+    table_VD, state = update_rows(optimizer, table_VD, state, touched.rows_U, grads_UD)
 
 Any optax transformation that works element by element or row by row will do: its state is gathered with the
 rows, updated and written back once, without duplicates (and sorted but on a CPU), so that a donated table is
@@ -24,6 +24,8 @@ import numpy as np
 import optax
 
 from rec_jax.hashing import mix
+
+CHUNK_ELEMENTS = 2**18  # of an array of rows that a CPU updates at once: 1 MiB of f32
 
 
 class Touched(NamedTuple):
@@ -148,13 +150,41 @@ def read_rows(optimizer, table_VD, state, rows_U) -> jax.Array:
     return rows_UD + optimizer.missed(gather_state(state, rows_U, table_VD.shape[0]))[0]
 
 
-def update_rows(optimizer, table_VD, state, rows_U, rows_UD, grads_UD) -> tuple:
+def update_rows(optimizer, table_VD, state, rows_U, grads_UD) -> tuple:
     """Returns (table_VD, state) after one step of an optax transformation on the touched rows.
 
-    state: `optimizer.init(table_VD)`. rows_UD: the rows as the gradient saw them, for transformations that
-    look at parameters; where none does, a compiler drops their gathering.
+    state: `optimizer.init(table_VD)`. grads_UD: with respect to the rows. A CPU takes rows with moments a
+    chunk at a time, so that they stay in its caches and no step asks the system for memory.
     """
+    num_rows, dim = table_VD.shape
+    chunk = max(1, CHUNK_ELEMENTS // dim)
+    has_moments = any(is_rows(leaf, num_rows) and leaf.ndim > 1 for leaf in jax.tree.leaves(state))
+    if not (_is_cpu() and has_moments and rows_U.size > chunk):
+        return _update_at_once(optimizer, table_VD, state, rows_U, grads_UD)
+    num_chunks = -(-rows_U.size // chunk)
+    missing, last = num_chunks * chunk - rows_U.size, num_rows + 1 + rows_U.size  # beyond all free places
+    rows_U = jnp.concatenate([rows_U, last + jnp.arange(missing, dtype=rows_U.dtype)])
+    grads_UD = jnp.pad(grads_UD, [(0, missing), (0, 0)])
+    before = state
+
+    def one_chunk(carry, chunk):
+        table_VD, state = carry
+        state = with_counts_of(before, state, num_rows)
+        return _update_at_once(optimizer, table_VD, state, *chunk), None
+
+    chunks = rows_U.reshape(num_chunks, -1), grads_UD.reshape(num_chunks, -1, dim)
+    return jax.lax.scan(one_chunk, (table_VD, state), chunks)[0]
+
+
+def with_counts_of(before, state, num_rows: int):
+    """The state of rows with the counts of another: where one step takes several updates, each of other rows,
+    every one of them begins with the counts from before the step."""
+    return jax.tree.map(lambda old, new: new if is_rows(new, num_rows) else old, before, state)
+
+
+def _update_at_once(optimizer, table_VD, state, rows_U, grads_UD) -> tuple:
     num_rows = table_VD.shape[0]
+    rows_UD = gather_rows(table_VD, rows_U)  # dropped by compilers where no parameter is looked at
     updates_UD, state_U = optimizer.update(grads_UD, gather_state(state, rows_U, num_rows), rows_UD)
     state = jax.tree.map(
         lambda leaf, new: write_rows(leaf, rows_U, new) if is_rows(leaf, num_rows) else new, state, state_U

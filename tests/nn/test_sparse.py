@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from rec_jax.nn import sparse as sparse_lib
 from rec_jax.nn.sparse import (
     catch_up_adam,
     dedupe,
@@ -93,7 +94,7 @@ def sparse(optimizer, table, state, ids, grads_ND):
     touched = dedupe(ids, V)
     rows = gather_rows(table, touched.rows_U)
     grads_UD = jax.grad(lambda rows: jnp.sum(rows[touched.place_N] * grads_ND))(rows)
-    return update_rows(optimizer, table, state, touched.rows_U, rows, grads_UD)
+    return update_rows(optimizer, table, state, touched.rows_U, grads_UD)
 
 
 EXACT = {
@@ -113,6 +114,25 @@ def test_equal_to_dense_gradients(name):
             states[step] = jax.jit(step, static_argnums=0)(optimizer, table, state, ids, grads)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), *states.values())
     assert not np.allclose(states[dense][0], TABLE)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 12, 13])
+def test_chunks_of_rows_change_nothing(rows, monkeypatch):
+    """With counts, moments and places left over."""
+    optimizer = optax.chain(
+        optax.scale_by_adam(), optax.scale_by_learning_rate(lambda step: 0.1 / (1 + step))
+    )
+    results = []
+    for chunk_rows in (1000, rows):
+        monkeypatch.setattr(sparse_lib, "CHUNK_ELEMENTS", chunk_rows * D)
+        table, state = TABLE, optimizer.init(TABLE)
+        for step in range(3):
+            ids = jnp.array([3, 7, 3, V - 1, 0, 5, 5, 9, 1, 2, 30, -1]) % (V + 1)
+            grads = jnp.sin(jnp.arange(N * D).reshape(N, D) + step)
+            table, state = sparse(optimizer, table, state, ids, grads)
+        results.append((table, state))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), *results)
+    assert results[1][1][0].count == 3 and not np.allclose(results[1][0], TABLE)
 
 
 def test_lazy_adam_is_adam_for_rows_touched_at_every_step_and_rests_others():
@@ -153,7 +173,7 @@ def test_the_table_is_changed_in_place_and_nothing_of_its_size_is_made():
         touched = dedupe(ids, rows)
         rows_UD = gather_rows(table, touched.rows_U)
         grads_UD = jnp.zeros_like(rows_UD).at[touched.place_N].add(grads)
-        return update_rows(optimizer, table, state, touched.rows_U, rows_UD, grads_UD)
+        return update_rows(optimizer, table, state, touched.rows_U, grads_UD)
 
     memory = jax.jit(step, donate_argnums=(0, 1)).lower(table, state, *args).compile().memory_analysis()
     table_bytes = rows * dim * 4
