@@ -9,6 +9,9 @@ from experiments.launch import launch
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a trained run.")
 _SPLIT = flags.DEFINE_enum("split", "test", ["val", "test"], "Which held-out part to score.")
+flags.declare_key_flag("coordinator")
+flags.declare_key_flag("num_processes")
+flags.declare_key_flag("process_id")
 flags.mark_flag_as_required("workdir")
 
 

@@ -48,4 +48,15 @@ def launch(main) -> None:
                 raise
             sys.exit(text)
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv):
+    """An unknown key of a config, which names the nearest, is a mistake like any other."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        if "REC_JAX_TRACEBACK" in os.environ:
+            raise
+        text = str(error).replace("\\n", ": ").replace("\\'", "").strip("'")  # it comes quoted twice
+        sys.exit(f"error: unknown key of the config, {text}")

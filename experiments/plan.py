@@ -37,7 +37,7 @@ def main():
     num_items = _NUM_ITEMS.value or (config.data.sim.num_items if config.data.format == "simulator" else 0)
     if not num_items:
         raise ValueError(
-            "--num_items is needed: a plan does not read the data, so it must be told their number"
+            "--num_items=N is needed: a plan does not read the data, so it must be told the number of items"
         )
     if config.train.batch_rows % data:
         raise ValueError(

@@ -21,6 +21,9 @@ from experiments.launch import launch
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional :variant.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if it is not there.")
+flags.declare_key_flag("coordinator")
+flags.declare_key_flag("num_processes")
+flags.declare_key_flag("process_id")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -31,6 +34,7 @@ def main():
 
     config = build(ExperimentConfig, _CONFIG.value)
     experiment = Experiment(config, _WORKDIR.value)
+    print(experiment.describe())
     fitted = experiment.fit()
 
     scorer = experiment.scorer(fitted.best_params)

@@ -185,6 +185,16 @@ class Experiment:
     def num_params(self) -> int:
         return num_params(self.model.abstract_params)
 
+    def describe(self) -> str:
+        """The mesh and how the table of items lies on it and learns."""
+        mesh, table = self.mesh, self.config.table
+        platform = mesh.devices.flat[0].platform
+        return (
+            f"mesh: data={mesh.shape['data']}, model={mesh.shape['model']} ({platform}); "
+            f"table of items: {self.histories.num_items + 1:,} rows x {self.config.model.width}, "
+            f"layout {table.layout}, optimizer {table.optimizer}"
+        )
+
     def fit(self):
         """Trains, or goes on where an earlier run in `workdir` stopped. Returns the loop's FitResult."""
         config = self.config

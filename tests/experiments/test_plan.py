@@ -42,5 +42,5 @@ def test_the_rule_chooses_unless_the_config_does():
 
 
 def test_mistakes():
-    assert "--num_items is needed" in plan("--config=configs/sasrec_ml1m.py", fails=True)
+    assert "--num_items=N is needed" in plan("--config=configs/sasrec_ml1m.py", fails=True)
     assert "batch_rows=64" in plan("--config=configs/large_tables.py", "--config.mesh.data=7", fails=True)

@@ -45,7 +45,7 @@ def test_the_hot_rows_are_the_most_frequent_in_training():
 
 def test_a_mesh_that_cannot_share_the_table():
     config = TableConfig(optimizer="sgd", layout="rows")
-    with pytest.raises(ValueError, match="3 devices, which must divide 1024"):
+    with pytest.raises(ValueError, match="mesh.model = 3 devices, which must divide 1024"):
         make_item_table(config, OptimConfig(), 1, np.ones(10), make_mesh(MeshConfig(data=3)))
     config = TableConfig(optimizer="sgd", layout="dims")
     table = make_item_table(config, OptimConfig(), 1, np.ones(10), make_mesh(MeshConfig(data=1, model=4)))
