@@ -259,7 +259,8 @@ def catch_up_adam(learning_rate: optax.Schedule, b1=0.9, b2=0.999, eps: float = 
         steps = r * (1 - left) / (1 - r) * jnp.sqrt(1 - b2**at) / (1 - b1**at)
         updates = -learning_rate(state.count) * steps[:, None] * state.mu_VD / (jnp.sqrt(state.nu_VD) + eps)
         mu, nu = (b ** k[:, None] * x for b, x in ((b1, state.mu_VD), (b2, state.nu_VD)))
-        return updates, CatchUpAdamState(state.count, jnp.full_like(state.last_V, state.count), mu, nu)
+        # A constant would not depend on what was gathered, and XLA would copy the array to be safe.
+        return updates, CatchUpAdamState(state.count, jnp.maximum(state.last_V, state.count), mu, nu)
 
     def update(grads, state, params=None):
         old, state = missed(state)
@@ -267,7 +268,7 @@ def catch_up_adam(learning_rate: optax.Schedule, b1=0.9, b2=0.999, eps: float = 
         mu = b1 * state.mu_VD + (1 - b1) * grads
         nu = b2 * state.nu_VD + (1 - b2) * grads**2
         step = mu / (1 - b1**count) / (jnp.sqrt(nu / (1 - b2**count)) + eps)
-        state = CatchUpAdamState(count, jnp.full_like(state.last_V, count), mu, nu)
+        state = CatchUpAdamState(count, jnp.maximum(state.last_V, count), mu, nu)
         return old - learning_rate(count - 1) * step, state
 
     return RowOptimizer(init, update, missed)

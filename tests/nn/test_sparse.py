@@ -162,9 +162,9 @@ def test_rowwise_adagrad_by_hand():
     np.testing.assert_allclose(updates, grads / np.sqrt([[12.5], [0.5]]), rtol=1e-6)
 
 
-def test_the_table_is_changed_in_place_and_nothing_of_its_size_is_made():
+@pytest.mark.parametrize("optimizer", [optax.adam(0.1), catch_up_adam(optax.constant_schedule(0.1))])
+def test_the_table_is_changed_in_place_and_nothing_of_its_size_is_made(optimizer):
     rows, dim = 100_000, 16
-    optimizer = optax.adam(0.1)
     table = jax.ShapeDtypeStruct((rows, dim), jnp.float32)
     state = jax.eval_shape(optimizer.init, table)
     args = (jax.ShapeDtypeStruct((N,), jnp.int32), jax.ShapeDtypeStruct((N, dim), jnp.float32))
