@@ -92,7 +92,7 @@ class Replicated:
         return host_dedupe(ids_N, self.num_rows)
 
     def sum_grads(self, rows_U, grads_UD) -> tuple:
-        """Sums over all devices: rows, sorted and distinct, and their gradients."""
+        """Sums over all devices: distinct rows, and their gradients."""
         if self.mesh.shape["data"] == 1:
             return rows_U, grads_UD
         rows_N = jax.lax.all_gather(rows_U, "data", tiled=True)

@@ -169,7 +169,7 @@ def read_sharded(optimizer, table_vD, state, rows_U, capacity: int) -> tuple[jax
 
 
 def _sum_by_owner(rows_U, grads_UD, local_rows: int, capacity: int, carry, use):
-    """carry after `use(carry, rows_M, sums_MD)` of each round: local rows, sorted and distinct, and the sums
+    """carry after `use(carry, rows_M, sums_MD)` of each round: distinct local rows, and the sums
     of their gradients over all devices."""
     dim = grads_UD.shape[1]
 

@@ -1,6 +1,5 @@
 """What each layout of the table of items would take of a device and send over the wires, and the choice."""
 
-import math
 from dataclasses import dataclass
 
 from rec_jax.train.losses import LossConfig
@@ -8,7 +7,7 @@ from rec_jax.train.tables import TableConfig
 
 RULE = (
     "Of the layouts that fit into table.device_gbytes, the one that sends the fewest bytes a step; of equals "
-    "the first in this table."
+    "the first in this table. A dense table that fits is replicated, like any parameter."
 )
 
 
@@ -72,19 +71,9 @@ def layout_costs(
     costs.append(cost("rows", num_devices, 2 * exchanged + summed))
     if config.optimizer != "dense" and config.hot_rows < num_rows:
         hot = config.hot_rows
-        share = zipf_cold_share(num_rows, hot)
-        sent = 2 * exchanged * share + summed + 2 * over_data * hot * row
+        sent = 2 * exchanged + summed + 2 * over_data * hot * row  # exchanges keep room for all ids
         costs.append(cost("hot_cold", num_devices, sent, more_rows=hot))
     return costs
-
-
-def zipf_cold_share(num_rows: int, hot_rows: int) -> float:
-    """The share of events beyond the most frequent rows, where popularity falls as 1 / rank."""
-
-    def harmonic(n):
-        return math.log(n) + 0.5772 + 1 / (2 * n)
-
-    return 1 - harmonic(hot_rows) / harmonic(num_rows)
 
 
 def choose_layout(config: TableConfig, costs: list[LayoutCost]) -> str:

@@ -89,8 +89,9 @@ def _make_optimizer(config: TableConfig, optim: OptimConfig, total_steps: int):
         "rowwise_adagrad": scale_by_rowwise_rss(optim.eps, "model" if config.layout == "dims" else None),
         "lazy_adam": optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
     }[config.optimizer]
-    decay = optax.add_decayed_weights(config.weight_decay)
-    return optax.chain(scale, decay, optax.scale_by_learning_rate(schedule))
+    # A decay by 0 would still gather the rows to look at them.
+    decay = [optax.add_decayed_weights(config.weight_decay)] if config.weight_decay else []
+    return optax.chain(scale, *decay, optax.scale_by_learning_rate(schedule))
 
 
 def make_item_table(
