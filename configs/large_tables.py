@@ -12,8 +12,8 @@ Protocol: leave-one-out, 64 users drawn, full-catalogue ranking, seen items not 
 Measured 2026-11-21 on 2 cores of an AMD EPYC (Zen 4), two virtual devices, seed 0: 139,892 real tokens/s over
 199 steps, 2 min 20 s in all; 4.4 GB resident while it trains, 8.0 GB at most before (the initial table), and
 11.7 GB at most while it evaluates and saves. After one epoch the model is below popularity (NDCG@10 0.0078
-against 0.0197; oracle 0.0534). With the step as it is now, beside other work, the same scores; 53,000 to 96,000
-tokens/s, 7.3 GB before it trains and 11.0 GB at most.
+against 0.0197; oracle 0.0534). With the step of later that day, beside other work: the same scores,
+53,000 to 96,000 tokens/s, 7.3 GB before it trains and 11.0 GB at most.
 """
 
 from configs import common
