@@ -21,7 +21,8 @@ def apply_variant(cfg: ConfigDict, variant: str | None) -> ConfigDict:
     cfg.data.titles, cfg.data.titles_ids = "", ""
     cfg.data.sim.num_items, cfg.data.sim.num_users = 60, 300
     cfg.data.sim.num_interests, cfg.data.sim.mean_len = 4, 12
-    cfg.model.width, cfg.model.ff_width, cfg.model.num_heads, cfg.model.dropout = 16, 16, 1, 0.1
+    small = {"width": 16, "ff_width": 16, "num_heads": 1, "dropout": 0.1}
+    cfg.model.update({name: value for name, value in small.items() if name in cfg.model})
     cfg.loss.num_negatives = min(cfg.loss.num_negatives, 8)
     cfg.optim.learning_rate, cfg.optim.warmup_steps = 1e-2, 5
     cfg.train.epochs, cfg.train.eval_every_epochs = 20, 5.0

@@ -20,7 +20,7 @@ def main():
     from rec_jax.report import print_breakdown, print_scores
 
     experiment = Experiment.open(_WORKDIR.value)
-    model = experiment.evaluate(experiment.scorer(experiment.best_params()), _SPLIT.value)
+    model = experiment.evaluate(experiment.best_scorer(), _SPLIT.value)
     scores = {"model": model, **experiment.evaluate_baselines(_SPLIT.value)}
     print_scores(scores, part=_SPLIT.value)
     print_breakdown(model)

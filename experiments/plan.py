@@ -65,7 +65,8 @@ def _plan(config, num_items: int):
     num_ids = ids_per_device(config.loss, config.train.batch_rows, config.data.max_len, data)
     print(
         f"mesh: data={data}, model={model}, {data * model} devices\n"
-        f"table of items: {num_items + 1:,} rows x {config.model.width}, optimizer {config.table.optimizer}; "
+        f"table of items: {num_items + 1:,} rows x {config.model.table_dim}, "
+        f"optimizer {config.table.optimizer}; "
         f"{num_ids:,} ids a device and step\n"
     )
     rows = [

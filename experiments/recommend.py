@@ -28,11 +28,12 @@ def main():
     histories = experiment.histories
     if _USER.value is not None:
         user = _find([_USER.value], histories.user_ids, "user")[0]
-        items = histories.items[histories.offsets[user] : histories.offsets[user + 1]]
+        events = slice(*histories.offsets[user : user + 2])
+        items, times = histories.items[events], None if histories.times is None else histories.times[events]
     else:
-        items = _find(_HISTORY.value, histories.item_ids, "item")
+        items, times = _find(_HISTORY.value, histories.item_ids, "item"), None
 
-    scores = np.array(experiment.scorer(experiment.best_params()).score_history(items))
+    scores = np.array(experiment.best_scorer().score_history(items, times))
     if not _SEEN.value:
         scores[items] = -np.inf
     top = [item for item in np.argsort(-scores, kind="stable")[: _K.value] if scores[item] > -np.inf]

@@ -33,6 +33,11 @@ def main():
     from rec_jax.report import print_scores
 
     config = build(ExperimentConfig, _CONFIG.value)
+    if config.compress.recipe:
+        raise ValueError(
+            f"compress.recipe={config.compress.recipe!r} is for experiments.compress, which starts from a "
+            "trained run; here, set compress.prune, distill or quant (CompressConfig)"
+        )
     experiment = Experiment(config, _WORKDIR.value)
     print(experiment.describe())
     fitted = experiment.fit()

@@ -16,7 +16,8 @@ from ml_collections import ConfigDict, config_dict
 
 
 def build(cls, cfg: Mapping, name: str = ""):
-    """Builds the frozen dataclass `cls` from `cfg`, nested dataclasses included.
+    """Builds the frozen dataclass `cls` from `cfg`, nested dataclasses included; of a union of them the key
+    `type` chooses.
 
     A key that `cfg` lacks takes the default of the dataclass. An int is taken for a float, a list
     for a tuple; nothing else is converted.
@@ -113,6 +114,8 @@ def _convert(value: Any, hint: Any, name: str, owner: str):
 def _convert_union(value, args, name: str, owner: str, wrong: ValueError):
     if value is None and type(None) in args:
         return None
+    if all(dataclasses.is_dataclass(arg) for arg in args):
+        return _build_named(value, args, name, wrong)
     others = [arg for arg in args if arg is not type(None)]
     if len(others) == 1:
         return _convert(value, others[0], name, owner)
@@ -122,6 +125,21 @@ def _convert_union(value, args, name: str, owner: str, wrong: ValueError):
         except ValueError:
             continue
     raise wrong
+
+
+def _build_named(value, classes, name: str, wrong: ValueError):
+    """One of several dataclasses, told apart by their default of `type`."""
+    if isinstance(value, classes):
+        return value
+    if not isinstance(value, Mapping | ConfigDict):
+        raise wrong
+    by_type = {cls.type: cls for cls in classes}
+    asked = value["type"] if "type" in value else classes[0].type
+    if asked not in by_type:
+        near = difflib.get_close_matches(str(asked), by_type, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{_join(name, 'type')}={asked!r} is not one of {', '.join(by_type)}{hint}")
+    return build(by_type[asked], value, name)
 
 
 def _convert_tuple(value, args, name: str, owner: str, wrong: ValueError) -> tuple:

@@ -13,17 +13,23 @@ import numpy as np
 
 from rec_jax import mesh as mesh_lib
 from rec_jax import processes
+from rec_jax.compress import artifact
+from rec_jax.compress.config import CompressConfig
+from rec_jax.compress.distill import DistillConfig
+from rec_jax.compress.quant import dequantize_params
+from rec_jax.compress.training import Compression, check_mesh, first_share_in_force
 from rec_jax.config import build
 from rec_jax.data.datasets import DataConfig, load_dataset
 from rec_jax.data.negatives import make_sampler
 from rec_jax.data.pipeline import BatchSource, make_iterator
 from rec_jax.eval.evaluator import EvalConfig, evaluate
-from rec_jax.mesh import MeshConfig
-from rec_jax.models.base import define_model, init_model, without_table
+from rec_jax.mesh import MeshConfig, replicate
+from rec_jax.models.base import define_model, get_table, init_model, with_table, without_table
 from rec_jax.models.baselines import BASELINES
-from rec_jax.models.sasrec import SASRec, SASRecConfig
+from rec_jax.models.registry import ModelConfig
+from rec_jax.models.registry import model_builder as registered_builder
+from rec_jax.models.sasrec import SASRecConfig
 from rec_jax.models.scoring import SequenceScorer
-from rec_jax.nn.blocks import tensor_parallel
 from rec_jax.nn.layouts import shardings
 from rec_jax.nn.parallel import partition
 from rec_jax.train import checkpoint
@@ -32,13 +38,12 @@ from rec_jax.train.loop import TrainConfig, fit
 from rec_jax.train.losses import LossConfig
 from rec_jax.train.optim import OptimConfig, make_optimizer
 from rec_jax.train.plan import LayoutCost, choose_layout, ids_per_device, layout_costs
+from rec_jax.train.precision import PrecisionConfig, kept_as
 from rec_jax.train.state import TrainState
 from rec_jax.train.step import init_state, make_catch_up, make_train_step, state_specs
 from rec_jax.train.tables import TableConfig, make_item_table
 from rec_jax.train.tables import check as check_table
 from rec_jax.tree import num_params
-
-MODELS = {"sasrec": SASRec}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +52,15 @@ class ExperimentConfig:
 
     seed: int = 0
     data: DataConfig = DataConfig()
-    model: SASRecConfig = SASRecConfig()
+    model: ModelConfig = SASRecConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
     table: TableConfig = TableConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    compress: CompressConfig = CompressConfig()
 
     def __post_init__(self):
         check_table(self.table, self.loss)
@@ -66,25 +73,34 @@ class ExperimentConfig:
 
 def model_builder(config: ExperimentConfig, num_items: int):
     """rngs -> the module."""
-    build_module = MODELS[config.model.type]
-    return lambda rngs: build_module(config.model, num_items, config.data.max_len, rngs=rngs)
+    return registered_builder(config.model, num_items, config.data.max_len)
 
 
 def plan_layouts(config: ExperimentConfig, num_items: int, mesh) -> list[LayoutCost]:
     data, model = mesh.shape["data"], mesh.shape["model"]
     num_ids = ids_per_device(config.loss, config.train.batch_rows, config.data.max_len, data)
     return layout_costs(
-        config.table, config.optim.type, num_items + 1, config.model.width, num_ids, data, model
+        config.table, config.optim.type, num_items + 1, config.model.table_dim, num_ids, data, model
     )
 
 
 class Program:
     """What a config computes on a mesh: the model and its training step, without the data.
 
-    item_counts: int[V + 1] training events of each item, for popularity samplers and hot rows.
+    item_counts: int[V + 1] training events of each item, for popularity samplers and hot rows. teachers,
+    base: see `Compression`.
     """
 
-    def __init__(self, config: ExperimentConfig, num_items: int, mesh, total_steps: int, item_counts):
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        num_items: int,
+        mesh,
+        total_steps: int,
+        item_counts,
+        teachers=(),
+        base=None,
+    ):
         self.config, self.mesh, self._item_counts = config, mesh, item_counts
         self._build = model_builder(config, num_items)
         self.model = define_model(self._build)
@@ -92,25 +108,43 @@ class Program:
         self.layout = choose_layout(config.table, self.layout_costs)
         table = dataclasses.replace(config.table, layout=self.layout)
         self.item_table = make_item_table(table, config.optim, total_steps, item_counts, mesh)
-        abstract = self.model.abstract_params
+        check_mesh(config.compress, self.item_table is not None, mesh.shape["model"])
+        _check_precision(config, self.item_table is not None)
+        self.extras = None
+        if config.compress != CompressConfig():  # else a step does nothing for it
+            self.extras = Compression(
+                config.compress, self.model, total_steps, config.seed, teachers, replicate(base, mesh)
+            )
+        abstract = self.model.abstract_params if self.extras is None else self.extras.abstract_params
         dense = abstract if self.item_table is None else without_table(abstract)
-        self.optimizer = make_optimizer(config.optim, dense, total_steps)
-        split = tensor_parallel(config.model.num_heads, config.model.ff_width, mesh.shape["model"])
+        split = config.model.tensor_parallel(mesh.shape["model"])
         self.specs = partition(dense, split, mesh, fully_sharded=config.mesh.fully_sharded)
-        self.state_specs = state_specs(abstract, self.optimizer, self.specs, self.item_table)
+        self.optimizer = make_optimizer(config.optim, dense, total_steps)
+        if config.precision.params != "f32" or config.precision.optimizer != "f32":
+            self.optimizer = kept_as(self.optimizer, config.precision.optimizer)
+        if self.extras:
+            self.optimizer = self.extras.optimizer(self.optimizer, dense, self.specs)
+        self.state_specs = state_specs(
+            abstract, self.optimizer, self.specs, self.item_table, config.precision
+        )
 
     @functools.cached_property
     def sampler(self):  # made only where it is used: its tables take seconds for millions of items
         return make_sampler(self.config.loss.sampler, self._item_counts)
 
-    def init_state(self) -> TrainState:
-        params = init_model(self._build, self.config.seed)[1]
-        return init_state(params, self.optimizer, self.mesh, self.item_table, self.specs)
+    def init_state(self, params=None) -> TrainState:
+        """params: of the model, to start from; None = drawn by the seed."""
+        params = init_model(self._build, self.config.seed)[1] if params is None else params
+        return self._init_state(params, self.mesh)
+
+    def _init_state(self, params, mesh):
+        params = self.extras.init(params) if self.extras else params
+        return init_state(params, self.optimizer, mesh, self.item_table, self.specs, self.config.precision)
 
     def abstract_state(self) -> TrainState:
         """Shapes and shardings of a state; computes nothing."""
-        make = partial(init_state, mesh=self.mesh, item_table=self.item_table, specs=self.specs)
-        state = jax.eval_shape(lambda params: make(params, self.optimizer), self.model.abstract_params)
+        make = partial(self._init_state, mesh=self.mesh)
+        state = jax.eval_shape(make, self.model.abstract_params)
         return jax.tree.map(_laid, state, shardings(self.mesh, self.state_specs))
 
     def abstract_params(self):
@@ -125,12 +159,13 @@ class Program:
             self.sampler,
             self.mesh,
             micro_rows=config.train.micro_rows,
-            precision=config.train.precision,
+            precision=config.precision,
             seed=config.seed,
             clip_norm=config.optim.clip_norm,
             item_table=self.item_table,
             specs=self.specs,
             reduce=config.mesh.reduce,
+            extras=self.extras,
         )
 
     def prepare(self, source):
@@ -144,19 +179,42 @@ class Program:
         return make_catch_up(self.item_table, self.mesh, self.state_specs)
 
 
-class Experiment:
-    """A config and its working directory, `workdir`, which holds all that the run reads and writes."""
+def _check_precision(config: ExperimentConfig, touches_rows: bool) -> None:
+    precision = config.precision
+    if precision.scales_loss and config.compress.prune.names:
+        raise ValueError(
+            "precision.compute='f16' does not go with compress.prune.names: a step that is skipped could be "
+            "one that computes masks; use bf16 (PrecisionConfig)"
+        )
+    kept_in_f32 = precision.params == precision.optimizer == "f32"
+    if touches_rows and (precision.scales_loss or not kept_in_f32):
+        raise ValueError(
+            f"precision={precision} scales the loss or keeps numbers in bf16, which spread tables and "
+            "touched rows cannot: set table.optimizer=dense and table.layout=replicated (PrecisionConfig)"
+        )
 
-    def __init__(self, config: ExperimentConfig, workdir):
-        self.config, self.workdir = config, pathlib.Path(workdir)
+
+class Experiment:
+    """A config and its working directory, `workdir`, which holds all that the run reads and writes.
+
+    base: parameters of a trained run, for a run that starts from them. dataset: if it is loaded already.
+    """
+
+    def __init__(self, config: ExperimentConfig, workdir, base=None, dataset=None):
+        self.config, self.workdir, self._base = config, pathlib.Path(workdir), base
         self.workdir.mkdir(parents=True, exist_ok=True)
         self.mesh = mesh_lib.make_mesh(config.mesh)
         processes.check_same("configs", repr(config))
         with processes.first_before_others():
-            self.dataset = load_dataset(config.data, self.workdir / "data")
+            self.dataset = dataset or load_dataset(config.data, self.workdir / "data")
         self.histories, self.split = self.dataset.histories, self.dataset.split
         self.config = config = self._with_layout(config)
         self.model = define_model(model_builder(config, self.histories.num_items))
+        if self.model.reads_times and self.histories.times is None:
+            raise ValueError(
+                f"model.type={config.model.type!r} reads times, and this log has none: name their column by "
+                "data.time, or see the model's config for how to do without them"
+            )
 
     def _with_layout(self, config: ExperimentConfig) -> ExperimentConfig:
         """The config with the layout of the table that this run began with, or that the plan chooses: another
@@ -191,14 +249,14 @@ class Experiment:
         platform = mesh.devices.flat[0].platform
         return (
             f"mesh: data={mesh.shape['data']}, model={mesh.shape['model']} ({platform}); "
-            f"table of items: {self.histories.num_items + 1:,} rows x {self.config.model.width}, "
+            f"table of items: {self.histories.num_items + 1:,} rows x {self.config.model.table_dim}, "
             f"layout {table.layout}, optimizer {table.optimizer}"
         )
 
-    def fit(self):
-        """Trains, or goes on where an earlier run in `workdir` stopped. Returns the loop's FitResult."""
+    def batch_source(self) -> BatchSource:
+        """The batches of all epochs, this process's part of each."""
         config = self.config
-        source = BatchSource(
+        return BatchSource(
             self.histories,
             self.split,
             max_len=config.data.max_len,
@@ -206,16 +264,23 @@ class Experiment:
             epochs=config.train.epochs,
             seed=config.seed,
             all_windows=config.train.all_windows,
+            is_causal=self.model.is_causal,
+            reads_times=self.model.reads_times,
             host=jax.process_index(),
             num_hosts=jax.process_count(),
         )
-        program = self._program(len(source))
+
+    def fit(self):
+        """Trains, or goes on where an earlier run in `workdir` stopped. Returns the loop's FitResult."""
+        artifact.remove(self.workdir)  # of a run before this one
+        config, source = self.config, self.batch_source()
+        program = self.program(len(source), self._teachers())
         config_json = dataclasses.asdict(config)
         path = self.workdir / "config.json"
         if not path.exists():
             write_json(path, config_json)
         fitted = fit(
-            program.init_state(),
+            program.init_state(self._base),
             program.make_step(),
             make_iterator(program.prepare(source)),
             lambda params: self.evaluate(self.scorer(params), "val", quick=True),
@@ -226,35 +291,85 @@ class Experiment:
             place=lambda batch: mesh_lib.place_batch(batch, self.mesh),
             describe_batch=lambda step: _name_users(self.histories, source.users(step)),
             before_eval=program.make_catch_up(),
+            eval_from=first_share_in_force(config.compress),
         )
         write_json(path, config_json)  # an extended run has other epochs than the file says
         return fitted
 
-    def _program(self, total_steps: int = 1) -> "Program":
+    def program(self, total_steps: int = 1, teachers=None) -> "Program":
+        """teachers: needed to train, where the config has some."""
+        config = self.config
+        if teachers is None:  # nothing is to be trained
+            compress = dataclasses.replace(config.compress, distill=DistillConfig())
+            config = dataclasses.replace(config, compress=compress)
         counts = self.split.train_item_counts(self.histories)
-        return Program(self.config, self.histories.num_items, self.mesh, total_steps, counts)
+        num_items = self.histories.num_items
+        return Program(config, num_items, self.mesh, total_steps, counts, teachers or (), self._base)
+
+    def _teachers(self) -> list:
+        """[(model, params)] of compress.distill.teachers.
+
+        Raises ValueError for one that was trained on another split or cannot read histories as long.
+        """
+        teachers = []
+        for workdir in self.config.compress.distill.teachers:
+            teacher = Experiment.open(workdir)
+            if teacher.split.checksum != self.split.checksum:
+                raise ValueError(
+                    f"teachers={workdir}: it learnt from split {teacher.split.checksum}, this run has "
+                    f"{self.split.checksum} (DistillConfig)"
+                )
+            if teacher.config.data.max_len < self.config.data.max_len:
+                raise ValueError(
+                    f"teachers={workdir}: it reads data.max_len={teacher.config.data.max_len} events, this "
+                    f"run {self.config.data.max_len}: set data.max_len to as many at most (DistillConfig)"
+                )
+            if not (teacher.model.is_causal and self.model.is_causal):
+                raise ValueError(
+                    f"teachers={workdir}: only causal models teach and learn from each other "
+                    f"({teacher.config.model.type} teaches {self.config.model.type}) (DistillConfig)"
+                )
+            params = dequantize_params(teacher.model_params())
+            teachers.append((teacher.model, replicate(params, self.mesh)))
+        return teachers
 
     def best_params(self):
         """Parameters of the best validation score, as they lie in training.
 
         Raises ValueError if the workdir holds no finished evaluation.
         """
-        restored = checkpoint.restore_best(self.workdir / "checkpoints", self._program().abstract_params())
+        restored = checkpoint.restore_best(self.workdir / "checkpoints", self.program().abstract_params())
         if restored is None:
             raise ValueError(f"{self.workdir} holds no best checkpoint yet: let the training evaluate once")
         return restored.state
 
+    def trained_params(self):
+        """The best parameters of the training as the model takes them, whole on every device."""
+        program, params = self.program(), self.best_params()
+        if program.item_table:
+            params = with_table(params, program.item_table.layout.unplace(get_table(params)))
+        return program.extras.merged(params) if program.extras else params
+
+    def model_params(self):
+        """Those that a compressed run stored, or `trained_params`."""
+        return artifact.load(self.workdir) if artifact.exists(self.workdir) else self.trained_params()
+
     def scorer(self, params) -> SequenceScorer:
         """params: as they lie in training."""
-        item_table = self._program().item_table
-        return SequenceScorer(
-            self.model,
-            params,
-            self.histories,
-            self.config.data.max_len,
-            self.mesh,
-            item_table and item_table.layout,
-        )
+        program = self.program()
+        params = program.extras.final(params) if program.extras else params
+        return self.plain_scorer(params, program.item_table and program.item_table.layout)
+
+    def best_scorer(self) -> SequenceScorer:
+        """Of what a compressed run stored, or of the best parameters of the training."""
+        if artifact.exists(self.workdir):
+            return self.plain_scorer(artifact.load(self.workdir))
+        return self.scorer(self.best_params())
+
+    def plain_scorer(self, params, layout=None) -> SequenceScorer:
+        """params: as the model takes them; layout: of the table of items, if it is spread."""
+        max_len = self.config.data.max_len
+        return SequenceScorer(self.model, params, self.histories, max_len, self.mesh, layout)
 
     def evaluate(self, score_fn, part: str, *, quick: bool = False) -> dict:
         """Every metric of one part; `quick` leaves out intervals and sampled protocols."""

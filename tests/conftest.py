@@ -3,14 +3,26 @@
 import os
 import pathlib
 
+# Tests compile far more than they compute: a third of their time goes to machine code that is run once. Said
+# before JAX is imported; the commands that tests start inherit it.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 import hypothesis
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+# The commands that tests start compile much the same programs: they share what they compiled. Tests compile
+# for themselves, for some read what the compiler says.
+jax.config.update("jax_enable_compilation_cache", False)
 # No time limits on examples: a busy machine must not fail a test.
 hypothesis.settings.register_profile("rec_jax", deadline=None)
 hypothesis.settings.load_profile("rec_jax")
+
+
+def pytest_configure(config):
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
 @pytest.fixture

@@ -82,13 +82,16 @@ def shuffled_users(plan: PackingPlan, rng: np.random.Generator) -> np.ndarray:
     return users
 
 
-def fill_rows(items, plan: PackingPlan, rows, slot_users, ends, num_rows: int) -> dict[str, np.ndarray]:
+def fill_rows(
+    items, plan: PackingPlan, rows, slot_users, ends, num_rows: int, *, times=None
+) -> dict[str, np.ndarray]:
     """Builds packed rows.
 
     items: all events, CSR order. rows: int[R] row numbers of the plan, R <= num_rows. slot_users: the
     user of each slot. ends: int64[U], the absolute index just behind each user's last input; the targets
-    are the inputs moved on by one.
-    Returns items, targets, segments and positions, each int32[num_rows, row_len]; what is not filled is 0.
+    are the inputs moved on by one. times: int64 seconds of all events, if the model reads them.
+    Returns items, targets, segments and positions, each int32[num_rows, row_len], and times, if given, in
+    seconds since the first event of the segment. What is not filled is 0.
     """
     first, counts = plan.row_starts[rows], np.diff(plan.row_starts)[rows]
     slots = _ranges(first, counts)
@@ -98,7 +101,8 @@ def fill_rows(items, plan: PackingPlan, rows, slot_users, ends, num_rows: int) -
     first_of_row = np.cumsum(counts) - counts
     in_row = starts - starts[first_of_row][row_of_slot]
     into = _ranges(row_of_slot * plan.row_len + in_row, lengths)
-    source = _ranges(ends[slot_users[slots]] - lengths, lengths)
+    # A row may end with a token that is asked for, where the log has no event.
+    source = np.minimum(_ranges(ends[slot_users[slots]] - lengths, lengths), len(items) - 1)
     segment = np.arange(len(slots)) - first_of_row[row_of_slot] + 1
 
     batch = {name: np.zeros((num_rows, plan.row_len), np.int32) for name in FIELDS}
@@ -106,6 +110,10 @@ def fill_rows(items, plan: PackingPlan, rows, slot_users, ends, num_rows: int) -
     batch["targets"].reshape(-1)[into] = items[np.minimum(source + 1, len(items) - 1)]
     batch["segments"].reshape(-1)[into] = np.repeat(segment, lengths)
     batch["positions"].reshape(-1)[into] = _ranges(np.zeros_like(lengths), lengths)
+    if times is not None:
+        since = times[source] - np.repeat(times[source[starts]], lengths)
+        batch["times"] = np.zeros((num_rows, plan.row_len), np.int32)
+        batch["times"].reshape(-1)[into] = np.minimum(since, np.iinfo(np.int32).max)  # 68 years
     return batch
 
 

@@ -16,6 +16,9 @@ class BatchSource:
     A user with at least two training events appears once an epoch, with the last `max_len` targets; with
     all_windows, longer histories appear whole, cut into windows of `max_len` targets from the end. The
     rows of an epoch are spread evenly over its steps, so a batch may hold a few empty rows.
+
+    is_causal=False: items end with the last training event instead of the one before it, and targets are the
+    items themselves, for models that foretell what is masked. reads_times: batches have times.
     """
 
     def __init__(
@@ -28,16 +31,21 @@ class BatchSource:
         epochs: int,
         seed: int,
         all_windows: bool = False,
+        is_causal: bool = True,
+        reads_times: bool = False,
         host: int = 0,
         num_hosts: int = 1,
     ):
         if batch_rows % num_hosts:
             raise ValueError(f"batch_rows={batch_rows} must be divisible by {num_hosts} hosts (TrainConfig)")
-        self._items = histories.items
-        lengths = np.asarray(split.train_end) - histories.offsets[:-1] - 1
+        self._items, self._is_causal = histories.items, is_causal
+        self._times = histories.times if reads_times else None
+        lengths = np.asarray(split.train_end) - histories.offsets[:-1] - is_causal
+        if not is_causal:  # a single event tells nothing of itself
+            lengths = np.where(lengths < 2, 0, lengths)
         windows = -(-lengths // max_len) if all_windows else np.minimum(lengths, 1)
         self._window_user, index = _expand(np.maximum(windows, 0))
-        self._window_end = split.train_end[self._window_user] - 1 - index * max_len
+        self._window_end = split.train_end[self._window_user] - is_causal - index * max_len
         self.plan = plan_packing(self._window_end - histories.offsets[self._window_user], max_len)
         self.steps_per_epoch = -(-self.plan.num_rows // batch_rows)
         self._batch_rows, self._epochs, self._seed = batch_rows, epochs, seed
@@ -51,7 +59,12 @@ class BatchSource:
         slot_windows, rows = self._rows(int(step))
         per_host = self._batch_rows // self._num_hosts
         mine = rows[self._host * per_host : (self._host + 1) * per_host]
-        return fill_rows(self._items, self.plan, mine, slot_windows, self._window_end, per_host)
+        batch = fill_rows(
+            self._items, self.plan, mine, slot_windows, self._window_end, per_host, times=self._times
+        )
+        if not self._is_causal:
+            batch["targets"] = batch["items"]
+        return batch
 
     def users(self, step: int) -> np.ndarray:
         """The users (row numbers of the histories) whose events are in the batch of a step."""

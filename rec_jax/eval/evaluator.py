@@ -261,6 +261,18 @@ def evaluate(score_fn: ScoreFn, histories, split, part: str, config: EvalConfig,
     return result
 
 
+def per_example(
+    score_fn: ScoreFn, histories, split, part: str, config: EvalConfig, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """{metric: f64[E]} over all examples of a part, by the policy of `config.filter_seen`: what paired
+    comparisons of models need."""
+    ranks = rank_examples(score_fn, histories, examples(histories, split, part), config, seed)
+    places = (ranks.greater, ranks.equal)
+    if not config.filter_seen:
+        places = (ranks.greater_unfiltered, ranks.equal_unfiltered)
+    return M.rank_metrics(*places, config.ks, histories.num_items)
+
+
 def _breakdown(values: dict, by: np.ndarray, bounds) -> dict[str, dict]:
     """hr@10 and ndcg@10 of the examples in each bucket low <= by < high that is not empty."""
     edges = [0, *bounds, np.inf]

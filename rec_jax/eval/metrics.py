@@ -89,6 +89,40 @@ def bootstrap_interval(values: np.ndarray, num: int, seed: int, level: float = 0
     return [float(x) for x in np.quantile(means, [tail, 1 - tail])]
 
 
+def bootstrap_ratio(values, reference, num: int, seed: int, level: float = 0.95) -> tuple[float, list[float]]:
+    """(mean of values / mean of reference, its percentile bootstrap interval). Pairs are drawn together, so
+    that what is hard for both does not widen the interval.
+
+    values, reference: f64[E], of the same examples.
+    """
+    values, reference = np.asarray(values, np.float64), np.asarray(reference, np.float64)
+    rng = np.random.default_rng(seed)
+    ratios = np.empty(num)
+    for i in range(num):
+        drawn = rng.integers(0, len(values), len(values))
+        ratios[i] = values[drawn].mean() / max(reference[drawn].mean(), 1e-12)
+    tail = (1 - level) / 2
+    interval = [float(x) for x in np.quantile(ratios, [tail, 1 - tail])]
+    return float(values.mean() / max(reference.mean(), 1e-12)), interval
+
+
+def paired_test(values, others, num: int, seed: int) -> float:
+    """Two-sided p of the mean difference under random swaps of each pair: how often chance alone would set
+    two equal models so far apart.
+
+    values, others: f64[E], of the same examples. num: random swaps of all pairs. Source: Fisher's
+    randomization test, as in Smucker, Allan & Carterette, CIKM'07.
+    """
+    difference = np.asarray(values, np.float64) - np.asarray(others, np.float64)
+    observed = abs(difference.mean())
+    rng = np.random.default_rng(seed)
+    num_as_far = 0
+    for _ in range(num):
+        signs = rng.integers(0, 2, len(difference)) * 2 - 1
+        num_as_far += abs((signs * difference).mean()) >= observed
+    return (num_as_far + 1) / (num + 1)
+
+
 def recommendation_metrics(times_shown_V: np.ndarray, train_counts_V: np.ndarray, k: int) -> dict:
     """What the lists of k recommendations look like as a whole.
 

@@ -6,8 +6,91 @@ from typing import Any
 
 import flax.nnx as nnx
 import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 ITEMS = ("items", "embedding")  # where a model keeps the table of its catalogue
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceConfig:
+    """What every sequence model has; its own config adds `type`, by which a config file names the model."""
+
+    width: int = 64
+    num_layers: int = 2
+    dropout: float = 0.1
+    l2_normalize: bool = False  # score by cosine: both sides normalised to length 1
+    temperature: float = 1.0  # scores are divided by it
+
+    def __post_init__(self):
+        self.at_least(width=1, num_layers=0)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be in [0, 1) ({type(self).__name__})")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} must be positive ({type(self).__name__})")
+
+    def at_least(self, **least: int) -> None:
+        """Raises ValueError for a field below its number."""
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be at least {number} ({type(self).__name__})"
+                )
+
+    @property
+    def table_dim(self) -> int:
+        """Of the table of items."""
+        return self.width
+
+    def tensor_parallel(self, parts: int) -> dict[str, P]:
+        """{regex of a parameter's name: how it lies over the mesh axis "model" of `parts` devices}; what is
+        not named is whole."""
+        return {}
+
+
+class SequenceModel(nnx.Module):
+    """Encodes packed rows; scores the catalogue by dot products with its table of items, `self.items`.
+
+    A model implements
+
+        __call__(batch, key_B=None, at=None, hidden=None) -> x_BSD, or x_QD for `at`
+
+    batch: items, segments, positions, each int32[B, S] (segment 0 = padding), and what the class asks for
+    below. key_B: uint32[B] from `hashing.row_keys`, or None for no dropout. at: (rows int[Q], columns int[Q])
+    of the only tokens that are asked for, without dropout; or None. hidden: a list to which the output of
+    each layer is appended; with `at` the last of them is x_QD. What is returned has gone through `queries`.
+    """
+
+    # Does the output at a token foretell the next one? Else the token asked for is masked, and its output
+    # tells what it is: bool[B, S] `batch["masked"]` says which.
+    is_causal = True
+    # int32[B, S] `batch["times"]`: seconds since the first event of the segment.
+    reads_times = False
+
+    def training_batch(self, batch, key_B):
+        """The batch as this model learns from it. targets: int32[B, S], 0 where there is nothing to learn."""
+        return batch
+
+    def queries(self, x):
+        """[..., D], scaled so that a dot product with `item_vectors()` is the score."""
+        if self.config.l2_normalize:
+            x = unit(x)
+        return x / self.config.temperature
+
+    def item_vectors(self):
+        """The catalogue as table_VD, [V, table_dim]; row 0 is padding and must not be scored.
+
+        A quantized table is returned as it is, unless its rows are to be normalised."""
+        table_VD = self.items.embedding[...]
+        if not self.config.l2_normalize:
+            return table_VD
+        return unit(table_VD.dequantize() if hasattr(table_VD, "dequantize") else table_VD)
+
+
+def unit(x):
+    """x [..., D] of length 1, computed in f32."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.sum(x32**2, -1, keepdims=True) + 1e-12)).astype(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity, so that it can be a static argument of jit
@@ -16,15 +99,19 @@ class Model:
 
     graphdef: Any
     abstract_params: Any
+    is_causal: bool = True  # both as of the module's class
+    reads_times: bool = False
 
-    def bind(self, params) -> nnx.Module:
+    def bind(self, params) -> SequenceModel:
         return nnx.merge(self.graphdef, nnx.State(params))
 
 
 def define_model(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     """The definition alone; computes nothing."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param)
-    return Model(graphdef, jax.tree.map(_abstract, nnx.to_pure_dict(state)))
+    module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    graphdef, state = nnx.split(module, nnx.Param)
+    abstract_params = jax.tree.map(_abstract, nnx.to_pure_dict(state))
+    return Model(graphdef, abstract_params, module.is_causal, module.reads_times)
 
 
 def _abstract(leaf) -> jax.ShapeDtypeStruct:

@@ -6,91 +6,129 @@ from typing import Literal
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from rec_jax.nn.blocks import TransformerBlock
+from rec_jax.models.base import SequenceConfig, SequenceModel
+from rec_jax.nn.blocks import TransformerBlock, tensor_parallel
+from rec_jax.nn.dense import dense
 from rec_jax.nn.dropout import dropout
 from rec_jax.nn.embedding import Embedding
 from rec_jax.nn.norm import LayerNorm
 
 
-@dataclass(frozen=True)
-class SASRecConfig:
+@dataclass(frozen=True, kw_only=True)
+class SASRecConfig(SequenceConfig):
     type: Literal["sasrec"] = "sasrec"
-    width: int = 64
-    num_layers: int = 2
     num_heads: int = 1
     ff_width: int = 64
     activation: Literal["relu", "gelu", "silu"] = "relu"
-    dropout: float = 0.1
     norm: Literal["pre", "post", "original"] = "post"
     position: Literal["learned", "rotary"] = "learned"
-    l2_normalize: bool = False  # score by cosine: both sides normalised to length 1
-    temperature: float = 1.0  # scores are divided by it
+    item_dim: int = 0  # of the table of items, which a kernel projects to width and back; 0 = width
+    share_layers: bool = False  # one block, applied num_layers times
+    head_width: int = 0  # 0 = width / num_heads; set where heads or dims were removed from a model
+    full_width: int = 0  # the width before dims were removed, which norms still count; 0 = width
 
     def __post_init__(self):
-        for name, least in (("width", 1), ("num_layers", 0), ("num_heads", 1), ("ff_width", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least} (SASRecConfig)")
-        if self.width % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads} does not divide width={self.width} (SASRecConfig)")
-        if self.position == "rotary" and self.width // self.num_heads % 2:
+        super().__post_init__()
+        self.at_least(num_heads=1, ff_width=1, item_dim=0, head_width=0)
+        if not self.head_width and self.width % self.num_heads:
             raise ValueError(
-                f"width/num_heads={self.width // self.num_heads} must be even for "
+                f"num_heads={self.num_heads} does not divide width={self.width}: change either, or set "
+                "head_width (SASRecConfig)"
+            )
+        head_width = self.head_width or self.width // self.num_heads
+        if self.position == "rotary" and head_width % 2:
+            raise ValueError(
+                f"head_width={head_width} (by default width/num_heads) must be even for "
                 "position='rotary' (SASRecConfig)"
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be in [0, 1) (SASRecConfig)")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be positive (SASRecConfig)")
+        if self.full_width and self.full_width < self.width:
+            raise ValueError(
+                f"full_width={self.full_width} must be 0 or at least width={self.width} (SASRecConfig)"
+            )
+        if self.item_dim and self.l2_normalize:
+            raise ValueError(
+                f"item_dim={self.item_dim} does not go with l2_normalize, for the projection changes "
+                "lengths: turn either off (SASRecConfig)"
+            )
+
+    @property
+    def table_dim(self) -> int:
+        """Of the table of items."""
+        return self.item_dim or self.width
+
+    def tensor_parallel(self, parts: int) -> dict[str, P]:
+        return tensor_parallel(self.num_heads, self.ff_width, parts)
 
 
-class SASRec(nnx.Module):
-    """Encodes histories and scores the catalogue with the tied item table.
+class SASRec(SequenceModel):
+    """A causal transformer with the tied item table.
 
-    Source: Kang & McAuley, ICDM'18 (arXiv 1808.09781).
+    Source: Kang & McAuley, ICDM'18 (arXiv 1808.09781); item_dim and share_layers: ALBERT, Lan et al., ICLR'20
+    (arXiv 1909.11942), section 3.1.
     Differs: positions count from the start of the (truncated) history instead of from its end; no
     dropout on attention weights; norm="post", which scored best, unless the original order is asked for.
     """
 
+    block = TransformerBlock
+
     def __init__(self, config: SASRecConfig, num_items: int, max_len: int, *, rngs: nnx.Rngs):
         self.config = config
-        self.items = Embedding(num_items + 1, config.width, rngs=rngs)
+        self.items = Embedding(num_items + 1, config.table_dim, rngs=rngs)
         if config.position == "learned":
             self.positions = Embedding(max_len, config.width, rngs=rngs)
+        num_blocks = min(1, config.num_layers) if config.share_layers else config.num_layers
         self.blocks = nnx.List(
-            [TransformerBlock(config, index, rngs=rngs) for index in range(config.num_layers)]
+            [self.block(config, is_causal=self.is_causal, rngs=rngs) for _ in range(num_blocks)]
         )
-        self.final_norm = LayerNorm(config.width)
+        self.final_norm = LayerNorm(config.width, config.full_width)
+        if config.item_dim:
+            # Of variance 1 / item_dim, with which inputs start as large as those of a plain table.
+            init = nnx.initializers.lecun_normal()
+            self.project = nnx.Linear(
+                config.item_dim, config.width, use_bias=False, kernel_init=init, rngs=rngs
+            )
 
-    def __call__(self, batch: dict[str, jax.Array], key_B: jax.Array | None = None, at=None) -> jax.Array:
-        """Encodes packed rows.
+    def embed(self, batch):
+        """What stands for the items, [B, S, table_dim]."""
+        return self.items(batch["items"])
 
-        batch: items, segments, positions, each int32[B, S] (segment 0 = padding).
-        key_B: uint32[B] from `hashing.row_keys`, or None for no dropout.
-        at: (rows int[Q], columns int[Q]) of the only tokens that are asked for, without dropout; or None.
-        Returns x_BSD, or x_QD for `at`, scaled so that a dot product with `item_vectors()` is the score.
-        """
+    def __call__(
+        self,
+        batch: dict[str, jax.Array],
+        key_B: jax.Array | None = None,
+        at=None,
+        hidden: list | None = None,
+    ) -> jax.Array:
+        """See SequenceModel. Returned vectors have item_dim dims, if that is set."""
         config = self.config
-        x_BSD = self.items(batch["items"]) * config.width**0.5
+        x_BSD = self.embed(batch)
+        if config.item_dim:
+            x_TD = dense(x_BSD.reshape(-1, config.item_dim), self.project.kernel[...])
+            x_BSD = x_TD.reshape(*x_BSD.shape[:2], config.width)
+        x_BSD = x_BSD * (config.full_width or config.width) ** 0.5
         if config.position == "learned":
             x_BSD = x_BSD + self.positions(batch["positions"])
         if key_B is not None and config.dropout:
             x_BSD = dropout(x_BSD, key_B, 0, config.dropout)
         rotary_BS = batch["positions"] if config.position == "rotary" else None
-        for block in self.blocks:
-            last = block is self.blocks[-1]
-            x_BSD = block(x_BSD, batch["segments"], rotary_BS, key_B, at if last else None)
+        for index in range(config.num_layers):
+            block = self.blocks[0 if config.share_layers else index]
+            last = index == config.num_layers - 1
+            x_BSD = block(x_BSD, batch["segments"], rotary_BS, key_B, index, at if last else None)
+            if hidden is not None:
+                hidden.append(x_BSD)
+        if at is not None and not config.num_layers:
+            x_BSD = x_BSD[at]
         x = self.final_norm(x_BSD)
-        if config.l2_normalize:
-            x = _unit(x)
-        return x / config.temperature
-
-    def item_vectors(self) -> jax.Array:
-        """The catalogue as table_VD; row 0 is padding and must not be scored."""
-        table_VD = self.items.embedding[...]
-        return _unit(table_VD) if self.config.l2_normalize else table_VD
+        if config.item_dim:
+            x = _transposed(x, self.project.kernel[...])
+        return self.queries(x)
 
 
-def _unit(x):
-    x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.sum(x32**2, -1, keepdims=True) + 1e-12)).astype(x.dtype)
+def _transposed(x, kernel_ED):
+    """x @ kernel.T, of a kernel as of `dense`; an object that is no array has `matmul_transposed(x)`."""
+    if isinstance(kernel_ED, jax.Array):
+        return jnp.dot(x, kernel_ED.T.astype(x.dtype))
+    return kernel_ED.matmul_transposed(x)

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from rec_jax.data.packing import fill_rows, plan_packing
 from rec_jax.mesh import place_whole_batch, replicate
 from rec_jax.models.base import Model, get_table, with_table, without_table
+from rec_jax.nn.quantized import score_items
 from rec_jax.nn.sharded import AXES, SpreadScores
 
 # Packed rows encoded at once, over all devices: what stays in the caches of a few cores.
@@ -29,7 +30,20 @@ def _item_vectors(model: Model, params):
 
 @jax.jit
 def _scores(table_VD, x_BD):
-    return jnp.matmul(x_BD, table_VD.T, preferred_element_type=jnp.float32).at[:, 0].set(-jnp.inf)
+    return score_items(x_BD, table_VD).at[:, 0].set(-jnp.inf)
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def top_items(model: Model, params, batch, k: int):
+    """The k best next items of each history: (scores f32[B, k], ids int32[B, k]), best first.
+
+    batch: items, segments (1; 0 = padding behind) and positions, int32[B, S], one history a row; what else
+    the model reads.
+    """
+    last_B = jnp.sum(batch["segments"] > 0, axis=1) - 1
+    module = model.bind(params)
+    x_BD = module(batch, at=(jnp.arange(len(last_B)), last_B))
+    return jax.lax.top_k(_scores(module.item_vectors(), x_BD), k)
 
 
 @partial(jax.jit, static_argnums=2)
@@ -55,7 +69,8 @@ class SequenceScorer:
         self._model, self._whole = model, NamedSharding(mesh, P())
         if self._placement is None:
             self._params = replicate(params, mesh)
-            self._table_VD = _item_vectors(model, self._params).addressable_data(0)
+            table_VD = _item_vectors(model, self._params)  # an array, or a quantized table
+            self._table_VD = jax.tree.map(lambda x: x.addressable_data(0), table_VD)
         else:
             array = jax.jit(layout.spread, out_shardings=NamedSharding(mesh, P(AXES)))(get_table(params))
             self._params = with_table(replicate(without_table(params), mesh), array)
@@ -68,32 +83,42 @@ class SequenceScorer:
         Returns f32[B, V + 1] on one device, column 0 (padding) -inf; or SpreadScores of a spread table.
         """
         starts = self._histories.offsets[users]
-        return self._score(self._histories.items, np.asarray(ends), ends - starts)
+        times = self._histories.times if self._model.reads_times else None
+        return self._score(self._histories.items, np.asarray(ends), ends - starts, times)
 
-    def score_history(self, items: np.ndarray) -> jax.Array:
-        """f32[V + 1]: scores of the event after the given item ids, oldest first."""
+    def score_history(self, items: np.ndarray, times: np.ndarray | None = None) -> jax.Array:
+        """f32[V + 1]: scores of the event after the given item ids, oldest first. times: int64 seconds of
+        these events, for a model that reads them; without, all count as at the same time."""
         items = np.asarray(items, np.int32)
         if items.size == 0:
             raise ValueError("the history is empty: a sequence model needs at least one item")
-        scores = self._score(items, np.array([items.size]), np.array([items.size]))
+        if not self._model.reads_times:
+            times = None
+        elif times is None:
+            times = np.zeros(items.size, np.int64)
+        scores = self._score(items, np.array([items.size]), np.array([items.size]), times)
         if isinstance(scores, SpreadScores):
             scores = jax.jit(SpreadScores.in_order, out_shardings=self._whole)(scores)
         return scores[0]
 
-    def _score(self, items, ends, lengths):
+    def _score(self, items, ends, lengths, times=None):
         """Encodes packed rows in blocks of one fixed shape, then scores the last token of each history."""
         if np.any(lengths < 1):
             raise ValueError(f"history {int(np.argmin(lengths))} of the batch is empty: nothing to encode")
-        plan = plan_packing(lengths, self._max_len)
+        behind = 0 if self._model.is_causal else 1  # a token to ask for, after the last event
+        plan = plan_packing(lengths + behind, self._max_len)
         slot_users = np.empty_like(plan.users_by_len)
         slot_users[plan.slots_by_len] = plan.users_by_len
-        x_BD = np.empty((len(ends), self._table_VD.shape[1]), self._table_VD.dtype)
+        x_BD = np.empty((len(ends), self._table_VD.shape[1]), getattr(self._table_VD, "dtype", np.float32))
         for first in range(0, plan.num_rows, self._rows):
             rows = np.arange(first, min(first + self._rows, plan.num_rows))
-            batch = fill_rows(items, plan, rows, slot_users, ends, self._rows)
+            batch = fill_rows(items, plan, rows, slot_users, ends + behind, self._rows, times=times)
             # The last token of a segment is where the next position does not go on counting.
             following = np.pad(batch["positions"][:, 1:], ((0, 0), (0, 1)))
             is_last = (batch["segments"] > 0) & (following == 0)
+            if behind:  # before anything reads what stands there: it is the event to foretell
+                batch["items"] = np.where(is_last, 0, batch["items"])
+                batch["masked"] = is_last
             row_Q, column_Q = np.nonzero(is_last)
             users_Q = slot_users[plan.row_starts[rows[0]] : plan.row_starts[rows[-1] + 1]]
             size = 1 << int(len(row_Q) - 1).bit_length()  # few shapes to compile

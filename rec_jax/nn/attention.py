@@ -1,4 +1,4 @@
-"""Causal self-attention over packed rows: a token attends to itself and what precedes it in its segment."""
+"""Self-attention over packed rows: a token attends to its segment, usually to itself and what precedes it."""
 
 import itertools
 from functools import partial
@@ -7,6 +7,7 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 
+from rec_jax.nn.dense import Dense, dense
 from rec_jax.nn.parallel import join, to_parts
 
 # Queries are processed in blocks of about this many, so that keys of the future are not even computed.
@@ -23,27 +24,29 @@ def rotary(x_BSNH: jax.Array, positions_BS: jax.Array, base: float = 10_000.0) -
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def segment_attention(
     q_BSNH: jax.Array,
     k_BSNH: jax.Array,
     v_BSNH: jax.Array,
     segments_BS: jax.Array,
     query_block: int = QUERY_BLOCK,
+    is_causal: bool = True,
 ) -> jax.Array:
-    """Softmax attention, causal and within segments; softmax in f32.
+    """Softmax attention within segments, to the past alone if is_causal; softmax in f32.
 
     segments_BS: int32, 0 = padding. A padding token attends to the padding before it, so its row of the
     softmax is never empty; nobody reads it.
     """
-    return _forward(q_BSNH, k_BSNH, v_BSNH, segments_BS, query_block)[0]
+    return _forward(q_BSNH, k_BSNH, v_BSNH, segments_BS, query_block, is_causal)[0]
 
 
-def _blocks(length: int, query_block: int):
-    """(start, stop) of blocks of queries, of even lengths near `query_block`."""
+def _blocks(length: int, query_block: int, is_causal: bool):
+    """(first query, behind the last query, behind the last key) of blocks of queries, of even lengths near
+    `query_block`."""
     num_blocks = max(1, round(length / query_block))
     bounds = [round(i * length / num_blocks) for i in range(num_blocks + 1)]
-    return list(itertools.pairwise(bounds))
+    return [(start, stop, stop if is_causal else length) for start, stop in itertools.pairwise(bounds)]
 
 
 def _merge_heads(x_BSNH):
@@ -52,17 +55,18 @@ def _merge_heads(x_BSNH):
     return x_BSNH.swapaxes(1, 2).reshape(batch * heads, length, width)
 
 
-def _forward(q_BSNH, k_BSNH, v_BSNH, segments_BS, query_block):
+def _forward(q_BSNH, k_BSNH, v_BSNH, segments_BS, query_block, is_causal):
     scale = q_BSNH.shape[-1] ** -0.5
     q_GSH, k_GSH, v_GSH = (_merge_heads(x) for x in (q_BSNH * scale, k_BSNH, v_BSNH))
     segments_GS = jnp.repeat(segments_BS, q_BSNH.shape[2], axis=0)
     outs, weights = [], []
-    for start, stop in _blocks(q_GSH.shape[1], query_block):
-        q, k, v = q_GSH[:, start:stop], k_GSH[:, :stop], v_GSH[:, :stop]
+    for start, stop, end in _blocks(q_GSH.shape[1], query_block, is_causal):
+        q, k, v = q_GSH[:, start:stop], k_GSH[:, :end], v_GSH[:, :end]
         logits = jnp.einsum("gqh,gkh->gqk", q, k, preferred_element_type=jnp.float32)
-        causal = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
-        same = segments_GS[:, start:stop, None] == segments_GS[:, None, :stop]
-        logits = jnp.where(causal & same, logits, -jnp.inf)
+        allowed = segments_GS[:, start:stop, None] == segments_GS[:, None, :end]
+        if is_causal:
+            allowed &= jnp.arange(start, stop)[:, None] >= jnp.arange(end)[None, :]
+        logits = jnp.where(allowed, logits, -jnp.inf)
         weights.append(jax.nn.softmax(logits, axis=-1).astype(v.dtype))
         outs.append(jnp.einsum("gqk,gkh->gqh", weights[-1], v))
     out_GSH = jnp.concatenate(outs, axis=1)
@@ -71,20 +75,20 @@ def _forward(q_BSNH, k_BSNH, v_BSNH, segments_BS, query_block):
     return out_BSNH, (q_GSH, k_GSH, v_GSH, weights)
 
 
-def _backward(query_block, residuals, dout_BSNH):
+def _backward(query_block, is_causal, residuals, dout_BSNH):
     q_GSH, k_GSH, v_GSH, weights = residuals
     batch, length, heads, width = dout_BSNH.shape
     dout_GSH = _merge_heads(dout_BSNH)
     dqs, dk_GSH, dv_GSH = [], jnp.zeros_like(k_GSH), jnp.zeros_like(v_GSH)
-    for (start, stop), weight in zip(_blocks(length, query_block), weights, strict=True):
-        q, k, v, dout = q_GSH[:, start:stop], k_GSH[:, :stop], v_GSH[:, :stop], dout_GSH[:, start:stop]
+    for (start, stop, end), weight in zip(_blocks(length, query_block, is_causal), weights, strict=True):
+        q, k, v, dout = q_GSH[:, start:stop], k_GSH[:, :end], v_GSH[:, :end], dout_GSH[:, start:stop]
         dweight = jnp.einsum("gqh,gkh->gqk", dout, v, preferred_element_type=jnp.float32)
         inner = jnp.sum(weight * dweight, axis=-1, keepdims=True)
         # Without the barrier XLA:CPU fuses this into the products below, which makes them slower.
         dlogits = jax.lax.optimization_barrier((weight * (dweight - inner)).astype(q.dtype))
         dqs.append(jnp.einsum("gqk,gkh->gqh", dlogits, k))
-        dk_GSH = dk_GSH.at[:, :stop].add(jnp.einsum("gqk,gqh->gkh", dlogits, q))
-        dv_GSH = dv_GSH.at[:, :stop].add(jnp.einsum("gqk,gqh->gkh", weight, dout))
+        dk_GSH = dk_GSH.at[:, :end].add(jnp.einsum("gqk,gqh->gkh", dlogits, q))
+        dv_GSH = dv_GSH.at[:, :end].add(jnp.einsum("gqk,gqh->gkh", weight, dout))
     dq_GSH = jnp.concatenate(dqs, axis=1) * width**-0.5
     dq, dk, dv = (x.reshape(batch, heads, length, width).swapaxes(1, 2) for x in (dq_GSH, dk_GSH, dv_GSH))
     return dq, dk, dv, None
@@ -94,14 +98,17 @@ segment_attention.defvjp(_forward, _backward)
 
 
 class SelfAttention(nnx.Module):
-    """Multi-head self-attention; `width` must be divisible by `num_heads`."""
+    """Multi-head self-attention. The heads together may be narrower than the input, [D, N * H] and back."""
 
-    def __init__(self, width: int, num_heads: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, num_heads: int, head_width: int, *, is_causal: bool = True, rngs: nnx.Rngs
+    ):
         init = nnx.initializers.xavier_uniform()
-        self.head_width = width // num_heads
-        self.query = nnx.Linear(width, width, kernel_init=init, rngs=rngs)
-        self.key_value = nnx.LinearGeneral(width, (2, width), kernel_init=init, rngs=rngs)
-        self.out = nnx.Linear(width, width, kernel_init=init, rngs=rngs)
+        self.head_width, self.is_causal = head_width, is_causal
+        inner = num_heads * head_width
+        self.query = Dense(width, inner, kernel_init=init, rngs=rngs)
+        self.key_value = nnx.LinearGeneral(width, (2, inner), kernel_init=init, rngs=rngs)
+        self.out = Dense(inner, width, kernel_init=init, rngs=rngs)
 
     def __call__(self, x_BSD, memory_BSD, segments_BS, positions_BS=None):
         """Queries from `x_BSD`, keys and values from `memory_BSD`, usually the same array.
@@ -109,17 +116,18 @@ class SelfAttention(nnx.Module):
         positions_BS: given for rotary positions, None where positions are in the input already.
         """
         batch, length, width = x_BSD.shape
-        is_split = self.query.kernel.shape[1] < width  # over "model", by heads
+        is_split = self.query.kernel.shape[1] < self.query.out_features  # over "model", by heads
         if is_split:
             x_BSD, memory_BSD = to_parts(x_BSD), to_parts(memory_BSD)
         heads = (batch, length, -1, self.head_width)
         # Dense layers see lists of tokens: so XLA:CPU need not transpose for the gradients of their weights.
         memory_TD = memory_BSD.reshape(-1, width)
         q = self.query(x_BSD.reshape(-1, width)).reshape(heads)
-        kernel, bias = self.key_value.kernel[...], self.key_value.bias[...]  # [D, 2, D], [2, D] or part of it
-        both = memory_TD @ kernel.reshape(width, -1) + bias.reshape(-1)
+        both = dense(memory_TD, self.key_value.kernel[...], self.key_value.bias[...])
         k, v = (x.reshape(heads) for x in jnp.split(both, 2, axis=-1))
         if positions_BS is not None:
             q, k = rotary(q, positions_BS), rotary(k, positions_BS)
-        out_TD = segment_attention(q, k, v, segments_BS).reshape(batch * length, -1)
+        out_TD = segment_attention(q, k, v, segments_BS, QUERY_BLOCK, self.is_causal).reshape(
+            batch * length, -1
+        )
         return join(self.out, out_TD, is_split).reshape(x_BSD.shape)

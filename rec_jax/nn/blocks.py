@@ -4,6 +4,7 @@ import flax.nnx as nnx
 from jax.sharding import PartitionSpec as P
 
 from rec_jax.nn.attention import SelfAttention
+from rec_jax.nn.dense import Dense
 from rec_jax.nn.dropout import dropout
 from rec_jax.nn.norm import LayerNorm
 from rec_jax.nn.parallel import join, to_parts
@@ -14,8 +15,8 @@ class FeedForward(nnx.Module):
 
     def __init__(self, width: int, ff_width: int, activation: str, *, rngs: nnx.Rngs):
         init = nnx.initializers.xavier_uniform()
-        self.up = nnx.Linear(width, ff_width, kernel_init=init, rngs=rngs)
-        self.down = nnx.Linear(ff_width, width, kernel_init=init, rngs=rngs)
+        self.up = Dense(width, ff_width, kernel_init=init, rngs=rngs)
+        self.down = Dense(ff_width, width, kernel_init=init, rngs=rngs)
         self.activation = activation
 
     def __call__(self, x_BSD):
@@ -33,20 +34,24 @@ class TransformerBlock(nnx.Module):
     norm="original": SASRec's own order: as "post", but keys and values see the input before the norm.
     """
 
-    def __init__(self, config, index: int, *, rngs: nnx.Rngs):
-        self.attention_norm = LayerNorm(config.width)
-        self.attention = SelfAttention(config.width, config.num_heads, rngs=rngs)
-        self.ff_norm = LayerNorm(config.width)
+    def __init__(self, config, *, is_causal: bool = True, rngs: nnx.Rngs):
+        head_width = config.head_width or config.width // config.num_heads
+        self.attention_norm = LayerNorm(config.width, config.full_width)
+        self.attention = SelfAttention(
+            config.width, config.num_heads, head_width, is_causal=is_causal, rngs=rngs
+        )
+        self.ff_norm = LayerNorm(config.width, config.full_width)
         self.ff = FeedForward(config.width, config.ff_width, config.activation, rngs=rngs)
-        self.norm, self.rate, self.index = config.norm, config.dropout, index
+        self.norm, self.rate = config.norm, config.dropout
 
-    def __call__(self, x_BSD, segments_BS, positions_BS, key_B, at=None):
-        """at: (rows, columns) of the only tokens to return, as x_QD; None for all of x_BSD."""
+    def __call__(self, x_BSD, segments_BS, positions_BS, key_B, index: int, at=None):
+        """index: which layer this is, for its dropout: a block may be several of them. at: (rows, columns) of
+        the only tokens to return, as x_QD; None for all of x_BSD."""
 
         def drop(x, site):
             if key_B is None or self.rate == 0:
                 return x
-            return dropout(x, key_B, 2 * self.index + site, self.rate)
+            return dropout(x, key_B, 2 * index + site, self.rate)
 
         normed = self.attention_norm(x_BSD)
         residual = x_BSD if self.norm == "pre" else normed

@@ -54,6 +54,9 @@ class Embedding(nnx.Module):
 
 
 def _lookup(table_VD, ids):
+    """table_VD: an array; or, from a compressed model, an object with `rows(ids)`."""
+    if not isinstance(table_VD, jax.Array):
+        return table_VD.rows(ids)
     return table_VD.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 

@@ -1,5 +1,7 @@
 """Layer normalisation with its own gradient: fewer passes on a CPU than the automatic one takes."""
 
+from functools import partial
+
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
@@ -7,35 +9,41 @@ import jax.numpy as jnp
 EPSILON = 1e-6
 
 
-@jax.custom_vjp
-def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array, full_width: int = 0) -> jax.Array:
     """(x - mean) / sqrt(variance + EPSILON) * scale + bias over the last dim; statistics in f32.
 
-    x [..., D]. Source: Ba, Kiros & Hinton, arXiv 1607.06450.
+    x [..., D]. full_width: the dims that mean and variance count, of which those beyond D are zeros; 0 = D.
+    Source: Ba, Kiros & Hinton, arXiv 1607.06450.
     """
-    return _forward(x, scale_D, bias_D)[0]
+    return _forward(x, scale_D, bias_D, full_width)[0]
 
 
-def _mean(x):
-    return jnp.mean(x, axis=-1, keepdims=True)
+def _mean(x, full_width):
+    return jnp.sum(x, axis=-1, keepdims=True) / (full_width or x.shape[-1])
 
 
-def _forward(x, scale_D, bias_D):
+def _forward(x, scale_D, bias_D, full_width):
     x32 = x.astype(jnp.float32)
-    centred = x32 - _mean(x32)
-    rstd = jax.lax.rsqrt(_mean(centred**2) + EPSILON)
+    mean = _mean(x32, full_width)
+    centred = x32 - mean
+    variance = _mean(centred**2, full_width)
+    if full_width > x.shape[-1]:  # a zero lies `mean` away from the mean
+        variance += (full_width - x.shape[-1]) / full_width * mean**2
+    rstd = jax.lax.rsqrt(variance + EPSILON)
     unit = (centred * rstd).astype(x.dtype)
     return unit * scale_D + bias_D, (unit, rstd, scale_D)
 
 
-def _backward(residuals, dout):
-    """d = dout * scale goes back less its mean and less its projection on the normalised input."""
+def _backward(full_width, residuals, dout):
+    """d = dout * scale goes back less its mean and less its projection on the normalised input; at dims that
+    are missing d is zero."""
     unit, rstd, scale_D = residuals
     tokens = tuple(range(dout.ndim - 1))
     dscale_D = jnp.sum(dout * unit, axis=tokens, dtype=jnp.float32).astype(scale_D.dtype)
     dbias_D = jnp.sum(dout, axis=tokens, dtype=jnp.float32).astype(scale_D.dtype)
     d, unit32 = (dout * scale_D).astype(jnp.float32), unit.astype(jnp.float32)
-    dx = rstd * (d - _mean(d) - unit32 * _mean(d * unit32))
+    dx = rstd * (d - _mean(d, full_width) - unit32 * _mean(d * unit32, full_width))
     return dx.astype(unit.dtype), dscale_D, dbias_D
 
 
@@ -43,9 +51,10 @@ layer_norm.defvjp(_forward, _backward)
 
 
 class LayerNorm(nnx.Module):
-    def __init__(self, width: int):
+    def __init__(self, width: int, full_width: int = 0):
+        self.full_width = full_width
         self.scale = nnx.Param(jnp.ones(width))
         self.bias = nnx.Param(jnp.zeros(width))
 
     def __call__(self, x):
-        return layer_norm(x, self.scale[...], self.bias[...])
+        return layer_norm(x, self.scale[...], self.bias[...], self.full_width)

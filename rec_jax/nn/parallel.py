@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from rec_jax.nn.dense import dense
 from rec_jax.tree import leaf_names
 
 
@@ -38,7 +39,7 @@ def join(linear, x_TF, is_split: bool):
     """The dense layer that ends a block; where the block is split, x_TF and the kernel are one part of it."""
     if not is_split:
         return linear(x_TF)
-    return sum_parts(jnp.dot(x_TF, linear.kernel[...].astype(x_TF.dtype))) + linear.bias[...]
+    return sum_parts(dense(x_TF, linear.kernel[...])) + linear.bias[...]
 
 
 def partition(params, split: dict[str, P], mesh: Mesh, *, fully_sharded: bool):

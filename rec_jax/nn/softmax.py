@@ -35,24 +35,24 @@ def softmax_cross_entropy(h_TD, table_VD, targets_T, weights_T) -> jax.Array:
 
 def naive_softmax_cross_entropy(h_TD, table_VD, targets_T, weights_T) -> jax.Array:
     """The formula with all logits in one array: the reference, and the yardstick of the benchmark."""
-    logits_TV = _dot(h_TD, table_VD).at[:, 0].set(_MASKED)
+    logits_TV = dot_f32(h_TD, table_VD).at[:, 0].set(_MASKED)
     target_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
     return jnp.sum(weights_T * (jax.nn.logsumexp(logits_TV, axis=-1) - target_T))
 
 
-def _dot(a_XD, b_YD):
+def dot_f32(a_XD, b_YD):
     """a @ b.T accumulated in f32."""
     dims = (((1,), (1,)), ((), ()))
     return jax.lax.dot_general(a_XD, b_YD, dims, preferred_element_type=jnp.float32)
 
 
-def _dot_t(a_XY, b_XD):
+def dot_t_f32(a_XY, b_XD):
     """a.T @ b accumulated in f32."""
     dims = (((0,), (0,)), ((), ()))
     return jax.lax.dot_general(a_XY, b_XD, dims, preferred_element_type=jnp.float32)
 
 
-def _tiled(x, num_tiles, size):
+def tiled(x, num_tiles, size):
     pad = [(0, num_tiles * size - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
     return jnp.pad(x, pad).reshape(num_tiles, size, *x.shape[1:])
 
@@ -70,7 +70,7 @@ def _token_tiles_fwd(h_TD, table_VD, targets_T, weights_T):
     def tile(carry, xs):
         loss, dtable_VD = carry
         h_tD, targets_t, weights_t = xs
-        logits_tV = _dot(h_tD, table_VD).at[:, 0].set(_MASKED)
+        logits_tV = dot_f32(h_tD, table_VD).at[:, 0].set(_MASKED)
         max_t = jnp.max(logits_tV, axis=-1)
         exp_tV = jnp.exp(logits_tV - max_t[:, None])
         sum_t = jnp.sum(exp_tV, axis=-1)
@@ -78,10 +78,10 @@ def _token_tiles_fwd(h_TD, table_VD, targets_T, weights_T):
         loss += jnp.sum(weights_t * (jnp.log(sum_t) + max_t - target_t))
         dlogits_tV = (exp_tV * (weights_t / sum_t)[:, None]).astype(h_tD.dtype)
         dh_tD = jnp.dot(dlogits_tV, table_VD, preferred_element_type=jnp.float32)
-        return (loss, dtable_VD + _dot_t(dlogits_tV, h_tD)), dh_tD
+        return (loss, dtable_VD + dot_t_f32(dlogits_tV, h_tD)), dh_tD
 
     init = (jnp.zeros((), jnp.float32), jnp.zeros(table_VD.shape, jnp.float32))
-    xs = tuple(_tiled(x, num_tiles, size) for x in (h_TD, targets_T, weights_T))
+    xs = tuple(tiled(x, num_tiles, size) for x in (h_TD, targets_T, weights_T))
     if num_tiles == 1:
         (loss, dtable_VD), dh_TD = tile(init, tuple(x[0] for x in xs))
     else:
@@ -134,7 +134,7 @@ def _sum_tiles(h_TD, table_VD, real_V):
     def tile(carry, i):
         max_T, sum_T = carry
         _, rows_vD, real_v = tile_at(i)
-        logits_Tv = jnp.where(real_v, _dot(h_TD, rows_vD), _MASKED)
+        logits_Tv = jnp.where(real_v, dot_f32(h_TD, rows_vD), _MASKED)
         new_T = jnp.maximum(max_T, jnp.max(logits_Tv, axis=-1))
         exp_T = jnp.sum(jnp.exp(logits_Tv - new_T[:, None]), axis=-1)
         return (new_T, sum_T * jnp.exp(max_T - new_T) + exp_T), None
@@ -151,11 +151,11 @@ def _grad_tiles(h_TD, table_VD, real_V, weights_T, lse_T, dh_TD, dtable_VD):
     def tile(carry, i):
         dh_TD, dtable_VD = carry
         start, rows_vD, real_v = tile_at(i)
-        logits_Tv = jnp.where(real_v, _dot(h_TD, rows_vD), _MASKED)
+        logits_Tv = jnp.where(real_v, dot_f32(h_TD, rows_vD), _MASKED)
         dlogits_Tv = (jnp.exp(logits_Tv - lse_T[:, None]) * weights_T[:, None]).astype(h_TD.dtype)
         dh_TD += jnp.dot(dlogits_Tv, rows_vD, preferred_element_type=jnp.float32)
         old_vD = jax.lax.dynamic_slice_in_dim(dtable_VD, start, size)
-        new_vD = old_vD + _dot_t(dlogits_Tv, h_TD)
+        new_vD = old_vD + dot_t_f32(dlogits_Tv, h_TD)
         return (dh_TD, jax.lax.dynamic_update_slice_in_dim(dtable_VD, new_vD, start, 0)), None
 
     return jax.lax.scan(tile, (dh_TD, dtable_VD), jnp.arange(num_tiles))[0]
@@ -225,3 +225,14 @@ def _sharded_bwd(residuals, grad):
 
 
 sharded_softmax_cross_entropy.defvjp(_sharded_fwd, _sharded_bwd)
+
+
+def item_scores(x_BSD, table_VD, ids_BSK):
+    """<x, table[ids]> in f32 as [B, S, K]. ids_BSK may have dims of size 1: one matrix product where tokens
+    share ids."""
+    vectors = table_VD[ids_BSK]
+    if ids_BSK.shape[:2] == (1, 1):
+        return jnp.einsum("bsd,kd->bsk", x_BSD, vectors[0, 0], preferred_element_type=jnp.float32)
+    if ids_BSK.shape[1] == 1:
+        return jnp.einsum("bsd,bkd->bsk", x_BSD, vectors[:, 0], preferred_element_type=jnp.float32)
+    return jnp.einsum("bsd,bskd->bsk", x_BSD, vectors, preferred_element_type=jnp.float32)

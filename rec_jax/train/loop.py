@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,6 @@ class TrainConfig:
     batch_rows: int = 32  # packed rows per step, over all devices
     micro_rows: int = 4  # rows per device that a step works on at a time
     all_windows: bool = False  # learn from whole histories, not only from their last data.max_len events
-    precision: Literal["f32", "bf16"] = "f32"  # of the compute; parameters are f32
     eval_every_epochs: float = 1.0
     patience: int = 10  # evaluations without improvement until the run stops; 0 = never
     metric: str = "ndcg@10"  # of the validation, larger is better
@@ -131,6 +130,7 @@ def fit(
     place: Callable[[Any], Any] = jax.device_put,
     describe_batch: Callable[[int], str] | None = None,
     before_eval: Callable[[Any], Any] | None = None,
+    eval_from: float = 0.0,
 ) -> FitResult:
     """Trains until the last epoch or until validation stops improving; resumes what it finds.
 
@@ -148,6 +148,7 @@ def fit(
       run_info: what the run is (config, split checksum), JSON-able; a resumed run must agree.
       place: puts a host batch on the devices.
       before_eval: maps the state, which it consumes, to one whose parameters can be evaluated and saved.
+      eval_from: share of the run before which nothing is evaluated, and so cannot be the best.
       describe_batch: tells what the batch of a 0-based step holds, for the message of a NaN.
 
     Raises:
@@ -157,7 +158,7 @@ def fit(
     """
     workdir = pathlib.Path(workdir)
     folder = workdir / "checkpoints"
-    schedule = _Schedule(config, steps_per_epoch)
+    schedule = _Schedule(config, steps_per_epoch, eval_from)
 
     # Restore.
     progress, saved_step = Progress(), 0
@@ -269,15 +270,17 @@ def _result(state, step: int, stopped_by: str, progress: Progress, folder, histo
 class _Schedule:
     """What is due after which step."""
 
-    def __init__(self, config: TrainConfig, steps_per_epoch: int):
+    def __init__(self, config: TrainConfig, steps_per_epoch: int, eval_from: float):
         self.total = config.epochs * steps_per_epoch
+        self._eval_from = math.ceil(eval_from * self.total)
         self._eval_every = max(1, round(config.eval_every_epochs * steps_per_epoch))
         self._save_every = config.checkpoint_every_steps
         self._log_every = config.log_every_steps
         self._patience = config.patience
 
     def evaluates(self, step: int) -> bool:
-        return step > 0 and (step % self._eval_every == 0 or step >= self.total)
+        is_due = step > self._eval_from and step % self._eval_every == 0
+        return step > 0 and (is_due or step >= self.total)
 
     def saves(self, step: int) -> bool:
         is_due = self._save_every > 0 and step % self._save_every == 0

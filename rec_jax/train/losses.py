@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rec_jax.data.negatives import Sampler
 from rec_jax.hashing import mix, words
-from rec_jax.nn.softmax import sharded_softmax_cross_entropy, softmax_cross_entropy
+from rec_jax.nn.softmax import item_scores, sharded_softmax_cross_entropy, softmax_cross_entropy
 
 _DROPPED = -1e30  # the score of a negative that does not count
 _SHARED = 1  # sets the key of shared negatives apart from those of rows
@@ -94,7 +94,7 @@ def loss_sum(
         return softmax_cross_entropy(flat, table_VD, targets_BS.reshape(-1), weights_T), count
 
     neg_BSK = negatives.ids_BSK
-    neg_scores_BSK = _scores(x_BSD, table_VD, neg_BSK)
+    neg_scores_BSK = item_scores(x_BSD, table_VD, neg_BSK)
     pos_BS = jnp.sum(x_BSD * table_VD[targets_BS], axis=-1, dtype=jnp.float32)
     dropped_BSK = neg_BSK == targets_BS[..., None]
     if config.exclude_history:
@@ -146,16 +146,6 @@ def _sampled_softmax(pos_BS, neg_scores_BSK, neg_log_prob_BSK, dropped_BSK):
     corrected = jnp.where(dropped_BSK, _DROPPED, corrected)
     both = jnp.concatenate([pos_BS[..., None], corrected], axis=-1)
     return jax.nn.logsumexp(both, axis=-1) - pos_BS
-
-
-def _scores(x_BSD, table_VD, neg_BSK):
-    """<x, table[neg]> in f32, broadcasting dims of size 1: one matrix product where negatives are shared."""
-    vectors = table_VD[neg_BSK]
-    if neg_BSK.shape[:2] == (1, 1):
-        return jnp.einsum("bsd,kd->bsk", x_BSD, vectors[0, 0], preferred_element_type=jnp.float32)
-    if neg_BSK.shape[1] == 1:
-        return jnp.einsum("bsd,bkd->bsk", x_BSD, vectors[:, 0], preferred_element_type=jnp.float32)
-    return jnp.einsum("bsd,bskd->bsk", x_BSD, vectors, preferred_element_type=jnp.float32)
 
 
 def _in_history(neg_BSK, batch):

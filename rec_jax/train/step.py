@@ -1,5 +1,6 @@
 """One training step: pure, jitted, its state donated."""
 
+from functools import partial
 from typing import Literal
 
 import jax
@@ -13,17 +14,19 @@ from rec_jax.hashing import mix, row_keys
 from rec_jax.models.base import Model, get_table, with_table, without_table
 from rec_jax.nn import parallel
 from rec_jax.nn.layouts import shardings
-from rec_jax.nn.sharded import AXES, shard_index
+from rec_jax.nn.sharded import AXES
 from rec_jax.nn.sparse import Touched
-from rec_jax.train.losses import LossConfig, draw_negatives, draw_shared, loss_sum, sharded_softmax_sum
+from rec_jax.train.losses import LossConfig, draw_negatives, draw_shared
+from rec_jax.train.objective import make_objective
+from rec_jax.train.precision import DTYPES, F32, LossScale, PrecisionConfig
 from rec_jax.train.state import TrainState
 from rec_jax.train.tables import ItemTable
 from rec_jax.tree import cast_floats
 
-Precision = Literal["f32", "bf16"]  # bf16: compute in bfloat16 over f32 parameters
 
-
-def state_specs(abstract_params, optimizer, specs=None, item_table: ItemTable | None = None) -> TrainState:
+def state_specs(
+    abstract_params, optimizer, specs=None, item_table: ItemTable | None = None, precision=F32
+) -> TrainState:
     """How a state lies on the mesh.
 
     specs: of all parameters but the table of items, from `parallel.partition`; None = whole on every device.
@@ -34,6 +37,8 @@ def state_specs(abstract_params, optimizer, specs=None, item_table: ItemTable | 
     opt_specs = optax.tree.map_params(
         optimizer, lambda _, spec: spec, opt_state, specs, transform_non_params=lambda _: P()
     )
+    if precision.scales_loss:
+        opt_specs = (opt_specs, LossScale(P(), P()))
     if item_table is None:
         return TrainState(P(), specs, opt_specs)
     layout = item_table.layout
@@ -43,14 +48,26 @@ def state_specs(abstract_params, optimizer, specs=None, item_table: ItemTable | 
     return TrainState(P(), with_table(specs, layout.spec), opt_specs)
 
 
-def init_state(params, optimizer, mesh: Mesh, item_table: ItemTable | None = None, specs=None) -> TrainState:
+def init_state(
+    params,
+    optimizer,
+    mesh: Mesh,
+    item_table: ItemTable | None = None,
+    specs=None,
+    precision=F32,
+) -> TrainState:
     """The state on the mesh. optimizer: of all parameters; of all but the table of items where there is an
     item_table. specs: see `state_specs`."""
-    wanted = shardings(mesh, state_specs(params, optimizer, specs, item_table))
+    wanted = shardings(mesh, state_specs(params, optimizer, specs, item_table, precision))
     step = jax.device_put(jnp.zeros((), jnp.int32), wanted.step)
     if item_table is None:
-        params = jax.device_put(params, wanted.params)
-        return TrainState(step, params, jax.jit(optimizer.init, out_shardings=wanted.opt_state)(params))
+        params = jax.device_put(cast_floats(params, DTYPES[precision.params]), wanted.params)
+
+        def init(params):
+            state = optimizer.init(params)
+            return (state, LossScale.first()) if precision.scales_loss else state
+
+        return TrainState(step, params, jax.jit(init, out_shardings=wanted.opt_state)(params))
     dense = jax.device_put(without_table(params), without_table(wanted.params))
     dense_state = jax.jit(optimizer.init, out_shardings=wanted.opt_state[0])(dense)
     arrays = item_table.layout.place(get_table(params))
@@ -66,12 +83,13 @@ def make_train_step(
     mesh: Mesh,
     *,
     micro_rows: int,
-    precision: Precision = "f32",
+    precision: PrecisionConfig = F32,
     seed: int = 0,
     clip_norm: float = 0.0,
     item_table: ItemTable | None = None,
     specs=None,
-    reduce: Precision = "f32",
+    reduce: Literal["f32", "bf16"] = "f32",
+    extras=None,
 ):
     """Returns jitted `step(state, batch) -> (state, metrics)`, which consumes `state`.
 
@@ -82,46 +100,32 @@ def make_train_step(
 
     clip_norm: global norm that the gradient is scaled down to; 0 = off. item_table: reads and updates the
     table of items, and `optimizer` the other parameters only. specs: see `state_specs`. reduce: the type in
-    which gradients are summed over devices.
+    which gradients are summed over devices. extras: what compression adds (`compress.training`).
 
     metrics: {"loss": (sum, tokens), "grad_norm": (norm, 1), "tokens": (tokens, 1)} of f32 scalars; with an
     item_table also "table_rounds": (rounds, 1), more than 1 where ids exceeded the capacity of an exchange.
+    Where the loss is scaled, "loss_scale", and "skipped", the share of steps whose gradients were not finite:
+    these change nothing but the scale, and do not count for "grad_norm".
     """
-    state_spec = state_specs(model.abstract_params, optimizer, specs, item_table)
+    abstract_params = model.abstract_params if extras is None else extras.abstract_params
+    state_spec = state_specs(abstract_params, optimizer, specs, item_table, precision)
     dense_specs = state_spec.params if item_table is None else without_table(state_spec.params)
-    reduce_dtype = {"f32": jnp.float32, "bf16": jnp.bfloat16}[reduce]
-
-    def objective(params, catalogue_vD, micro, step_seed, shared):
-        """catalogue_vD: this device's rows of a table that a whole softmax reads; None for other losses."""
-        if precision == "bf16":
-            params, catalogue_vD = cast_floats((params, catalogue_vD), jnp.bfloat16)
-        module = model.bind(params)
-        key_B = row_keys(step_seed, micro["row_ids"])
-        x_BSD = module(micro, key_B)
-        if catalogue_vD is not None:
-            table_vD = model.bind(with_table(params, catalogue_vD)).item_vectors()
-            rows_v = shard_index() * len(table_vD) + jnp.arange(len(table_vD))
-            return sharded_softmax_sum(x_BSD, table_vD, item_table.placement.is_real(rows_v), micro)
-        if "negatives" in micro:
-            negatives = micro["negatives"]
-        else:
-            negatives = draw_negatives(loss_config, sampler, key_B, micro["items"].shape[1], shared)
-        return loss_sum(loss_config, sampler, x_BSD, module.item_vectors(), micro, negatives)
-
+    placement = item_table.placement if item_table is not None and item_table.is_dense else None
+    objective = make_objective(model, loss_config, sampler, precision, placement, extras)
     value_and_grad = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
 
-    def micro_sums(params, catalogue_vD, batch, step_seed, shared):
+    def micro_sums(params, catalogue_vD, batch, context):
         """((loss, tokens), gradients of the first two) of this device's rows."""
         num_rows = batch["items"].shape[0]
         size = min(micro_rows, num_rows)
         if num_rows % size:
             raise ValueError(f"micro_rows={micro_rows} does not divide the {num_rows} rows of a device")
         if num_rows == size:  # no accumulation: spare a pass over all gradients
-            return value_and_grad(params, catalogue_vD, batch, step_seed, shared)
+            return value_and_grad(params, catalogue_vD, batch, context)
         micros = jax.tree.map(lambda x: x.reshape(num_rows // size, size, *x.shape[1:]), batch)
 
         def micro_step(sums, micro):
-            more = value_and_grad(params, catalogue_vD, micro, step_seed, shared)
+            more = value_and_grad(params, catalogue_vD, micro, context)
             return jax.tree.map(jnp.add, sums, more), None
 
         zero = jnp.zeros((), jnp.float32)
@@ -148,29 +152,44 @@ def make_train_step(
         norm = jnp.sqrt(squares)
         return jax.tree.map(lambda g: jnp.where(norm < clip_norm, g, g / norm * clip_norm), grads)
 
-    def dense_step(state: TrainState, batch, step_seed, shared):
-        params = parallel.gather(state.params, dense_specs)
-        sums, (grads, _) = micro_sums(params, None, batch, step_seed, shared)
-        sums = parallel.reduce(sums, (P(), P()))
-        grads = parallel.reduce(grads, dense_specs, reduce_dtype)
-        grads = jax.tree.map(lambda g: g / jnp.maximum(sums[1], 1), grads)
+    def dense_step(state: TrainState, batch, context):
+        opt_state, loss_scale = state.opt_state if precision.scales_loss else (state.opt_state, None)
+        scale = loss_scale.scale if precision.scales_loss else 1.0
+        params = cast_floats(
+            parallel.gather(state.params, dense_specs), jnp.float32
+        )  # as gradients are summed
+        sums, (grads, _) = micro_sums(params, None, batch, {**context, "scale": scale})
+        loss, tokens = parallel.reduce(sums, (P(), P()))
+        grads = parallel.reduce(grads, dense_specs, DTYPES[reduce])
+        grads = jax.tree.map(lambda g: g / (jnp.maximum(tokens, 1) * scale), grads)
         squares = parallel.sum_squares(grads, dense_specs)
         if clip_norm:
             grads = clip(squares, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), sums, {"grad_norm": jnp.sqrt(squares)}
+        updates, new_opt_state = optimizer.update(grads, opt_state, state.params)
+        new = optax.apply_updates(state.params, updates), new_opt_state
+        metrics = {"grad_norm": (jnp.sqrt(squares), 1)}
+        if precision.scales_loss:
+            is_finite = jnp.isfinite(squares)
+            new = jax.tree.map(partial(jnp.where, is_finite), new, (state.params, opt_state))
+            new = new[0], (new[1], loss_scale.after(is_finite))
+            metrics = {
+                "grad_norm": (jnp.where(is_finite, jnp.sqrt(squares), 0), is_finite),
+                "loss_scale": (scale, 1),
+                "skipped": (~is_finite, 1),
+            }
+        return TrainState(state.step + 1, *new), (loss / scale, tokens), metrics
 
-    def table_step(state: TrainState, batch, step_seed, shared):
+    def table_step(state: TrainState, batch, context):
         layout, dense, array = item_table.layout, without_table(state.params), get_table(state.params)
         dense_state, table_state = state.opt_state
-        read, batch, shared = read_table(array, table_state, batch, step_seed, shared)
+        read, batch, shared = read_table(array, table_state, batch, context["step_seed"], context["shared"])
+        context = {**context, "shared": shared, "scale": 1.0}
         params = with_table(parallel.gather(dense, dense_specs), read.rows_UD)
         catalogue_vD = array if item_table.is_dense else None
-        sums, (grads, catalogue_grads) = micro_sums(params, catalogue_vD, batch, step_seed, shared)
+        sums, (grads, catalogue_grads) = micro_sums(params, catalogue_vD, batch, context)
 
         sums = parallel.reduce(sums, (P(), P()))
-        dense_grads = parallel.reduce(without_table(grads), dense_specs, reduce_dtype)
+        dense_grads = parallel.reduce(without_table(grads), dense_specs, DTYPES[reduce])
         touched, table_grads = layout.sum_grads(read.touched, get_table(grads))
         if item_table.is_dense:
             table_grads = layout.scatter(touched, table_grads) + catalogue_grads
@@ -192,29 +211,31 @@ def make_train_step(
             )
             squares = squares if clip_norm else squares + row_squares
         params = with_table(optax.apply_updates(dense, updates), array)
-        metrics = {"grad_norm": jnp.sqrt(squares), "table_rounds": read.rounds}
+        metrics = {"grad_norm": (jnp.sqrt(squares), 1), "table_rounds": (read.rounds, 1)}
         return TrainState(state.step + 1, params, (dense_state, table_state)), sums, metrics
 
     on_mesh = jax.shard_map(
         dense_step if item_table is None else table_step,
         mesh=mesh,
-        in_specs=(state_spec, P("data"), P(), P()),
+        in_specs=(state_spec, P("data"), P()),
         out_specs=(state_spec, P(), P()),
         check_vma=False,
     )
 
-    def step(state: TrainState, batch):
+    def step(state: TrainState, batch, frozen=None):
         step_seed = step_seed_of(state.step, seed)
         batch = {**batch, "row_ids": jnp.arange(batch["items"].shape[0], dtype=jnp.int32)}
         shared = draw_shared(loss_config, sampler, step_seed, batch["targets"])
-        state, (loss, tokens), metrics = on_mesh(state, batch, step_seed, shared)
-        one = jnp.ones((), jnp.float32)
-        metrics = {name: (value.astype(jnp.float32), one) for name, value in metrics.items()}
-        return state, metrics | {"loss": (loss, tokens), "tokens": (tokens, one)}
+        context = {"step_seed": step_seed, "shared": shared, "step": state.step, "frozen": frozen}
+        state, (loss, tokens), metrics = on_mesh(state, batch, context)
+        metrics |= {"loss": (loss, tokens), "tokens": (tokens, 1)}
+        return state, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
 
     # Said here, because XLA may find another name for it on a mesh of one.
     out_shardings = (shardings(mesh, state_spec), shardings(mesh, P()))
-    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
+    # Arguments, not constants: a compiled program would hold them once more.
+    return jitted if extras is None else partial(jitted, frozen=extras.frozen)
 
 
 def step_seed_of(step, seed: int):

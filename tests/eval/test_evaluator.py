@@ -5,7 +5,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rec_jax.data.histories import Histories, examples, leave_one_out
-from rec_jax.eval.evaluator import EvalConfig, evaluate, rank_examples, sample_unseen
+from rec_jax.eval.evaluator import EvalConfig, evaluate, per_example, rank_examples, sample_unseen
 from rec_jax.mesh import MeshConfig, make_mesh
 from rec_jax.nn.sharded import AXES, Placement, SpreadScores
 
@@ -171,6 +171,19 @@ def test_breakdowns_add_up():
         mean = sum(row["ndcg@10"] * row["num_examples"] for row in rows) / 40
         assert mean == pytest.approx(result["ndcg@10"])
     assert result["filtered/ndcg@10"] == result["ndcg@10"] != result["unfiltered/ndcg@10"]
+
+
+@pytest.mark.parametrize("filter_seen", [True, False])
+def test_the_mean_over_examples_is_the_metric(filter_seen):
+    histories = random_histories()
+    split = leave_one_out(histories)
+    scorer = table_scorer(histories, np.random.default_rng(1).normal(size=(40, NUM_ITEMS + 1)))
+    config = EvalConfig(filter_seen=filter_seen, bootstrap=0, ks=(3, 10))
+    whole = evaluate(scorer, histories, split, "test", config)
+    values = per_example(scorer, histories, split, "test", config)
+    assert len(values["ndcg@3"]) == whole["num_examples"] and 0 < whole["ndcg@3"] < 1
+    for name in ("ndcg@3", "hr@10", "mrr"):
+        assert values[name].mean() == pytest.approx(whole[name])
 
 
 def test_a_drawn_part_is_some_of_the_examples_and_the_same_every_time():

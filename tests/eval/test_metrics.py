@@ -60,3 +60,21 @@ def test_recommendation_metrics():
     assert even == {"coverage@10": 1.0, "gini@10": 0.0, "popularity@10": 4.0}
     one = M.recommendation_metrics(np.array([8, 0, 0, 0]), counts, 10)
     assert one == {"coverage@10": 0.25, "gini@10": 0.75, "popularity@10": 7.0}
+
+
+def test_a_ratio_of_pairs_is_certain_where_each_keeps_the_same_share():
+    values = np.random.default_rng(0).uniform(size=200)
+    ratio, interval = M.bootstrap_ratio(0.9 * values, values, 200, seed=0)
+    np.testing.assert_allclose([ratio, *interval], 0.9)
+    low, high = M.bootstrap_ratio(values[::-1], values, 200, seed=0)[1]
+    assert low < 0.95 and high > 1.05
+
+
+def test_a_paired_test_counts_swaps_that_part_as_far():
+    # Of the 8 ways to swap three differences of 1, two part the means by 1: all kept, or all swapped.
+    p = M.paired_test([1, 2, 3], [0, 1, 2], num=20_000, seed=0)
+    assert p == pytest.approx(2 / 8, abs=0.015)
+    assert M.paired_test([1, 2, 3], [1, 2, 3], num=100, seed=0) == 1
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=2_000)
+    assert M.paired_test(noise + 0.2 + 0.5 * rng.normal(size=2_000), noise, num=500, seed=0) < 0.01

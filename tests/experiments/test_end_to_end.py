@@ -84,7 +84,7 @@ def test_mistakes_are_named(trained, tmp_path):
 
 
 def test_help_helps():
-    for name in ("train", "evaluate", "recommend", "prepare_data", "benchmark", "plan"):
+    for name in ("train", "evaluate", "recommend", "compress", "prepare_data", "benchmark", "plan"):
         done = subprocess.run(
             [sys.executable, "-m", f"experiments.{name}", "--help"], cwd=ROOT, capture_output=True, text=True
         )

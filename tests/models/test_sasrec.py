@@ -6,10 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from rec_jax.hashing import row_keys
+from rec_jax.mesh import MeshConfig, make_mesh
 from rec_jax.models.base import init_model
 from rec_jax.models.sasrec import SASRec, SASRecConfig
+from rec_jax.nn.blocks import tensor_parallel
+from rec_jax.nn.parallel import partition
 
 NUM_ITEMS, MAX_LEN = 20, 12
 
@@ -34,13 +38,20 @@ def _encode(model, params, batch, key_B):
     return model.bind(params)(batch, key_B)
 
 
-def reference(config, params, history):
-    """The encoding of every position of one history, f64[S, D], one head and one query at a time."""
+def reference(config, params, history, hidden=None):
+    """The encoding of every position of one history, f64[S, D], one head and one query at a time.
+
+    hidden: a list that gets the output of each layer."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
+    full_width = config.full_width or config.width
+    missing = ((0, 0), (0, full_width - config.width))
+
     def norm(x, p):
+        x = np.pad(x, missing)
         x = x - x.mean(-1, keepdims=True)
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
+        unit = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+        return unit[:, : config.width] * p["scale"] + p["bias"]
 
     def linear(x, p):
         return x @ p["kernel"] + p["bias"]
@@ -57,7 +68,7 @@ def reference(config, params, history):
     def attention(x, memory, p):
         q = linear(x, p["query"])
         k, v = np.moveaxis(np.tensordot(memory, p["key_value"]["kernel"], 1) + p["key_value"]["bias"], 1, 0)
-        width = config.width // config.num_heads
+        width = config.head_width or config.width // config.num_heads
         out = np.zeros_like(q)
         for head in range(config.num_heads):
             part = slice(head * width, (head + 1) * width)
@@ -72,11 +83,14 @@ def reference(config, params, history):
                 out[s, part] = (weights / weights.sum()) @ v[: s + 1, part]
         return linear(out, p["out"])
 
-    x = p["items"]["embedding"][history] * np.sqrt(config.width)
+    x = p["items"]["embedding"][history]
+    if config.item_dim:
+        x = x @ p["project"]["kernel"]
+    x = x * np.sqrt(full_width)
     if config.position == "learned":
         x = x + p["positions"]["embedding"][: len(history)]
     for index in range(config.num_layers):
-        block = p["blocks"][index]
+        block = p["blocks"][0 if config.share_layers else index]
         y = norm(x, block["attention_norm"])
         residual = x if config.norm == "pre" else y
         memory = x if config.norm == "original" else y
@@ -84,7 +98,11 @@ def reference(config, params, history):
         y = norm(x, block["ff_norm"])
         residual = x if config.norm == "pre" else y
         x = residual + linear(np.maximum(linear(y, block["ff"]["up"]), 0), block["ff"]["down"])
+        if hidden is not None:
+            hidden.append(x)
     x = norm(x, p["final_norm"])
+    if config.item_dim:
+        x = x @ p["project"]["kernel"].T
     if config.l2_normalize:
         x = x / np.linalg.norm(x, axis=-1, keepdims=True)
     return x / config.temperature
@@ -113,6 +131,157 @@ def test_packed_rows_equal_the_reference_of_each_history(norm, position):
     x_SD = encode(model, params, HISTORIES)
     expected = np.concatenate([reference(config, params, history) for history in HISTORIES])
     np.testing.assert_allclose(x_SD[: len(expected)], expected, rtol=2e-4, atol=2e-5)
+
+
+OPTIONS = [
+    {"num_heads": 3, "head_width": 2, "full_width": 11, "norm": "pre"},
+    {"share_layers": True, "num_layers": 3},
+    {"num_layers": 0},
+    {
+        "num_heads": 1,
+        "head_width": 6,
+        "full_width": 9,
+        "item_dim": 5,
+        "share_layers": True,
+        "norm": "original",
+    },
+]
+
+
+@pytest.mark.parametrize("kwargs", OPTIONS, ids=str)
+def test_smaller_models_equal_the_reference(kwargs):
+    config, model, params = make(**kwargs)
+    x_SD = encode(model, params, HISTORIES)
+    expected = np.concatenate([reference(config, params, history) for history in HISTORIES])
+    np.testing.assert_allclose(x_SD[: len(expected)], expected, rtol=2e-4, atol=2e-5)
+    table = model.bind(params).item_vectors()
+    assert table.shape == (NUM_ITEMS + 1, config.item_dim or config.width)
+    np.testing.assert_array_equal(table, params["items"]["embedding"])
+
+
+def test_a_factorised_table_starts_with_inputs_as_large_as_those_of_a_plain_one():
+    config = SASRecConfig(width=128, item_dim=16, num_layers=0)
+    _, params = init_model(lambda rngs: SASRec(config, 500, MAX_LEN, rngs=rngs), seed=0)
+    assert list(params["project"]) == ["kernel"]
+    assert np.std(params["items"]["embedding"] @ params["project"]["kernel"]) == pytest.approx(0.02, rel=0.1)
+
+
+def test_heads_wider_than_the_input_can_be_split_over_devices():
+    """Each of two devices has half the heads, which are as wide as the whole input."""
+    config, model, params = make(num_heads=4, head_width=4, num_layers=1)
+    mesh = make_mesh(MeshConfig(data=1, model=2))
+    split = tensor_parallel(config.num_heads, config.ff_width, 2)
+    specs = partition(params, split, mesh, fully_sharded=False)
+    assert specs["blocks"][0]["attention"]["query"]["kernel"] == P(None, "model")
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh, in_specs=(specs, P()), out_specs=P(), check_vma=False)
+    def run(params, batch):
+        return model.bind(params)(batch)
+
+    x_SD = run(params, pack(HISTORIES, MAX_LEN))[0]
+    expected = np.concatenate([reference(config, params, history) for history in HISTORIES])
+    np.testing.assert_allclose(x_SD[: len(expected)], expected, rtol=2e-4, atol=2e-5)
+
+
+def test_shared_layers_have_one_block_and_a_dropout_each():
+    _, model, params = make(share_layers=True, num_layers=2, dropout=0.5, norm="pre")
+    assert list(params["blocks"]) == [0]
+    # A block that adds only a bias, and so shows its dropout.
+    silent = jax.tree.map(np.zeros_like, params)
+    silent["blocks"][0]["ff"]["down"]["bias"] += 1.0
+
+    @jax.jit
+    def run(params, batch):
+        hidden = []
+        model.bind(params)(batch, row_keys(jnp.uint32(0), jnp.arange(1)), hidden=hidden)
+        return hidden
+
+    outputs = run(silent, pack([list(range(1, 13))], MAX_LEN))
+    first, second = np.asarray(outputs[0]), np.asarray(outputs[1] - outputs[0])
+    assert set(np.unique(first)) == set(np.unique(second)) == {0.0, 2.0}
+    assert np.any(first != second)
+
+
+@pytest.mark.parametrize("kwargs", [{}, *OPTIONS[-2:]], ids=str)
+def test_some_tokens_alone_and_the_hidden_states_of_every_layer(kwargs):
+    config, model, params = make(**kwargs)
+    at = np.array([0, 0]), np.array([3, 9])  # the last of the first history and of the third
+
+    @jax.jit
+    def run(params, batch):
+        hidden = []
+        return model.bind(params)(batch, at=at, hidden=hidden), hidden
+
+    x_QD, hidden = run(params, pack(HISTORIES, MAX_LEN))
+    np.testing.assert_allclose(x_QD, encode(model, params, HISTORIES)[at[1]], rtol=1e-5, atol=1e-6)
+    expected = []
+    reference(config, params, HISTORIES[2], expected)
+    assert len(hidden) == len(expected) == config.num_layers
+    for x, wanted in zip(hidden[:-1], expected[:-1], strict=True):
+        np.testing.assert_allclose(x[0, 5:10], wanted, rtol=2e-4, atol=2e-5)
+    if hidden:
+        np.testing.assert_allclose(hidden[-1][1], expected[-1][-1], rtol=2e-4, atol=2e-5)
+
+
+def test_a_kernel_that_is_no_array_projects_by_its_own_methods():
+    _, model, params = make(**OPTIONS[-1])
+    kernel = params["project"]["kernel"]
+
+    @jax.tree_util.register_pytree_node_class
+    class Halves:
+        """Of the kernel, as a quantized one would hold integers."""
+
+        def __init__(self, half):
+            self.half = half
+
+        @property
+        def shape(self):
+            return self.half.shape
+
+        def __getitem__(self, index):
+            assert index is ...
+            return self
+
+        def matmul(self, x):
+            return x @ (2 * self.half)
+
+        def matmul_transposed(self, x):
+            return x @ (2 * self.half).T
+
+        def tree_flatten(self):
+            return (self.half,), None
+
+        @classmethod
+        def tree_unflatten(cls, _, leaves):
+            return cls(*leaves)
+
+    changed = params | {"project": {"kernel": Halves(jnp.asarray(kernel / 2))}}
+    expected = encode(model, params, HISTORIES)
+    np.testing.assert_allclose(encode(model, changed, HISTORIES), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_unit", [False, True])
+def test_a_table_that_is_no_array_is_returned_as_it_is_or_normalised(is_unit):
+    _, model, params = make(l2_normalize=is_unit)
+
+    class Doubled:
+        shape = params["items"]["embedding"].shape
+
+        def __getitem__(self, index):
+            assert index is ...
+            return self
+
+        def dequantize(self):
+            return jnp.asarray(params["items"]["embedding"] * 2)
+
+    table = Doubled()
+    vectors = model.bind(params | {"items": {"embedding": table}}).item_vectors()
+    if is_unit:
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+        np.testing.assert_allclose(vectors, model.bind(params).item_vectors(), rtol=1e-5)
+    else:
+        assert vectors is table
 
 
 def test_normalised_scoring_is_the_cosine_over_the_temperature():
@@ -156,7 +325,13 @@ def test_dropout_changes_with_the_key_and_not_without_one():
         ({"num_layers": -1}, "num_layers=-1"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"temperature": 0.0}, "temperature=0.0"),
-        ({"width": 6, "num_heads": 2, "position": "rotary"}, "even"),
+        ({"width": 6, "num_heads": 2, "position": "rotary"}, "head_width=3 .* even"),
+        ({"head_width": 3, "position": "rotary"}, "head_width=3 .* even"),
+        ({"head_width": -1}, "head_width=-1"),
+        ({"item_dim": -1}, "item_dim=-1"),
+        ({"item_dim": 4, "l2_normalize": True}, "item_dim=4 .* l2_normalize"),
+        ({"width": 64, "full_width": 63}, "full_width=63"),
+        ({"full_width": -1}, "full_width=-1"),
     ],
 )
 def test_mistakes_in_the_config(kwargs, message):

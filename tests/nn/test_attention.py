@@ -8,7 +8,7 @@ import pytest
 from rec_jax.nn import attention
 from rec_jax.nn.attention import rotary
 
-segment_attention = jax.jit(attention.segment_attention, static_argnums=4)
+segment_attention = jax.jit(attention.segment_attention, static_argnums=(4, 5))
 LENGTH = 18
 SEGMENTS = np.array([[1] * 7 + [2] * 8 + [0] * 3, [1] * 18])
 
@@ -18,12 +18,13 @@ def inputs(seed=0, dtype=jnp.float32):
     return [jnp.asarray(rng.normal(size=(2, LENGTH, 2, 4)) * 2, dtype) for _ in range(3)]
 
 
-def slow(q, k, v):
+def slow(q, k, v, is_causal=True):
     """One query, one head at a time, in f64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.empty_like(q)
     for b, s, head in np.ndindex(2, LENGTH, 2):
-        keys = [t for t in range(s + 1) if SEGMENTS[b, t] == SEGMENTS[b, s]]
+        visible = range(s + 1 if is_causal else LENGTH)
+        keys = [t for t in visible if SEGMENTS[b, t] == SEGMENTS[b, s]]
         logits = k[b, keys, head] @ q[b, s, head] / np.sqrt(4)
         weights = np.exp(logits - logits.max())
         out[b, s, head] = weights @ v[b, keys, head] / weights.sum()
@@ -35,6 +36,31 @@ def slow(q, k, v):
 def test_equals_a_loop_for_any_query_block(query_block):
     out = segment_attention(*inputs(), jnp.asarray(SEGMENTS), query_block)
     np.testing.assert_allclose(out, slow(*inputs()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("query_block", [18, 7])
+def test_both_sides_are_seen_where_that_is_asked_for(query_block):
+    out = segment_attention(*inputs(), jnp.asarray(SEGMENTS), query_block, False)
+    np.testing.assert_allclose(out, slow(*inputs(), is_causal=False), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_gradients_are_those_of_a_plain_softmax(is_causal):
+    dout = jnp.asarray(np.random.default_rng(1).normal(size=(2, LENGTH, 2, 4)), jnp.float32)
+    allowed = SEGMENTS[:, :, None] == SEGMENTS[:, None, :]
+    if is_causal:
+        allowed &= np.tri(LENGTH, dtype=bool)
+
+    def plain(q, k, v):
+        logits = jnp.einsum("bqnh,bknh->bnqk", q, k) / 2
+        weights = jax.nn.softmax(jnp.where(allowed[:, None], logits, -jnp.inf))
+        return jnp.sum(jnp.einsum("bnqk,bknh->bqnh", weights, v) * dout)
+
+    def ours(q, k, v):
+        return jnp.sum(segment_attention(q, k, v, jnp.asarray(SEGMENTS), 5, is_causal) * dout)
+
+    for ours_, plain_ in zip(*(jax.grad(f, (0, 1, 2))(*inputs()) for f in (ours, plain)), strict=True):
+        np.testing.assert_allclose(ours_, plain_, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_stay_inside_the_past_of_the_segment():

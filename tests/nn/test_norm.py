@@ -12,9 +12,12 @@ X = jnp.asarray(RNG.normal(3, 2, (4, 5, 7)), jnp.float32)
 SCALE, BIAS = (jnp.asarray(RNG.normal(size=7), jnp.float32) for _ in range(2))
 
 
-def reference(x, scale, bias):
+def reference(x, scale, bias, full_width=7):
+    """Of x with zeros for the dims that are missing, which are then left out again."""
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, full_width - 7)))
     mean = x.mean(-1, keepdims=True)
-    return (x - mean) / jnp.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + EPSILON) * scale + bias
+    unit = (x - mean) / jnp.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + EPSILON)
+    return unit[..., :7] * scale + bias
 
 
 def test_numpy_formula():
@@ -23,10 +26,15 @@ def test_numpy_formula():
     np.testing.assert_allclose(layer_norm(X, SCALE, BIAS), expected, rtol=2e-5, atol=1e-6)
 
 
-def test_gradients_are_the_automatic_ones():
+@pytest.mark.parametrize("full_width", [7, 8, 20])
+def test_values_and_gradients_are_those_of_the_formula(full_width):
     weight = jnp.asarray(RNG.normal(size=X.shape), jnp.float32)
+    args = X, SCALE, BIAS
+    np.testing.assert_allclose(
+        layer_norm(*args, full_width), reference(*args, full_width), rtol=1e-5, atol=1e-5
+    )
     ours, automatic = (
-        jax.grad(lambda *args, norm=norm: jnp.sum(norm(*args) * weight), (0, 1, 2))(X, SCALE, BIAS)
+        jax.grad(lambda *args, norm=norm: jnp.sum(norm(*args, full_width) * weight), (0, 1, 2))(*args)
         for norm in (layer_norm, reference)
     )
     for a, b in zip(ours, automatic, strict=True):
@@ -41,6 +49,16 @@ def test_a_large_mean_does_not_eat_the_variance(offset):
 
 def test_a_constant_row_gives_the_bias():
     np.testing.assert_allclose(layer_norm(jnp.full((2, 7), 5.0), SCALE, BIAS), [BIAS, BIAS], rtol=1e-6)
+
+
+def test_missing_dims_by_hand():
+    """Of (3, 1, 0, 0): mean 1, variance 6 / 4."""
+    out = layer_norm(jnp.array([3.0, 1.0]), jnp.ones(2), jnp.zeros(2), 4)
+    np.testing.assert_allclose(out, [2 / 1.5**0.5, 0], rtol=1e-5)
+
+
+def test_as_many_dims_as_there_are_change_no_bit():
+    np.testing.assert_array_equal(layer_norm(X, SCALE, BIAS, 7), layer_norm(X, SCALE, BIAS))
 
 
 def test_bf16_stays_bf16():

@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 
+from rec_jax.compress.config import CompressConfig
 from rec_jax.data.datasets import DataConfig
 from rec_jax.experiment import ExperimentConfig, Program, model_builder
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch
@@ -13,7 +14,7 @@ from rec_jax.models.sasrec import SASRecConfig
 from rec_jax.train.loop import TrainConfig
 from rec_jax.train.losses import LossConfig
 from rec_jax.train.optim import OptimConfig
-from rec_jax.train.step import init_state
+from rec_jax.train.precision import F32
 from rec_jax.train.tables import TableConfig
 
 NUM_ITEMS, ROWS, LENGTH = 40, 8, 12
@@ -49,8 +50,9 @@ COUNTS = np.arange(NUM_ITEMS + 1)
 
 
 def make_program(
-    loss="softmax", devices=1, micro_rows=8, precision="f32", seed=0, optim=OPTIM, table=None, model_axis=1,
-    num_heads=1, fully_sharded=False, reduce="f32", **table_fields,
+    loss="softmax", devices=1, micro_rows=8, precision=F32, seed=0, optim=OPTIM, table=None, model_axis=1,
+    num_heads=1, fully_sharded=False, reduce="f32", compress=None, total_steps=10, teachers=(), base=None,
+    **table_fields,
 ):  # fmt: skip
     """table: an update of touched rows, or None for the dense one."""
     table_fields = {"layout": "replicated", "hot_rows": 8} | table_fields
@@ -60,11 +62,13 @@ def make_program(
         model=SASRecConfig(width=8, ff_width=8, num_layers=1, dropout=0.3, num_heads=num_heads),
         loss=LOSSES[loss],
         optim=optim,
-        train=TrainConfig(batch_rows=ROWS, micro_rows=micro_rows, precision=precision),
+        train=TrainConfig(batch_rows=ROWS, micro_rows=micro_rows),
+        precision=precision,
         table=TableConfig(optimizer=table or "dense", learning_rate=optim.learning_rate, **table_fields),
         mesh=MeshConfig(data=devices, model=model_axis, fully_sharded=fully_sharded, reduce=reduce),
+        compress=compress or CompressConfig(),
     )
-    return Program(config, NUM_ITEMS, make_mesh(config.mesh), 10, COUNTS)
+    return Program(config, NUM_ITEMS, make_mesh(config.mesh), total_steps, COUNTS, teachers, base)
 
 
 @functools.cache
@@ -78,7 +82,7 @@ def run(loss="softmax", devices=1, micro_rows=8, steps=3, batches=None, **fields
     step, catch_up = program.make_step(), program.make_catch_up()
     params = initial_params(program.config.model)
     batches = program.prepare([make_batch(index) for index in range(steps)] if batches is None else batches)
-    state = init_state(params, program.optimizer, program.mesh, program.item_table, program.specs)
+    state = program.init_state(params)
     losses, norms = [], []
     for index in range(steps):
         state, metrics = step(state, place_batch(batches[index], program.mesh))

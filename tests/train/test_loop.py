@@ -80,6 +80,13 @@ def test_evaluations_several_times_an_epoch(tmp_path):
     assert steps == [4, 7]  # 3.5 rounds to 4; the last step is always evaluated.
 
 
+def test_nothing_is_evaluated_before_it_may_be(tmp_path):
+    result = toy_run.run(tmp_path, eval_every_epochs=1.0, eval_from=0.5)  # of 28 steps: not at 7 and 14
+    assert [line["step"] for line in result.history if "val/ndcg@10" in line] == [21, 28]
+    result = toy_run.run(tmp_path / "end", eval_from=1.0)
+    assert [line["step"] for line in result.history if "val/ndcg@10" in line] == [28]
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
     first = toy_run.run(tmp_path)
     lines = (tmp_path / "metrics.jsonl").read_text()

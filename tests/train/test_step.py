@@ -23,6 +23,7 @@ from rec_jax.mesh import MeshConfig, make_mesh, place_batch
 from rec_jax.models.base import init_model
 from rec_jax.models.sasrec import SASRec, SASRecConfig
 from rec_jax.train.optim import OptimConfig, make_optimizer
+from rec_jax.train.precision import PrecisionConfig
 from rec_jax.train.step import init_state, make_train_step
 from rec_jax.tree import leaf_names
 
@@ -87,7 +88,7 @@ def test_empty_rows_change_nothing():
 
 
 def test_bf16_computes_near_f32_and_keeps_f32_parameters():
-    f32, bf16 = run(), run(precision="bf16")
+    f32, bf16 = run(), run(precision=PrecisionConfig(compute="bf16"))
     np.testing.assert_allclose(bf16[0], f32[0], rtol=2e-2)
     assert bf16[0] != f32[0]
     assert {x.dtype for x in jax.tree.leaves(bf16[1])} == {np.dtype(np.float32)}

@@ -82,7 +82,9 @@ def evaluate(params) -> dict:
     return {"ndcg@10": 1 / (1 + error), "error": error}
 
 
-def run(workdir, *, step=None, evaluate_fn=evaluate, run_info=None, pause=0.0, width=4, **fields):
+def run(
+    workdir, *, step=None, evaluate_fn=evaluate, run_info=None, pause=0.0, width=4, eval_from=0.0, **fields
+):
     defaults = {"epochs": 4, "log_every_steps": 3, "checkpoint_every_steps": 5}
     config = TrainConfig(**defaults | fields)
     step = step or make_step()
@@ -100,6 +102,7 @@ def run(workdir, *, step=None, evaluate_fn=evaluate, run_info=None, pause=0.0, w
         steps_per_epoch=STEPS_PER_EPOCH,
         workdir=workdir,
         run_info=run_info or {"config": dataclasses.asdict(config), "split": "abc"},
+        eval_from=eval_from,
     )
 
 

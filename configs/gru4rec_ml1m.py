@@ -1,0 +1,26 @@
+"""GRU4Rec with exact cross-entropy on MovieLens-1M.
+
+Paper: Hidasi et al., ICLR'16 (arXiv 1511.06939); in the protocol here HR@10 0.2811, NDCG@10 0.1648
+(Klenitskiy & Vasilev, RecSys'23, as quoted by generative-recommenders).
+Protocol: leave-one-out, full-catalogue ranking (3,416 items), seen items filtered, model picked on
+validation NDCG@10, ties in expectation. Data: the SASRec version of MovieLens-1M, `user item` lines.
+
+    python -m experiments.train --config=configs/gru4rec_ml1m.py --workdir=runs/gru4rec --config.seed=0
+
+Settings are those of configs/sasrec_ml1m.py where they apply; no search of its own yet.
+"""
+
+from configs import common
+from rec_jax.config import to_config_dict
+from rec_jax.models.gru4rec import GRU4RecConfig
+
+
+def get_config(variant=None):
+    cfg = common.base()
+    cfg.data.path, cfg.data.max_len = "ml-1m/ml-1m.txt", 200
+    cfg.model = to_config_dict(GRU4RecConfig(width=128, hidden_width=256, dropout=0.3))
+    cfg.optim.learning_rate, cfg.optim.schedule, cfg.optim.warmup_steps = 1.5e-3, "cosine", 200
+    cfg.train.epochs, cfg.train.eval_every_epochs = 24, 2.0
+    cfg.train.batch_rows, cfg.train.micro_rows = 64, 32
+    cfg.train.all_windows = True
+    return common.apply_variant(cfg, variant)

@@ -1,0 +1,26 @@
+"""A gated linear recurrent unit with exact cross-entropy on MovieLens-1M.
+
+Papers: De et al., arXiv 2402.19427, for the unit; LRURec (Yue et al., WSDM'24, arXiv 2310.02367) and
+Mamba4Rec (arXiv 2403.03900) for its use here. Nothing is published in this protocol.
+Protocol: leave-one-out, full-catalogue ranking (3,416 items), seen items filtered, model picked on
+validation NDCG@10, ties in expectation. Data: the SASRec version of MovieLens-1M, `user item` lines.
+
+    python -m experiments.train --config=configs/lru_ml1m.py --workdir=runs/lru --config.seed=0
+
+Settings are those of configs/sasrec_ml1m.py where they apply; no search of its own yet.
+"""
+
+from configs import common
+from rec_jax.config import to_config_dict
+from rec_jax.models.lru import LRUConfig
+
+
+def get_config(variant=None):
+    cfg = common.base()
+    cfg.data.path, cfg.data.max_len = "ml-1m/ml-1m.txt", 200
+    cfg.model = to_config_dict(LRUConfig(width=128, ff_width=128, dropout=0.3))
+    cfg.optim.learning_rate, cfg.optim.schedule, cfg.optim.warmup_steps = 1.5e-3, "cosine", 200
+    cfg.train.epochs, cfg.train.eval_every_epochs = 24, 2.0
+    cfg.train.batch_rows, cfg.train.micro_rows = 64, 4
+    cfg.train.all_windows = True
+    return common.apply_variant(cfg, variant)

@@ -1,0 +1,135 @@
+"""Makes a trained run smaller and faster, and says what that costs in quality.
+
+    python -m experiments.compress --workdir=runs/ml1m --output=runs/int8 --config.compress.recipe=int8
+    python -m experiments.compress --workdir=runs/ml1m --output=runs/mine \\
+        --config.compress.prune.names='.*kernel' --config.compress.prune.share=0.8 --config.train.epochs=5
+    python -m experiments.compress --workdir=runs/ml1m --output=runs/pareto --suite=pareto
+    python -m experiments.compress --workdir=runs/ml1m --output=runs/diagnosis --suite=diagnose
+
+The config is that of the trained run, under it the recipe, above both the flags. What happens, in this order:
+
+1. The architecture shrinks (compress.shrink), or a student takes its place (a smaller model.*, with
+   compress.distill.teachers).
+2. Training goes on where masks, teachers, adapters or quantization-aware training are asked for
+   (compress.prune, distill, lora, quant.aware); train.*, optim.* and precision.* say how.
+3. The result is stored in integers (compress.quant) as model.npz in --output.
+
+The output is a run like any other: experiments.evaluate and experiments.recommend take it as --workdir. The
+same command goes on where it was stopped.
+
+--suite=pareto makes all standard recipes and writes pareto.json, pareto.md and pareto.png. Of each recipe:
+ndcg_kept and hr_kept, test NDCG@10 and HR@10 over the parent's, with 95 % intervals of paired resamples of
+examples; bytes_ratio (disk), memory_ratio, params_ratio and flops_ratio (multiply-adds), over the parent's,
+so less is better; p50 and p99 milliseconds of a top-10 recommendation for 1 and for 64 users, all models in
+turns; and the operations that the compiler counts in each program.
+
+--suite=diagnose prints norms, gradients and zeros of each parameter, and what pruning it alone costs on
+validation.
+"""
+
+import pathlib
+import sys
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from experiments.launch import launch
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a trained run.")
+_OUTPUT = flags.DEFINE_string("output", None, "Directory of the compressed run; made if it is not there.")
+_SUITE = flags.DEFINE_enum(
+    "suite", None, ["pareto", "diagnose"], "Compare the standard recipes, or see which weights matter."
+)
+_RECIPES = flags.DEFINE_list("recipes", None, "Of the pareto suite: only these recipes.")
+flags.mark_flags_as_required(["workdir", "output"])
+
+_SHARES = (0.3, 0.5, 0.7, 0.9)  # of a parameter's weights that a diagnosis takes away
+
+
+def main():
+    from rec_jax.experiment import Experiment
+
+    if jax.process_count() > 1:
+        raise ValueError("--num_processes: a run is compressed by one process; start it without")
+    if _RECIPES.value and _SUITE.value != "pareto":
+        raise ValueError(f"--recipes={','.join(_RECIPES.value)} is for --suite=pareto")
+    overrides = config_flags.get_override_values(flags.FLAGS["config"])
+    parent, output = Experiment.open(_WORKDIR.value), pathlib.Path(_OUTPUT.value)
+    if output.resolve() == parent.workdir.resolve():
+        raise ValueError(f"--output={output} is the trained run itself: name another directory")
+    if _SUITE.value == "diagnose":
+        _diagnose(parent, output)
+    elif _SUITE.value == "pareto":
+        _compare(parent, output, overrides)
+    else:
+        _compress(parent, output, overrides)
+
+
+def _compress(parent, output, overrides):
+    from experiments import pareto
+    from rec_jax.compression import compress, recipe_config
+    from rec_jax.experiment import write_json
+
+    rows = pareto.measure(parent, {"compressed": compress(parent, recipe_config(parent, overrides), output)})
+    pareto.print_rows(rows)
+    command = " ".join(["python -m experiments.compress", *sys.argv[1:]])
+    write_json(output / "result.json", rows | {"command": command})
+    print(f"wrote {output / 'model.npz'} and {output / 'result.json'}")
+
+
+def _compare(parent, output, overrides):
+    from experiments import pareto
+    from rec_jax.compression import RECIPES, compress, recipe_config, will_train
+
+    def config_of(recipe):
+        """How to train is said to all recipes at once: those that do not train leave it out."""
+        training = ("train.", "optim.", "precision.")
+        plain = {name: value for name, value in overrides.items() if not name.startswith(training)}
+        config = recipe_config(parent, {**plain, "compress.recipe": recipe})
+        if not will_train(parent, config):
+            return config
+        return recipe_config(parent, {**overrides, "compress.recipe": recipe})
+
+    configs = {recipe: config_of(recipe) for recipe in _RECIPES.value or RECIPES}
+    runs = {}
+    for recipe, config in configs.items():
+        print(f"\n--- {recipe}", flush=True)
+        runs[recipe] = compress(parent, config, output / recipe)
+    rows = pareto.measure(parent, runs)
+    pareto.print_rows(rows)
+    pareto.write(rows, output)
+    print(f"wrote {output / 'pareto.json'}, {output / 'pareto.md'} and {output / 'pareto.png'}")
+
+
+def _diagnose(parent, output):
+    from rec_jax.compress.diagnose import sensitivity, weight_table
+    from rec_jax.compression import WEIGHTS, plain_params, training_gradients
+    from rec_jax.experiment import write_json
+    from rec_jax.report import print_table
+
+    params = jax.device_put(plain_params(parent))
+    tables = {"weights": weight_table(params, training_gradients(parent, params))}
+    print_table(*tables["weights"])
+
+    def evaluate(params) -> float:
+        return parent.evaluate(parent.plain_scorer(params), "val", quick=True)["ndcg@10"]
+
+    tables["sensitivity"] = sensitivity(params, WEIGHTS, _SHARES, evaluate)
+    print("\nvalidation NDCG@10 where so much of one parameter is pruned at once, and nothing else:")
+    print_table(*tables["sensitivity"])
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "diagnosis.json", tables)
+    print(f"wrote {output / 'diagnosis.json'}")
+
+
+def _define_config():
+    """Every key of a config is a flag, without a file."""
+    from configs.common import base
+
+    return config_flags.DEFINE_config_dict("config", base(), "Changes to the config of the trained run.")
+
+
+if __name__ == "__main__":
+    _CONFIG = _define_config()
+    launch(main)

@@ -1,0 +1,176 @@
+"""Compressed runs beside their parent: quality kept, bytes, operations, latency."""
+
+import itertools
+import tempfile
+import time
+
+import jax
+import numpy as np
+
+from rec_jax.compress import artifact
+from rec_jax.compress.prune import share_of_zeros
+from rec_jax.compress.quant import dequantize_params, memory_bytes
+from rec_jax.compress.shrink import multiply_adds
+from rec_jax.data.histories import examples
+from rec_jax.eval.evaluator import per_example
+from rec_jax.eval.metrics import bootstrap_ratio
+from rec_jax.models.scoring import top_items
+from rec_jax.report import print_table
+from rec_jax.tree import num_params
+
+_CALLS = {1: 300, 64: 60}  # timed calls of each model, by batch size
+_TOP_K = 10
+PARENT = "f32"
+
+
+def measure(parent, runs: dict) -> dict[str, dict]:
+    """{name: figures} of the parent (as "f32") and of each run, all on the parent's test part."""
+    everything = {PARENT: parent, **runs}
+    params = {name: jax.device_put(run.model_params(), jax.devices()[0]) for name, run in everything.items()}
+    quality = {name: _per_example(parent, run) for name, run in everything.items()}
+    times = _latencies(everything, params, parent)
+    stored = {name: _disk_bytes(parent, params[name], run) for name, run in everything.items()}
+    rows = {}
+    for name, run in everything.items():
+        work = multiply_adds(run.config.model, run.histories.num_items, run.config.data.max_len)
+        row = {key: float(values.mean()) for key, values in quality[name].items()}
+        for key, kept in (("ndcg@10", "ndcg_kept"), ("hr@10", "hr_kept")):
+            row[kept], row[f"{kept}_ci"] = bootstrap_ratio(
+                quality[name][key], quality[PARENT][key], num=1000, seed=parent.config.seed
+            )
+        row |= {
+            "params": num_params(run.model.abstract_params),
+            "share_of_zeros": share_of_zeros(dequantize_params(params[name])),
+            "bytes": stored[name],
+            "memory_bytes": memory_bytes(params[name]),
+            "multiply_adds": work,
+        }
+        rows[name] = row | times[name]
+    first = rows[PARENT]
+    for row in rows.values():
+        row["bytes_ratio"] = row["bytes"] / first["bytes"]
+        row["memory_ratio"] = row["memory_bytes"] / first["memory_bytes"]
+        row["flops_ratio"] = row["multiply_adds"] / first["multiply_adds"]
+        row["params_ratio"] = row["params"] / first["params"]
+    if {"distill25", "alone25"} <= set(rows):
+        taught, alone = quality["distill25"]["ndcg@10"], quality["alone25"]["ndcg@10"]
+        ratio, interval = bootstrap_ratio(taught, alone, num=1000, seed=parent.config.seed)
+        rows["distill25"] |= {"ndcg_over_alone25": ratio, "ndcg_over_alone25_ci": interval}
+    return rows
+
+
+def _per_example(parent, run) -> dict[str, np.ndarray]:
+    """NDCG@10 and HR@10 of each example of the test part."""
+    config = parent.config
+    values = per_example(run.best_scorer(), parent.histories, parent.split, "test", config.eval, config.seed)
+    return {name: values[name] for name in ("ndcg@10", "hr@10")}
+
+
+def _disk_bytes(parent, params, run) -> int:
+    """Of model.npz; the parent's is written only to be weighed."""
+    if run is not parent:
+        return (run.workdir / artifact.NAME).stat().st_size
+    with tempfile.TemporaryDirectory() as folder:
+        return artifact.save(folder, params)
+
+
+def _latencies(runs: dict, params: dict, parent) -> dict[str, dict]:
+    """{name: p50_ms_batch1, p99_ms_batch1, ..., compiled_flops_batch1, ...}; calls of all models in turns."""
+    rows = {name: {} for name in runs}
+    for size, num_calls in _CALLS.items():
+        batch = _batch(parent, size)
+        calls, times = {}, {name: [] for name in runs}
+        for name, run in runs.items():
+            calls[name] = top_items.lower(run.model, params[name], batch, _TOP_K).compile()
+            rows[name][f"compiled_flops_batch{size}"] = calls[name].cost_analysis()["flops"]
+            jax.block_until_ready(calls[name](params[name], batch))
+        for _ in range(num_calls):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                jax.block_until_ready(call(params[name], batch))
+                times[name].append(1e3 * (time.perf_counter() - start))
+        for name, values in times.items():
+            rows[name][f"p50_ms_batch{size}"] = float(np.percentile(values, 50))
+            rows[name][f"p99_ms_batch{size}"] = float(np.percentile(values, 99))
+    return rows
+
+
+def _batch(parent, size: int) -> dict:
+    """Histories of the test part, one a row."""
+    ex = examples(parent.histories, parent.split, "test")
+    length = parent.config.data.max_len
+    batch = {name: np.zeros((size, length), np.int32) for name in ("items", "segments", "positions")}
+    for row, index in enumerate(np.random.default_rng(0).integers(0, len(ex.users), size)):
+        start, end = parent.histories.offsets[ex.users[index]], ex.ends[index]
+        items = parent.histories.items[max(start, end - length) : end]
+        batch["items"][row, : len(items)], batch["segments"][row, : len(items)] = items, 1
+        batch["positions"][row, : len(items)] = np.arange(len(items))
+    return jax.device_put(batch, jax.devices()[0])
+
+
+HEAD = (
+    "", "NDCG@10", "kept", "95 % interval", "HR@10", "kept", "disk", "fewer", "memory", "params", "zeros",
+    "multiply-adds", "p50, 1", "p99, 1", "p50, 64", "p99, 64",
+)  # fmt: skip
+
+
+def _cells(name: str, row: dict) -> tuple:
+    interval = "..".join(f"{x:.1%}" for x in row["ndcg_kept_ci"])
+    return (
+        name,
+        f"{row['ndcg@10']:.4f}",
+        f"{row['ndcg_kept']:.1%}",
+        interval,
+        f"{row['hr@10']:.4f}",
+        f"{row['hr_kept']:.1%}",
+        f"{row['bytes'] / 1e3:,.0f} kB",
+        f"{1 / row['bytes_ratio']:.2f}x",
+        f"{row['memory_bytes'] / 1e3:,.0f} kB",
+        f"{row['params']:,}",
+        f"{row['share_of_zeros']:.0%}",
+        f"{row['flops_ratio']:.2f}",
+        *(f"{row[f'p{p}_ms_batch{size}']:.2f} ms" for size in _CALLS for p in (50, 99)),
+    )
+
+
+def print_rows(rows: dict) -> None:
+    print_table(HEAD, [_cells(name, row) for name, row in rows.items()])
+    if "ndcg_over_alone25" in rows.get("distill25", {}):
+        row = rows["distill25"]
+        low, high = row["ndcg_over_alone25_ci"]
+        print(f"distill25 over alone25: NDCG@10 x {row['ndcg_over_alone25']:.3f} ({low:.3f}..{high:.3f})")
+
+
+def write(rows: dict, output) -> None:
+    """pareto.json, pareto.md, pareto.png."""
+    from rec_jax.experiment import write_json
+
+    write_json(output / "pareto.json", rows)
+    lines = [HEAD, ("---",) * len(HEAD), *(_cells(name, row) for name, row in rows.items())]
+    lines = ["| " + " | ".join(cells) + " |" for cells in lines]
+    (output / "pareto.md").write_text("\n".join(lines) + "\n")
+    _plot(rows, output / "pareto.png")
+
+
+def _plot(rows: dict, path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    views = {
+        "bytes_ratio": "bytes on disk, of the parent's",
+        "flops_ratio": "multiply-adds, of the parent's",
+        "p50_ms_batch64": "median ms for 64 users",
+    }
+    for axes, (key, label) in zip(figure.subplots(1, 3, sharey=True), views.items(), strict=True):
+        for (name, row), marker in zip(rows.items(), itertools.cycle("ovs^D*Pp<>Xh"), strict=False):
+            low, high = row["ndcg_kept_ci"]
+            kept = row["ndcg_kept"]
+            error = [[kept - low], [high - kept]]
+            axes.errorbar(row[key], kept, error, fmt=marker, capsize=2, label=name, alpha=0.8)
+        axes.set_xlabel(label)
+        axes.set_xlim(left=0)
+        axes.axhline(1, color="grey", linewidth=0.5)
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right")
+    figure.axes[0].set_ylabel("NDCG@10 kept (95 % interval)")
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,72 @@
+"""Tables on the weights of a model, for `print_table`: each function returns (head, rows) of texts."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from rec_jax.compress.lowest import with_leaves
+from rec_jax.tree import leaf_mask, leaf_names
+
+QUANTILES = (0.01, 0.5, 0.99)
+
+
+def weight_table(params, grads=None) -> tuple[tuple, list[tuple]]:
+    """Of each parameter: shape, share of zeros, l2 norm, largest |w|.
+
+    grads: a tree as params; adds the l2 norm of each gradient and quantiles of |g|.
+    """
+    head = ("parameter", "shape", "zeros", "norm", "max |w|")
+    if grads is not None:
+        head += ("norm of g", *(f"|g| {q:.0%}" for q in QUANTILES))
+    gradients = {} if grads is None else leaf_names(grads)
+    rows = []
+    for name, x in leaf_names(params).items():
+        w = np.asarray(x, np.float32)
+        row = (
+            name,
+            "x".join(map(str, w.shape)),
+            f"{np.mean(w == 0):.1%}",
+            *_figures(_norm(w), np.abs(w).max()),
+        )
+        if name in gradients:
+            g = np.asarray(gradients[name], np.float32)
+            row += _figures(_norm(g), *np.quantile(np.abs(g), QUANTILES))
+        rows.append(row)
+    return head, rows
+
+
+def _norm(x):
+    return np.sqrt(np.sum(x**2, dtype=np.float64))
+
+
+def _figures(*numbers) -> tuple[str, ...]:
+    return tuple(f"{number:.3g}" for number in numbers)
+
+
+def sensitivity(
+    params, names: str, shares: tuple[float, ...], evaluate: Callable
+) -> tuple[tuple, list[tuple]]:
+    """What `evaluate(params) -> float` gives where one parameter alone is pruned, by magnitude and at once.
+
+    names: regex over parameter names. shares: of its weights that become 0, a column each; the first column
+    is of all weights. Source: Li et al., arXiv 1608.08710, section 3.2 (there, whole filters).
+
+    Raises ValueError, listing the names, if none matches.
+    """
+    matched = leaf_names(leaf_mask(params, names, field="names"))
+    head = ("parameter", "0%", *(f"{share:.0%}" for share in shares))
+    whole = evaluate(params)
+    rows = []
+    for name, w in leaf_names(params).items():
+        if matched[name]:
+            pruned = [evaluate(with_leaves(params, {name: _prune_lowest(w, share)})) for share in shares]
+            rows.append((name, *(f"{value:.4f}" for value in (whole, *pruned))))
+    return head, rows
+
+
+def _prune_lowest(w: jax.Array, share: float) -> jax.Array:
+    pruned = np.array(w)
+    lowest = np.argsort(np.abs(pruned), axis=None, kind="stable")[: round(share * pruned.size)]
+    pruned.flat[lowest] = 0
+    return jax.device_put(pruned, w.sharding)

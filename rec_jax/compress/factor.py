@@ -1,0 +1,144 @@
+"""Matrices of low rank: factorised tables, narrower students that start from their teacher, LoRA adapters."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rec_jax.models.base import get_table, with_table
+from rec_jax.models.sasrec import SASRecConfig
+from rec_jax.tree import leaf_mask, leaf_names
+
+
+def factorise(table_VD, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """(table_VE, projection_ED), whose product is the nearest to the table of all of rank `dim` = E.
+
+    The projection's rows are orthonormal. Raises ValueError if dim is not from 1 to D.
+    Source: Eckart & Young, Psychometrika 1936.
+    """
+    table_VD = np.asarray(table_VD)
+    basis_DE = _main_directions(table_VD, dim, "item_dim")
+    return table_VD @ basis_DE, basis_DE.T
+
+
+def _main_directions(table_VD, num: int, field: str) -> np.ndarray:
+    """The first right singular vectors as columns [D, num], orthonormal."""
+    width = table_VD.shape[1]
+    if not 1 <= num <= width:
+        raise ValueError(f"{field}={num} must be from 1 to the table's {width} dims (SASRecConfig)")
+    table_VD = table_VD.astype(np.float64)
+    _, vectors_DD = np.linalg.eigh(table_VD.T @ table_VD)  # D x D, however many rows there are
+    return np.ascontiguousarray(vectors_DD[:, ::-1][:, :num], np.float32)
+
+
+def factorise_model(config: SASRecConfig, params, dim: int) -> tuple[SASRecConfig, dict]:
+    """(config, params) of the model with its table of items as near as item_dim = dim comes to it."""
+    if config.item_dim:
+        raise ValueError(
+            f"item_dim={config.item_dim}: the table is factorised already; start from the model that it came "
+            "from (SASRecConfig)"
+        )
+    config = dataclasses.replace(config, item_dim=dim)
+    table_VE, projection_ED = factorise(get_table(params), dim)
+    return config, with_table(params, table_VE) | {"project": {"kernel": projection_ED}}
+
+
+def student_from(config: SASRecConfig, params, student_config: SASRecConfig, student) -> dict:
+    """A student's parameters that start from the teacher's: its inputs are the teacher's in their main
+    directions.
+
+    config, params: of the teacher. student: fresh parameters, of which all but the items and the learned
+    positions stay. No other projection of as many dims keeps inner products between items better; as the
+    norms make an output as long as sqrt(width), items grow by what these shrink, and scores stay as large.
+
+    Raises ValueError for a student that is wider or knows other items.
+    """
+    table_VD = np.asarray(get_table(params))
+    if config.item_dim:
+        table_VD = table_VD @ np.asarray(params["project"]["kernel"])
+    if len(get_table(student)) != len(table_VD):
+        raise ValueError(
+            f"the student has {len(get_table(student)) - 1} items, the teacher {len(table_VD) - 1}: use the "
+            "teacher's data"
+        )
+    width = student_config.width
+    if width == config.width:
+        basis_DW = np.eye(width, dtype=np.float32)  # no need to turn anything
+    else:
+        basis_DW = _main_directions(table_VD, width, "width")
+    growth = ((config.full_width or config.width) / (student_config.full_width or width)) ** 0.5
+    items_VW = growth * table_VD @ basis_DW
+    if student_config.item_dim:
+        table_VE, projection_EW = factorise(items_VW, student_config.item_dim)
+        student = with_table(student, table_VE) | {"project": {"kernel": projection_EW}}
+    else:
+        student = with_table(student, items_VW)
+    if "positions" in student and "positions" in params:
+        positions_SW = np.array(student["positions"]["embedding"])
+        num = min(len(positions_SW), len(params["positions"]["embedding"]))
+        positions_SW[:num] = np.asarray(params["positions"]["embedding"])[:num] @ basis_DW
+        student = student | {"positions": {"embedding": positions_SW}}
+    return student
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapters of low rank on frozen matrices.
+
+    names: regex of the adapted parameters; "" = no adapters, all is trained. rank: of an adapter. alpha: an
+    adapter counts alpha / rank, so that the learning rate need not follow the rank.
+    """
+
+    names: str = ""
+    rank: int = 8
+    alpha: float = 16.0
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"rank={self.rank} must be at least 1 (LoraConfig)")
+        if self.alpha <= 0:
+            raise ValueError(f"alpha={self.alpha} must be positive (LoraConfig)")
+
+
+def init_lora(params, config: LoraConfig, seed: int) -> dict[str, dict[str, jax.Array]]:
+    """{name: {"a": [D, r], "b": [r, F]}} of the adapted parameters; b is 0, so that nothing changes at first.
+
+    F: all dims of a kernel after the first. Raises ValueError, listing the names, if config.names matches
+    none, or matches a vector.
+    Source: Hu et al., ICLR'22 (arXiv 2106.09685), section 4.1.
+    """
+    adapters = {}
+    matched = leaf_names(leaf_mask(params, config.names, field="compress.lora.names"))
+    for index, (name, x) in enumerate(leaf_names(params).items()):
+        if not matched[name]:
+            continue
+        if x.ndim < 2:
+            raise ValueError(
+                f"compress.lora.names={config.names!r} matches {name}, a vector: name kernels or tables "
+                "(LoraConfig)"
+            )
+        dim, rest = x.shape[0], x.size // x.shape[0]
+        key = jax.random.fold_in(jax.random.key(seed), index)
+        a_DR = jax.random.normal(key, (dim, config.rank)) * dim**-0.5
+        adapters[name] = {"a": a_DR, "b": jnp.zeros((config.rank, rest))}
+    return adapters
+
+
+def merge_lora(params, adapters, config: LoraConfig):
+    """The parameters with their adapters added: w + alpha / rank * a @ b.
+
+    Training computes with these, so that a merged model gives what was trained, on a CPU to the last bit.
+    """
+
+    def merged(name, x):
+        if name not in adapters:
+            return x
+        a_DR, b_RF = adapters[name]["a"], adapters[name]["b"]
+        # Barred from the sum, that no compiler rounds the two as one in one place and not in another.
+        delta_DF = jax.lax.optimization_barrier((config.alpha / config.rank * a_DR) @ b_RF)
+        return (x + delta_DF.reshape(x.shape)).astype(x.dtype)
+
+    leaves = [merged(name, x) for name, x in leaf_names(params).items()]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)

@@ -1,0 +1,127 @@
+"""What compression adds to training: masks in the optimizer, changed parameters and teachers in the loss."""
+
+import math
+from functools import cached_property
+
+import jax
+
+from rec_jax.compress.config import CompressConfig
+from rec_jax.compress.distill import distill_sum
+from rec_jax.compress.factor import init_lora, merge_lora
+from rec_jax.compress.prune import hold_zeros, prune
+from rec_jax.compress.quant import fake_quantize_params
+from rec_jax.compress.shrink import ShrinkConfig
+from rec_jax.models.base import ITEMS, Model
+
+
+class Compression:
+    """The compress section at work in a step.
+
+    teachers: [(model, params), ...] of compress.distill. base: the frozen parameters under LoRA adapters.
+    total_steps: of the training, for schedules.
+    """
+
+    def __init__(
+        self, config: CompressConfig, model: Model, total_steps: int, seed: int, teachers=(), base=None
+    ):
+        self._config, self._model, self._total_steps, self._seed = config, model, total_steps, seed
+        self._teachers = [teacher for teacher, _ in teachers]
+        if config.lora.names and base is None:
+            raise ValueError(
+                f"compress.lora.names={config.lora.names!r} adapts a trained run: use experiments.compress "
+                "--workdir=RUN (LoraConfig)"
+            )
+        if len(teachers) != len(config.distill.teachers):
+            raise ValueError(
+                f"compress.distill.teachers={config.distill.teachers}: they were not loaded (DistillConfig)"
+            )
+        if config.shrink != ShrinkConfig():
+            raise ValueError(
+                f"compress.shrink={config.shrink} shrinks a trained run: use experiments.compress "
+                "--workdir=RUN; a new model is made smaller by model.* (ShrinkConfig)"
+            )
+        if config.lora.names and (config.prune.names or config.prune.hold):
+            raise ValueError(
+                f"compress.lora.names={config.lora.names!r} does not go with compress.prune: masks on "
+                "adapters leave the merged weights dense; prune first, or last (CompressConfig)"
+            )
+        base = base if config.lora.names else None
+        self.frozen = {"teachers": [params for _, params in teachers], "base": base}
+        self.distils = bool(teachers)
+
+    def init(self, params):
+        """What is trained, from the parameters of the model."""
+        if not self._config.lora.names:
+            return params
+        return init_lora(params, self._config.lora, self._seed)
+
+    @cached_property
+    def abstract_params(self):
+        return jax.eval_shape(self.init, self._model.abstract_params)
+
+    def optimizer(self, inner, params, specs):
+        """inner, with masks. params: what it optimizes, of which names and shapes are read."""
+        config = self._config.prune
+        if config.hold:
+            inner = hold_zeros(inner, config.hold, params)
+        return prune(inner, config, params, self._total_steps, specs, self._seed)
+
+    def adapt(self, params, frozen, step):
+        """The parameters that the model computes with, from those that are trained."""
+        params = self._merge(params, frozen)
+        if self._config.quant.aware:
+            start = math.ceil(self._config.quant.aware_from * self._total_steps)
+            params = fake_quantize_params(params, self._config.quant, is_on=step >= start)
+        return params
+
+    def final(self, params):
+        """`adapt` as after the last step."""
+        return self.adapt(params, self.frozen, self._total_steps)
+
+    def merged(self, params):
+        """Parameters of the model, without what only quantization-aware training does to them."""
+        return self._merge(params, self.frozen)
+
+    def _merge(self, params, frozen):
+        lora = self._config.lora
+        return merge_lora(frozen["base"], params, lora) if lora.names else params
+
+    def distil(self, loss, x_BSD, table_VD, hidden, batch, negatives, frozen):
+        """The loss that the teachers also have a part in."""
+        views = []
+        for model, params in zip(self._teachers, frozen["teachers"], strict=True):
+            module, their_hidden = model.bind(params), []
+            views.append((module(batch, hidden=their_hidden), module.item_vectors(), their_hidden))
+        student = (x_BSD, table_VD, hidden)
+        return distill_sum(self._config.distill, loss, student, views, batch, negatives)
+
+
+def first_share_in_force(config: CompressConfig) -> float:
+    """The share of the training after which masks and integers are all in force: what is evaluated before is
+    not the model that will be stored."""
+    pruned = config.prune.end if config.prune.names else 0.0
+    aware = config.quant.aware_from if config.quant.aware else 0.0
+    return max(pruned, aware)
+
+
+def check_mesh(config: CompressConfig, touches_rows: bool, model_axis: int) -> None:
+    """Raises ValueError where a table that learns by touched rows, or a kernel that is split over
+    `model_axis` devices, cannot do what is asked."""
+    asked = {
+        "compress.distill.teachers": config.distill.teachers,
+        "compress.lora.names": config.lora.names,
+        "compress.prune.names": config.prune.names,
+        "compress.prune.hold": config.prune.hold,
+        "compress.quant.aware": config.quant.aware,
+    }
+    for name, value in asked.items():
+        if value and touches_rows:
+            raise ValueError(
+                f"{name}={value!r} needs {'/'.join(ITEMS)} among the dense parameters: set "
+                "table.optimizer=dense and table.layout=replicated (CompressConfig)"
+            )
+    if config.quant.aware and model_axis > 1:
+        raise ValueError(
+            "compress.quant.aware=True needs whole kernels, whose ranges it looks at: "
+            f"mesh.model={model_axis} splits them; set mesh.model=1 (CompressConfig)"
+        )

@@ -1,0 +1,66 @@
+"""BERT4Rec: a bidirectional transformer that learns to tell masked items from what stands around them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import flax.nnx as nnx
+import jax.numpy as jnp
+
+from rec_jax.hashing import words
+from rec_jax.models.sasrec import SASRec, SASRecConfig
+
+_MASKS, _LAST = 1_000, 1_001  # sites of random numbers, beyond those of any layer's dropout
+
+
+@dataclass(frozen=True, kw_only=True)
+class BERT4RecConfig(SASRecConfig):
+    type: Literal["bert4rec"] = "bert4rec"
+    activation: Literal["relu", "gelu", "silu"] = "gelu"
+    mask_share: float = 0.2  # of the items of a history, each at random
+    last_share: float = 0.1  # of the histories in which the last item alone is masked, as in evaluation
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.mask_share <= 1:
+            raise ValueError(f"mask_share={self.mask_share} must be in (0, 1] (BERT4RecConfig)")
+        if not 0 <= self.last_share <= 1:
+            raise ValueError(f"last_share={self.last_share} must be in [0, 1] (BERT4RecConfig)")
+
+
+class BERT4Rec(SASRec):
+    """The transformer of SASRec, which here sees both sides, over histories with masked items.
+
+    Source: Sun et al., CIKM'19 (arXiv 1904.06690), sections 3.5 and 3.6.
+    Differs: scores are dot products with the table of items, without the projection and the bias per item
+    of their equation 7; an item is masked anew in every epoch.
+    """
+
+    is_causal = False
+
+    def __init__(self, config: BERT4RecConfig, num_items: int, max_len: int, *, rngs: nnx.Rngs):
+        super().__init__(config, num_items, max_len, rngs=rngs)
+        self.mask = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (config.table_dim,)))
+
+    def embed(self, batch):
+        x_BSD = self.items(batch["items"])
+        return jnp.where(batch["masked"][..., None], self.mask[...].astype(x_BSD.dtype), x_BSD)
+
+    def training_batch(self, batch, key_B):
+        """Masks items and asks for them."""
+        segments_BS, positions_BS = batch["segments"], batch["positions"]
+        shape = segments_BS.shape[1:]
+        is_real_BS = segments_BS > 0
+        following_BS = jnp.pad(positions_BS[:, 1:], ((0, 0), (0, 1)))
+        is_last_BS = is_real_BS & (following_BS == 0)
+        masked_BS = words(key_B, _MASKS, shape) < _threshold(self.config.mask_share)
+        # One draw a segment, read at its first token.
+        draws_BS = words(key_B, _LAST, shape)
+        column_BS = jnp.arange(shape[0]) - positions_BS
+        asks_last_BS = jnp.take_along_axis(draws_BS, column_BS, axis=1) < _threshold(self.config.last_share)
+        masked_BS = is_real_BS & jnp.where(asks_last_BS, is_last_BS, masked_BS)
+        return {**batch, "masked": masked_BS, "targets": jnp.where(masked_BS, batch["items"], 0)}
+
+
+def _threshold(share: float):
+    """Of which a share of all uint32 is below."""
+    return jnp.uint32(min(int(share * 2**32), 2**32 - 1))

@@ -1,0 +1,122 @@
+"""HSTU: hierarchical sequential transduction units, attention without a softmax over packed histories."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+
+from rec_jax.models.base import SequenceConfig, SequenceModel
+from rec_jax.nn.dense import Dense, dense
+from rec_jax.nn.dropout import dropout
+from rec_jax.nn.embedding import Embedding
+from rec_jax.nn.norm import LayerNorm
+from rec_jax.nn.pointwise_attention import pointwise_attention, time_buckets
+
+_NORMAL = nnx.initializers.normal(0.02)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HSTUConfig(SequenceConfig):
+    """time_bias: attention sees how much time lies between events. The data must have times then; for a log
+    without, set model.time_bias=False.
+
+    `tensor_parallel` names nothing: each device along the mesh axis "model" has the blocks whole.
+    """
+
+    type: Literal["hstu"] = "hstu"
+    num_heads: int = 1
+    head_width: int = 0  # of queries and keys; 0 = width / num_heads
+    value_width: int = 0  # of a head; 0 = the same
+    time_bias: bool = True
+    num_time_buckets: int = 128  # 72 hold all that 32 bits of seconds can tell apart
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(num_heads=1, head_width=0, value_width=0, num_time_buckets=1)
+        if not self.head_width and self.width % self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide width={self.width}: change either, or set "
+                "head_width (HSTUConfig)"
+            )
+
+
+class HSTUBlock(nnx.Module):
+    """x + W_o (norm(attention) * U), where U, V, Q, K = SiLU(norm(x) W)."""
+
+    def __init__(self, config: HSTUConfig, max_len: int, *, rngs: nnx.Rngs):
+        self.head_width = config.head_width or config.width // config.num_heads
+        self.value_width = config.value_width or self.head_width
+        self.num_heads, self.rate = config.num_heads, config.dropout
+        inner = self.num_heads * self.value_width
+        total = 2 * (inner + self.num_heads * self.head_width)
+        self.norm = LayerNorm(config.width)
+        self.uvqk = nnx.Linear(config.width, total, use_bias=False, kernel_init=_NORMAL, rngs=rngs)
+        self.position_bias = nnx.Param(_NORMAL(rngs.params(), (max_len,)))
+        if config.time_bias:
+            self.time_bias = nnx.Param(_NORMAL(rngs.params(), (config.num_time_buckets,)))
+        self.attention_norm = LayerNorm(inner)
+        self.out = Dense(inner, config.width, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
+
+    def __call__(self, x_BSD, segments_BS, buckets_BSS, key_B, index: int, at=None):
+        """buckets_BSS: of the times, None without time_bias. index: which layer this is, for its dropout.
+        at: (rows, columns) of the only tokens to return, as x_QD; None for all of x_BSD."""
+        batch, length, width = x_BSD.shape
+        inner, of_keys = self.num_heads * self.value_width, self.num_heads * self.head_width
+        uvqk_TF = nnx.silu(dense(self.norm(x_BSD).reshape(-1, width), self.uvqk.kernel[...]))
+        uvqk_BSF = uvqk_TF.reshape(batch, length, -1)
+        u, v, q, k = jnp.split(uvqk_BSF, (inner, 2 * inner, 2 * inner + of_keys), axis=-1)
+        q, k, v = (x.reshape(batch, length, self.num_heads, -1) for x in (q, k, v))
+        time_bias = None if buckets_BSS is None else self.time_bias[...]
+        y = pointwise_attention(q, k, v, segments_BS, self.position_bias[...], time_bias, buckets_BSS)
+        y, x = y.reshape(batch, length, inner), x_BSD
+        if at is not None:  # the rest looks at one token at a time
+            x, y, u = x[at], y[at], u[at]
+        gated = self.attention_norm(y) * u
+        if key_B is not None and self.rate:
+            gated = dropout(gated, key_B, 1 + index, self.rate)
+        return x + self.out(gated.reshape(-1, inner)).reshape(x.shape)
+
+
+class HSTU(SequenceModel):
+    """Gated layers of pointwise attention, with a bias by distance and one by time between events, and the
+    tied item table.
+
+    Source: Zhai et al., ICML'24 (arXiv 2402.17152), equations 1 to 3. What these leave open (initial values,
+    positions added to the input, where dropout is, no norm at the end) is that of the research code of
+    github.com/facebookresearch/generative-recommenders.
+    Differs: attention is a mean over the events so far; there, a sum divided by the length of the padded row.
+    The time between query and key counts from the query's own event; there, from the event that is to be
+    foretold, whose time is not known when one recommends. Norms have a scale and a bias.
+    """
+
+    def __init__(self, config: HSTUConfig, num_items: int, max_len: int, *, rngs: nnx.Rngs):
+        self.config = config
+        self.reads_times = config.time_bias
+        self.items = Embedding(num_items + 1, config.width, rngs=rngs)
+        init = nnx.initializers.truncated_normal(config.width**-0.5)
+        self.positions = Embedding(max_len, config.width, init=init, rngs=rngs)
+        self.blocks = nnx.List([HSTUBlock(config, max_len, rngs=rngs) for _ in range(config.num_layers)])
+
+    def __call__(
+        self,
+        batch: dict[str, jax.Array],
+        key_B: jax.Array | None = None,
+        at=None,
+        hidden: list | None = None,
+    ) -> jax.Array:
+        """See SequenceModel."""
+        config = self.config
+        x_BSD = self.items(batch["items"]) * config.width**0.5 + self.positions(batch["positions"])
+        if key_B is not None and config.dropout:
+            x_BSD = dropout(x_BSD, key_B, 0, config.dropout)
+        buckets_BSS = time_buckets(batch["times"], config.num_time_buckets) if config.time_bias else None
+        for index, block in enumerate(self.blocks):
+            last = index == config.num_layers - 1
+            x_BSD = block(x_BSD, batch["segments"], buckets_BSS, key_B, index, at if last else None)
+            if hidden is not None:
+                hidden.append(x_BSD)
+        if at is not None and not config.num_layers:
+            x_BSD = x_BSD[at]
+        return self.queries(x_BSD)

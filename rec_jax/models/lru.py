@@ -1,0 +1,160 @@
+"""LRURec: gated linear recurrent units over packed histories, without attention."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+
+from rec_jax.models.base import SequenceConfig, SequenceModel
+from rec_jax.nn.blocks import FeedForward
+from rec_jax.nn.dense import Dense
+from rec_jax.nn.dropout import dropout
+from rec_jax.nn.embedding import Embedding
+from rec_jax.nn.norm import LayerNorm
+from rec_jax.nn.recurrence import linear_scan
+
+DECAY_POWER = 8  # c of the paper
+# What is left of a channel's state after one token where its gate is wide open; gates start half open, so
+# that states last for 3 to 200 tokens.
+FIRST_DECAYS = (0.5, 0.99)
+
+# Of variance 1 / inputs, however many outputs a kernel holds side by side.
+_INIT = nnx.initializers.lecun_normal()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LRUConfig(SequenceConfig):
+    type: Literal["lru"] = "lru"
+    ff_width: int = 64
+    conv_width: int = 4  # tokens that the convolution before the recurrence sees; 0 = no convolution
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(ff_width=1, conv_width=0)
+
+
+class CausalConv(nnx.Module):
+    """Each channel's own weighted sum of a token and those before it in its segment, with a bias.
+
+    taps: [W, D], that of the token itself first.
+    """
+
+    def __init__(self, width: int, conv_width: int, *, rngs: nnx.Rngs):
+        taps = jax.random.normal(rngs.params(), (conv_width, width)) * conv_width**-0.5
+        self.taps, self.bias = nnx.Param(taps), nnx.Param(jnp.zeros(width))
+
+    def __call__(self, x_BSD, positions_BS):
+        """positions_BS: int32, of each token in its segment, so how many tokens there are before it."""
+        taps_WD = self.taps[...]
+        y_BSD = x_BSD * taps_WD[0] + self.bias[...]
+        for back in range(1, min(len(taps_WD), x_BSD.shape[1])):
+            earlier = jnp.pad(x_BSD[:, :-back], ((0, 0), (back, 0), (0, 0)))
+            y_BSD += jnp.where(positions_BS[..., None] >= back, earlier, 0) * taps_WD[back]
+        return y_BSD
+
+
+class GatedRecurrence(nnx.Module):
+    """A linear recurrence whose decays and inputs are gated, times a GeLU branch.
+
+    Of the input x of the recurrence: r = sigmoid(W_a x), i = sigmoid(W_x x), a = exp(-c softplus(L) r),
+    h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t x_t). At the first token of a segment h_t = i_t x_t.
+
+    Source: Griffin, De et al., arXiv 2402.19427, sections 2.3 and 2.4.
+    Differs: no expansion of the width; L starts so that a^c is spread over FIRST_DECAYS instead of
+    0.9 to 0.999, for histories of tens of events.
+    """
+
+    def __init__(self, width: int, conv_width: int, *, rngs: nnx.Rngs):
+        self.branches = Dense(width, 2 * width, kernel_init=_INIT, rngs=rngs)
+        self.conv = CausalConv(width, conv_width, rngs=rngs) if conv_width else None
+        self.gates = Dense(width, 2 * width, kernel_init=_INIT, rngs=rngs)
+        rate_D = -jnp.log(jnp.linspace(*FIRST_DECAYS, width)) / DECAY_POWER
+        self.rate = nnx.Param(jnp.log(jnp.expm1(rate_D)))  # L, before its softplus
+        self.out = Dense(width, width, kernel_init=_INIT, rngs=rngs)
+
+    def __call__(self, x_BSD, positions_BS):
+        shape = x_BSD.shape
+        branch_TD, x_TD = jnp.split(self.branches(x_BSD.reshape(-1, shape[-1])), 2, -1)
+        if self.conv is not None:
+            x_TD = self.conv(x_TD.reshape(shape), positions_BS).reshape(x_TD.shape)
+        r_TD, i_TD = jnp.split(nnx.sigmoid(self.gates(x_TD).astype(jnp.float32)), 2, -1)
+        log_a = -DECAY_POWER * nnx.softplus(self.rate[...].astype(jnp.float32)) * r_TD
+        is_first = positions_BS.reshape(-1, 1) == 0
+        change = jnp.expm1(log_a)  # a - 1, exact for a near 1
+        a_TD = jnp.where(is_first, 0, 1 + change)
+        # sqrt(1 - a^2), held above 0, where it has no gradient.
+        scale = jnp.where(is_first, 1, jnp.sqrt(jnp.maximum(-change * (2 + change), 1e-12)))
+        input_TD = scale * i_TD * x_TD.astype(jnp.float32)
+        h_BSD = linear_scan(a_TD.reshape(shape), input_TD.reshape(shape))
+        h_TD = h_BSD.reshape(x_TD.shape).astype(x_TD.dtype)
+        return self.out(nnx.gelu(branch_TD) * h_TD).reshape(shape)
+
+
+class LRUBlock(nnx.Module):
+    """Recurrence then feed-forward, each x + f(norm(x)).
+
+    As in Griffin: the sum of residuals reaches the output unscaled, however deep the model is.
+    """
+
+    def __init__(self, config: LRUConfig, *, rngs: nnx.Rngs):
+        self.recurrence_norm = LayerNorm(config.width)
+        self.recurrence = GatedRecurrence(config.width, config.conv_width, rngs=rngs)
+        self.ff_norm = LayerNorm(config.width)
+        self.ff = FeedForward(config.width, config.ff_width, "gelu", rngs=rngs)
+        self.rate = config.dropout
+
+    def __call__(self, x_BSD, positions_BS, key_B, index: int, at=None):
+        """index: which layer this is, for its dropout. at: (rows, columns) of the only tokens to return, as
+        x_QD; None for all of x_BSD."""
+
+        def drop(x, site):
+            if key_B is None or self.rate == 0:
+                return x
+            return dropout(x, key_B, 2 * index + site, self.rate)
+
+        x_BSD = x_BSD + drop(self.recurrence(self.recurrence_norm(x_BSD), positions_BS), 1)
+        x = x_BSD if at is None else x_BSD[at]
+        return x + drop(self.ff(self.ff_norm(x)), 2)
+
+
+class LRURec(SequenceModel):
+    """Gated linear recurrent units with the tied item table. They see order themselves, so no positions are
+    added.
+
+    One of the recommenders that put a linear recurrence in the place of attention: LRURec, Yue et al.,
+    WSDM'24 (arXiv 2310.02367); Mamba4Rec, Liu et al., arXiv 2403.03900.
+    Source: the recurrent blocks of Griffin, De et al., arXiv 2402.19427.
+    Differs from LRURec: real decays that depend on the input, where it has complex ones that do not; a short
+    convolution and a gating branch, as Mamba4Rec; norms before the layers. Differs from Griffin: no
+    local attention, LayerNorm instead of RMSNorm, a feed-forward without a gate.
+    """
+
+    def __init__(self, config: LRUConfig, num_items: int, max_len: int, *, rngs: nnx.Rngs):
+        """max_len: any length will do."""
+        self.config = config
+        self.items = Embedding(num_items + 1, config.width, rngs=rngs)
+        self.blocks = nnx.List([LRUBlock(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.final_norm = LayerNorm(config.width)
+
+    def __call__(
+        self,
+        batch: dict[str, jax.Array],
+        key_B: jax.Array | None = None,
+        at=None,
+        hidden: list | None = None,
+    ) -> jax.Array:
+        """See SequenceModel."""
+        config = self.config
+        x = self.items(batch["items"]) * config.width**0.5
+        if key_B is not None and config.dropout:
+            x = dropout(x, key_B, 0, config.dropout)
+        for index, block in enumerate(self.blocks):
+            last = index == config.num_layers - 1
+            x = block(x, batch["positions"], key_B, index, at if last else None)
+            if hidden is not None:
+                hidden.append(x)
+        if at is not None and not config.num_layers:
+            x = x[at]
+        return self.queries(self.final_norm(x))

@@ -1,0 +1,266 @@
+"""Kernels and tables in 8 or 4 bits, which take the place of arrays among the parameters of a model.
+
+A number x is kept as a code, an integer, and read back as (code - zero) * scale; a symmetric code has no
+zero. There is one scale for each output channel of a kernel and for each row of a table. Codes of 4 bits lie
+two to a byte: byte j of a row holds dim j in its lower half and dim j + ceil(D/2) in its upper one.
+
+From the library qwix: `QArray`, codes with their scale, and `dot_general`, which multiplies two of them in
+integers. What it lacks is here: tables (rows by id, scores, the best items), codes of 4 bits that take 4 bits
+(jnp.int4 takes a byte on a CPU) and inputs with a zero point for the price of one product. Its providers
+quantize whole models by intercepting their operations; here a model reads parameters, and some know how to
+multiply themselves (`rec_jax.nn.dense`).
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import qwix
+
+_SLICE_ELEMENTS = 2**18  # of a table that are unpacked at once: 1 MiB of f32
+_ROWS_BY_COLUMNS = (((1,), (0,)), ((), ()))
+_ROWS_BY_ROWS = (((1,), (1,)), ((), ()))
+
+
+class ParamValue:
+    """What may be the value of an nnx.Param, which is read as `param[...]`."""
+
+    def __getitem__(self, index):
+        assert index is ...
+        return self
+
+
+def code_limits(bits: int, symmetric: bool) -> tuple[int, int]:
+    """The least and the greatest code."""
+    high = 2 ** (bits - 1) - 1
+    return (-high if symmetric else -high - 1), high
+
+
+def encode(x, scale, zero=None, bits: int = 8) -> jax.Array:
+    """int8 codes of x, clipped to those there are. scale, zero: broadcast to x. Where the scale is 0, so is
+    x."""
+    codes = _unclipped(x, scale, zero)
+    return jnp.clip(codes, *code_limits(bits, zero is None)).astype(jnp.int8)
+
+
+def _unclipped(x, scale, zero):
+    scale = scale.astype(jnp.float32)
+    codes = jnp.round(x.astype(jnp.float32) / jnp.where(scale == 0, 1, scale))
+    return codes if zero is None else codes + zero
+
+
+def decode(codes, scale, zero=None) -> jax.Array:
+    """f32 numbers of codes."""
+    codes = codes.astype(jnp.float32)
+    return (codes if zero is None else codes - zero) * scale.astype(jnp.float32)
+
+
+def token_scale(x_TD) -> jax.Array:
+    """f32[T, 1]: the scale of symmetric 8 bits for each token, so that none of its numbers is clipped."""
+    return jnp.max(jnp.abs(x_TD.astype(jnp.float32)), -1, keepdims=True) / 127
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QuantizedKernel(ParamValue):
+    """A kernel [D, ...] in int8, symmetric.
+
+    weight: the codes in the shape of the kernel, scale [1, ...].
+    inputs: "float" multiplies the codes by inputs as they are; "dynamic" quantizes each token by its own
+    largest number; "static" all by the calibrated input_scale [1, 1] and, unless symmetric, input_zero
+    int8[1, 1]. The latter two multiply integers.
+    """
+
+    weight: qwix.QArray
+    input_scale: jax.Array | None = None
+    input_zero: jax.Array | None = None
+    inputs: Literal["float", "dynamic", "static"] = field(default="float", metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(D, F), with further dims flattened."""
+        codes = self.weight.qvalue
+        return codes.shape[0], codes.size // codes.shape[0]
+
+    def matmul(self, x_TD) -> jax.Array:
+        """y_TF of the type of x."""
+        codes_DF = self.weight.qvalue.reshape(self.shape)
+        scale_1F = self.weight.scale.reshape(1, -1).astype(jnp.float32)
+        if self.inputs == "float":  # scaled after the product: for few tokens, y is less than the kernel
+            y_TF = jnp.dot(x_TD, codes_DF.astype(x_TD.dtype), preferred_element_type=jnp.float32)
+            return (y_TF * scale_1F).astype(x_TD.dtype)
+        scale_T1 = token_scale(x_TD) if self.inputs == "dynamic" else self.input_scale.astype(jnp.float32)
+        x_codes = qwix.QArray(encode(x_TD, scale_T1, self.input_zero), scale_T1)
+        y_TF = qwix.dot_general(x_codes, qwix.QArray(codes_DF, scale_1F), _ROWS_BY_COLUMNS)
+        if self.input_zero is not None:
+            sums_F = jnp.sum(codes_DF, 0, dtype=jnp.int32)
+            y_TF -= self.input_zero.astype(jnp.int32) * sums_F * scale_T1 * scale_1F
+        return y_TF.astype(x_TD.dtype)
+
+    def matmul_transposed(self, y_TF) -> jax.Array:
+        """x_TD = y @ kernel.T, of the type of y, by f32 inputs: the scales lie along the summed dim."""
+        scaled_TF = y_TF.astype(jnp.float32) * self.weight.scale.reshape(1, -1).astype(jnp.float32)
+        codes_FD = self.weight.qvalue.reshape(self.shape).T.astype(jnp.float32)
+        return jnp.dot(scaled_TF, codes_FD).astype(y_TF.dtype)
+
+    def dequantize(self) -> jax.Array:
+        """The kernel in f32 and its own shape."""
+        return decode(self.weight.qvalue, self.weight.scale)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QuantizedTable(ParamValue):
+    """A table [V, D] in 8 or 4 bits.
+
+    codes: int8[V, D], or uint8[V, ceil(D/2)] as `pack_int4` gives. zero_V: int8, or None if symmetric.
+    """
+
+    codes: jax.Array
+    scale_V: jax.Array
+    zero_V: jax.Array | None = None
+    bits: Literal[8, 4] = field(default=8, metadata={"static": True})
+    dim: int = field(default=0, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.dim
+
+    def _unpack(self, codes):
+        return codes if self.bits == 8 else unpack_int4(codes, self.dim)
+
+    def rows(self, ids) -> jax.Array:
+        """f32[..., D] for integers [...]; an id outside [0, V) reads as a row of NaN."""
+        scale = self.scale_V.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        zero = None if self.zero_V is None else self.zero_V.at[ids].get(mode="clip")[..., None]
+        return decode(self._unpack(self.codes.at[ids].get(mode="clip")), scale[..., None], zero)
+
+    def dequantize(self) -> jax.Array:
+        """table_VD in f32."""
+        zero_V1 = None if self.zero_V is None else self.zero_V[:, None]
+        return decode(self._unpack(self.codes), self.scale_V[:, None], zero_V1)
+
+    def scores(self, x_BD, integer: bool = False) -> jax.Array:
+        """f32[B, V]: dot products of x with every row, in f32; or in integers, with x cut to 8 bits."""
+        x_BD = x_BD.astype(jnp.float32)
+        if integer:
+            scale_B1 = token_scale(x_BD)
+            x_codes_BD = encode(x_BD, scale_B1)
+            x_BD = decode(x_codes_BD, scale_B1)
+            out_BV = _integer_dot(x_codes_BD, self._unpack(self.codes)) * scale_B1
+        else:
+            out_BV = self._float_dot(x_BD)
+        if self.zero_V is not None:
+            out_BV -= jnp.sum(x_BD, -1, keepdims=True) * self.zero_V
+        return out_BV * self.scale_V.astype(jnp.float32)
+
+    def _float_dot(self, x_BD):
+        """f32[B, V]: with the codes, converted slice by slice so that no second table, of f32, takes room."""
+        num_rows = self.shape[0]
+        size = min(num_rows, max(1, _SLICE_ELEMENTS // self.dim))
+
+        def fill(i, out_BV):  # the last slice is moved back inside the table, reading and writing
+            codes_vD = self._unpack(jax.lax.dynamic_slice_in_dim(self.codes, i * size, size))
+            out_Bv = jax.lax.dot_general(x_BD, codes_vD.astype(jnp.float32), _ROWS_BY_ROWS)
+            return jax.lax.dynamic_update_slice(out_BV, out_Bv, (0, i * size))
+
+        return jax.lax.fori_loop(0, -(-num_rows // size), fill, jnp.zeros((len(x_BD), num_rows)))
+
+
+def _integer_dot(x_BD, codes_vD):
+    """int32[B, v]. XLA:CPU has a fast product of matrices of int8, but for a single row: that is doubled."""
+    if len(x_BD) == 1:
+        return _integer_dot(jnp.concatenate([x_BD, x_BD]), codes_vD)[:1]
+    return jax.lax.dot_general(x_BD, codes_vD, _ROWS_BY_ROWS, preferred_element_type=jnp.int32)
+
+
+def pack_int4(codes) -> jax.Array:
+    """uint8[..., ceil(D/2)] of codes [..., D] from -8 to 7. A missing last one is packed as 0."""
+    half = -(-codes.shape[-1] // 2)
+    padded = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 2 * half - codes.shape[-1])])
+    bits = (padded + 8).astype(jnp.uint8)
+    return bits[..., :half] | bits[..., half:] << 4
+
+
+def unpack_int4(packed, dim: int) -> jax.Array:
+    """int8[..., dim]: what `pack_int4` packed."""
+    bits = jnp.concatenate([packed & 15, packed >> 4], -1)[..., :dim]
+    return bits.astype(jnp.int8) - 8
+
+
+def score_items(x_BD, table) -> jax.Array:
+    """f32[B, V]: dot products with all rows of a table, an array or a QuantizedTable."""
+    if isinstance(table, QuantizedTable):
+        return table.scores(x_BD)
+    return jnp.matmul(x_BD, table.T, preferred_element_type=jnp.float32)
+
+
+def quantized_top_k(x_BD, table: QuantizedTable, k: int, num_candidates: int, table_VD=None):
+    """The k best items of each query: (scores f32[B, k], ids int32[B, k]), best first, never row 0 (padding).
+
+    Scores in integers choose num_candidates items; these are scored anew in f32, by the rows of table_VD if
+    given, else by those of the table. The more candidates, the fewer of the best are missed.
+
+    Raises: ValueError if k is more than the candidates or the items.
+    """
+    num_items = table.shape[0] - 1
+    if not 1 <= k <= min(num_candidates, num_items):
+        raise ValueError(f"k={k} must be from 1 to num_candidates={num_candidates} and the {num_items} items")
+    rough_BV = table.scores(x_BD, integer=True).at[:, 0].set(-jnp.inf)
+    _, ids_BC = jax.lax.top_k(rough_BV, min(num_candidates, num_items))
+    rows_BCD = table.rows(ids_BC) if table_VD is None else table_VD[ids_BC]
+    scores_BC = jnp.einsum("BD,BCD->BC", x_BD, rows_BCD, preferred_element_type=jnp.float32)
+    scores_BK, best_BK = jax.lax.top_k(scores_BC, k)
+    return scores_BK, jnp.take_along_axis(ids_BC, best_BK, -1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def fake_quantize(x, scale, zero, bits: int):
+    """x as it reads after quantization. scale, zero (or None): broadcast to x.
+
+    The gradient takes the rounding for the identity: it passes where the code is not clipped, is 0 where it
+    is, and 0 for scale and zero. Source: Jacob et al., CVPR'18 (arXiv 1712.05877), section 3.
+    """
+    return decode(encode(x, scale, zero, bits), scale, zero).astype(x.dtype)
+
+
+def _fake_quantize_fwd(x, scale, zero, bits):
+    codes = _unclipped(x, scale, zero)
+    low, high = code_limits(bits, zero is None)
+    return fake_quantize(x, scale, zero, bits), (low <= codes) & (codes <= high)
+
+
+def _fake_quantize_bwd(bits, is_inside, grad):
+    return jnp.where(is_inside, grad, 0), None, None
+
+
+fake_quantize.defvjp(_fake_quantize_fwd, _fake_quantize_bwd)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FakeQuantizedInputs(ParamValue):
+    """A kernel for training whose inputs read as after dynamic quantization, each token by its own scale.
+
+    is_on: bool scalar, may be traced.
+    """
+
+    kernel: jax.Array
+    is_on: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(D, F), with further dims flattened."""
+        return self.kernel.shape[0], self.kernel.size // self.kernel.shape[0]
+
+    def matmul(self, x_TD) -> jax.Array:
+        """y_TF. Gradients go to x and the kernel."""
+        scale_T1 = jax.lax.stop_gradient(token_scale(x_TD))
+        x_TD = jnp.where(self.is_on, fake_quantize(x_TD, scale_T1, None, 8), x_TD)
+        return jnp.dot(x_TD, self.kernel.reshape(self.shape).astype(x_TD.dtype))
+
+    def matmul_transposed(self, y_TF) -> jax.Array:
+        """x_TD = y @ kernel.T; the inputs are as they are, see QuantizedKernel."""
+        return jnp.dot(y_TF, self.kernel.reshape(self.shape).T.astype(y_TF.dtype))

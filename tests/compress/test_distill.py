@@ -1,0 +1,164 @@
+"""Distillation losses against their formulas in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rec_jax.compress import distill
+from rec_jax.compress.distill import DistillConfig, distill_sum, similarity_sum, soft_cross_entropy
+from rec_jax.train.losses import Negatives
+
+B, S, V = 3, 5, 11
+
+
+def softmax(x):
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+def logits(x, table):
+    scores = x @ table.T
+    scores[..., 0] = -1e30
+    return scores
+
+
+@pytest.fixture
+def views():
+    """A student of width 4 and teachers of widths 6 and 3: (x_BSD, table_VD, hidden)."""
+    rng = np.random.default_rng(0)
+    views = []
+    for width in (4, 6, 3):
+        arrays = [rng.normal(size=shape).astype(np.float32) for shape in [(B, S, width), (V, width)]]
+        hidden = [rng.normal(size=(B, S, width)).astype(np.float32) for _ in range(2)]
+        views.append((*arrays, hidden))
+    return views
+
+
+@pytest.fixture
+def batch():
+    targets = np.random.default_rng(1).integers(1, V, (B, S)).astype(np.int32)
+    targets[0, 3:] = 0
+    return {"targets": targets}
+
+
+def divergence(aim, log_probs):
+    return np.where(aim > 0, aim * (np.log(np.maximum(aim, 1e-30)) - log_probs), 0).sum(-1)
+
+
+@pytest.mark.parametrize("tile", [distill.TILE_ELEMENTS, 2 * V])  # at once, and two tokens at a time
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_the_divergence_from_the_mean_of_two_teachers(views, batch, temperature, tile, monkeypatch):
+    monkeypatch.setattr(distill, "TILE_ELEMENTS", tile)
+    config = DistillConfig(weight=0.25, temperature=temperature)
+    aim = np.mean([softmax(logits(x, table) / temperature) for x, table, _ in views[1:]], axis=0)
+    log_probs = np.log(np.maximum(softmax(logits(*views[0][:2]) / temperature), 1e-30))
+    real = batch["targets"] > 0
+    taught = (divergence(aim, log_probs) * real).sum() * temperature**2
+    own = np.log(np.maximum(softmax(logits(*views[0][:2])), 1e-30))
+    own = -(np.take_along_axis(own, batch["targets"][..., None], -1)[..., 0])[real].sum()
+    loss = jax.jit(lambda: distill_sum(config, None, views[0], views[1:], batch, None))()
+    np.testing.assert_allclose(loss, 0.75 * own + 0.25 * taught, rtol=1e-5)
+
+
+def test_a_student_that_agrees_has_nothing_to_learn(views, batch):
+    teacher = views[1]
+    for negatives in (None, draw(batch)):
+        loss = distill_sum(DistillConfig(weight=1.0), 3.0, teacher, [teacher], batch, negatives)
+        np.testing.assert_allclose(loss, 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("ranked, share, temperature", [(None, 1.0, 2.0), (3, 0.6, 2.0), (None, 0.6, 1.0)])
+def test_gradients_equal_those_of_the_formula(views, ranked, share, temperature):
+    (x, table, _), *teachers = views
+    weights = np.array([1.0, 0.0, 2.0] * S, np.float32)
+    targets = np.random.default_rng(3).integers(1, V, B * S)
+    targets[1] = 0  # padding, of weight 0
+    flat = [(t.reshape(B * S, -1), their_table) for t, their_table, _ in teachers]
+    aim = None if ranked is None else (lambda probs: distill._first_ranked(ranked, probs))
+
+    def naive(x_TD, table_VD):
+        probs = sum(jax.nn.softmax(distill._logits(t, tab) / temperature) for t, tab in flat) / 2
+        probs = probs if aim is None else aim(probs)
+        scores = distill._logits(x_TD, table_VD)
+        log_probs = jax.nn.log_softmax(scores / temperature)
+        terms = jnp.where(probs > 0, probs * (jnp.log(jnp.maximum(probs, 1e-30)) - log_probs), 0)
+        own = jnp.take_along_axis(jax.nn.log_softmax(scores), targets[:, None], 1)[:, 0]
+        losses = share * temperature**2 * jnp.sum(terms, -1) - (1 - share) * own
+        return 3.0 * jnp.sum(weights * losses)
+
+    def ours(x_TD, table_VD):
+        return 3.0 * soft_cross_entropy(x_TD, table_VD, flat, targets, weights, share, aim, temperature)
+
+    expected = jax.value_and_grad(naive, (0, 1))(x.reshape(B * S, -1), table)
+    got = jax.value_and_grad(ours, (0, 1))(x.reshape(B * S, -1), table)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4), got, expected)
+    assert np.all(got[1][1][0] == 0)  # nothing reaches the row of padding
+
+
+def test_a_ranking_is_its_first_places_with_falling_weights():
+    probs = np.array([[0.0, 0.1, 0.4, 0.2, 0.3]], np.float32)
+    weights = np.exp(-np.array([0, 1]) / 1.0)
+    expected = np.zeros((1, 5))
+    expected[0, [2, 4]] = weights / weights.sum()
+    np.testing.assert_allclose(distill._first_ranked(2, jnp.asarray(probs)), expected, rtol=1e-6)
+    assert distill._first_ranked(10, jnp.asarray(probs))[0, 0] == 0  # padding is never ranked
+
+
+def draw(batch):
+    ids = np.random.default_rng(2).integers(1, V, (B, 1, 4)).astype(np.int32)
+    return Negatives(jnp.asarray(ids), jnp.asarray(np.log(np.full(ids.shape, 1 / (V - 1), np.float32))))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_a_sampled_loss_compares_the_target_and_its_negatives(views, batch, temperature):
+    negatives = draw(batch)
+    scores = []
+    for x, table, _ in views[:2]:
+        all_scores = x @ table.T / temperature
+        rows = np.zeros((B, S, 5))
+        for b in range(B):
+            for s in range(S):
+                target = batch["targets"][b, s]
+                rows[b, s, 0] = all_scores[b, s, target]
+                for k, item in enumerate(np.asarray(negatives.ids_BSK)[b, 0]):
+                    rows[b, s, k + 1] = all_scores[b, s, item] + np.log((V - 1) / 4)
+                    if item == target:
+                        rows[b, s, k + 1] = -1e30
+        scores.append(rows)
+    log_probs = np.log(np.maximum(softmax(scores[0]), 1e-30))
+    taught = (divergence(softmax(scores[1]), log_probs) * (batch["targets"] > 0)).sum() * temperature**2
+    config = DistillConfig(weight=1.0, temperature=temperature)
+    loss = distill_sum(config, 5.0, views[0], views[1:2], batch, negatives)
+    np.testing.assert_allclose(loss, taught, rtol=1e-5)
+
+
+def test_similarities_of_real_tokens_do_not_depend_on_width(views, batch):
+    real = batch["targets"] > 0
+
+    def cosines(x):
+        unit = x / np.linalg.norm(x, axis=-1, keepdims=True)
+        return np.einsum("bsd,btd->bst", unit, unit)
+
+    pairs = real[:, :, None] & real[:, None, :]
+    student, teacher = views[0][2], views[1][2]
+
+    def apart(a, b):
+        squares = (cosines(a) - cosines(b)) ** 2
+        return sum(squares[row][pairs[row]].mean() * real[row].sum() for row in range(B))
+
+    expected = np.mean([apart(a, b) for a, b in zip(student, teacher, strict=True)])
+    np.testing.assert_allclose(similarity_sum(student, teacher, real), expected, rtol=1e-4)
+    one = apart(student[1], teacher[1])
+    np.testing.assert_allclose(similarity_sum(student[1:], teacher, real), one, rtol=1e-4)  # last with last
+    deep = similarity_sum([student[0]] * 4, teacher, real)
+    expected = (3 * apart(student[0], teacher[0]) + apart(student[0], teacher[1])) / 4
+    np.testing.assert_allclose(deep, expected, rtol=1e-4)  # the teacher's last for its own last alone
+    turned = [x @ np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0] for x in student]
+    np.testing.assert_allclose(similarity_sum(turned, student, real), 0, atol=1e-6)
+
+
+def test_mistakes_are_named():
+    for field, value in {"weight": 1.5, "temperature": 0.0, "num_ranked": 0, "hidden_weight": -1.0}.items():
+        with pytest.raises(ValueError, match=f"{field}={value}"):
+            DistillConfig(**{field: value})

@@ -1,0 +1,397 @@
+"""Quantized parameters: error bounds, calibration against NumPy, whole models, and what a training sees."""
+
+import json
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rec_jax.compress import quant as quant_lib
+from rec_jax.compress.quant import (
+    QuantConfig,
+    dequantize_params,
+    fake_quantize_params,
+    is_quantized,
+    memory_bytes,
+    observe_inputs,
+    pack_leaf,
+    quantize_params,
+    unpack_leaf,
+)
+from rec_jax.models.base import define_model, init_model
+from rec_jax.models.sasrec import SASRec, SASRecConfig
+from rec_jax.nn.quantized import ParamValue, QuantizedKernel, QuantizedTable
+from rec_jax.tree import leaf_names
+
+RNG = np.random.default_rng(0)
+F32 = np.float32
+ALL = r".*(kernel|embedding)"
+CALIBRATIONS = ["absmax", "percentile", "mse"]
+
+
+def quantize(name, array, **kwargs):
+    """One parameter quantized."""
+    samples = kwargs.pop("samples", None)
+    samples = None if samples is None else {name: samples}
+    return quantize_params({name: jnp.asarray(array, jnp.float32)}, QuantConfig(ALL, **kwargs), samples)[name]
+
+
+def read(leaf):
+    return np.asarray(leaf.dequantize())
+
+
+def as_rows(name, array):
+    """What has a scale of its own, in rows."""
+    return array if name == "embedding" else array.reshape(array.shape[0], -1).T
+
+
+def scales_of(leaf):
+    scale = leaf.scale_V if isinstance(leaf, QuantizedTable) else leaf.weight.scale
+    assert scale.dtype == jnp.bfloat16
+    return np.asarray(scale, F32).reshape(-1, 1)
+
+
+def bf16_up(x):
+    """The least bf16 that is not below x > 0."""
+    bf16 = np.asarray(x, jnp.bfloat16)
+    above = (bf16.view(np.uint16) + np.uint16(1)).view(jnp.bfloat16)
+    return np.where(bf16.astype(F32) < x, above, bf16).astype(F32)
+
+
+@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize(
+    "name, shape, bits, symmetric",
+    [
+        ("kernel", (16, 10), 8, True),
+        ("kernel", (16, 2, 5), 8, True),
+        ("embedding", (30, 16), 8, True),
+        ("embedding", (30, 16), 8, False),
+        ("embedding", (30, 15), 4, True),
+        ("embedding", (30, 15), 4, False),
+    ],
+)
+def test_nothing_is_off_by_more_than_half_a_step(name, shape, bits, symmetric, per_tensor):
+    array = (RNG.normal(size=shape) + 0.5).astype(F32)
+    leaf = quantize(name, array, table_bits=bits, symmetric=symmetric, per_tensor=per_tensor)
+    rows, scales = as_rows(name, array), scales_of(leaf)
+    error = np.abs(as_rows(name, read(leaf)) - rows)
+    assert np.all(error <= scales * (0.5 + 1e-4)) and error.max() > 0.3 * scales.max()
+    if per_tensor:
+        rows = rows.reshape(1, -1)
+    low, high = np.minimum(rows.min(-1), 0), np.maximum(rows.max(-1), 0)
+    exact = np.abs(rows).max(-1) / (2 ** (bits - 1) - 1) if symmetric else (high - low) / (2**bits - 1)
+    np.testing.assert_array_equal(scales, np.broadcast_to(bf16_up(exact.astype(F32)), len(scales))[:, None])
+
+
+@pytest.mark.parametrize("name", ["kernel", "embedding"])
+def test_percentiles_equal_numpy(name):
+    array = RNG.normal(size=(40, 50)).astype(F32)
+    scales = scales_of(quantize(name, array, calibration="percentile", percentile=90.0))
+    high = np.quantile(np.abs(as_rows(name, array)), 0.9, axis=1).astype(F32)
+    np.testing.assert_allclose(scales[:, 0], high / 127, rtol=2**-7)
+    assert np.all(scales[:, 0] >= high / 127 * (1 - 1e-6))
+
+
+def test_percentiles_of_both_ends():
+    table = RNG.normal(size=(40, 50)).astype(F32) + 0.3
+    leaf = quantize("embedding", table, calibration="percentile", percentile=90.0, symmetric=False)
+    low, high = np.quantile(table, [0.1, 0.9], axis=1)
+    np.testing.assert_allclose(scales_of(leaf)[:, 0], (high - low) / 255, rtol=2**-7)
+    # The rounding of the scale lets codes reach up to 2 steps too far, that of the zero point half a step.
+    few_steps = 2.5 * scales_of(leaf).max() + 1e-6
+    np.testing.assert_allclose(read(leaf).min(1), low, rtol=0, atol=few_steps)
+    np.testing.assert_allclose(read(leaf).max(1), high, rtol=0, atol=few_steps)
+
+
+@pytest.mark.parametrize(
+    "name, shape, bits, symmetric",
+    [
+        ("kernel", (9000, 3), 8, True),
+        ("embedding", (3, 9000), 8, True),
+        ("embedding", (60, 60), 4, True),
+        ("embedding", (60, 60), 4, False),
+    ],
+)
+def test_least_squared_error_among_20_ranges(name, shape, bits, symmetric):
+    """By brute force; with enough numbers and heavy tails, so that the whole range is not the best."""
+    array = RNG.standard_t(3, size=shape).astype(F32)
+    rows, half = as_rows(name, array), 2 ** (bits - 1)
+    low, high = rows.min(1, keepdims=True), rows.max(1, keepdims=True)
+    if symmetric:
+        high = np.maximum(-low, high)
+    errors = []
+    for factor in 1 - 0.04 * np.arange(20):
+        span, steps = (high, half - 1) if symmetric else (high - low, 2 * half - 1)
+        scale = bf16_up((factor * span / steps).astype(F32))
+        zero = 0 if symmetric else -half - np.round(factor * low / scale)
+        codes = np.clip(np.round(rows / scale) + zero, -half + symmetric, half - 1)
+        errors.append(np.sum(((codes - zero) * scale - rows) ** 2, 1))
+
+    def error(calibration):
+        leaf = quantize(name, array, table_bits=bits, calibration=calibration, symmetric=symmetric)
+        return np.sum((as_rows(name, read(leaf)) - rows) ** 2, 1)
+
+    np.testing.assert_allclose(error("mse"), np.min(errors, 0), rtol=1e-3)
+    assert np.all(error("mse") <= error("absmax") * (1 + 1e-6))
+    assert np.sum(error("mse")) < np.sum(error("absmax"))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_zero_point_helps_where_all_numbers_are_of_one_sign(bits):
+    table = RNG.uniform(0, 1, (50, 32)).astype(F32)
+    error = {
+        symmetric: np.sum(
+            (read(quantize("embedding", table, table_bits=bits, symmetric=symmetric)) - table) ** 2
+        )
+        for symmetric in (True, False)
+    }
+    assert error[False] < 0.35 * error[True]  # half the step, so a quarter of the squared error
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+@pytest.mark.parametrize("name", ["kernel", "embedding"])
+def test_zeros_stay_zeros(name, calibration, symmetric):
+    array = RNG.normal(size=(8, 8)).astype(F32)
+    as_rows(name, array)[3] = 0
+    leaf = quantize(name, array, calibration=calibration, symmetric=symmetric, table_bits=4)
+    rows = as_rows(name, read(leaf))
+    np.testing.assert_array_equal(rows[3], np.zeros(8))
+    assert np.isfinite(rows).all() and np.all(np.any(rows[[0, 7]] != 0, axis=1))
+    assert not read(quantize(name, np.zeros((3, 4)), calibration=calibration, symmetric=symmetric)).any()
+
+
+@pytest.mark.parametrize("bits, symmetric", [(8, True), (4, False)])
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_slices_change_nothing(bits, symmetric, per_tensor, monkeypatch):
+    table = RNG.normal(size=(50, 8)).astype(F32)
+    options = {"table_bits": bits, "symmetric": symmetric, "per_tensor": per_tensor}
+    at_once = quantize("embedding", table, **options)
+    monkeypatch.setattr(quant_lib, "_SLICE_ELEMENTS", 12 * 8)
+    jax.tree.map(np.testing.assert_array_equal, quantize("embedding", table, **options), at_once)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_static_inputs_take_the_range_of_the_samples(symmetric):
+    samples = RNG.uniform(-1, 3, (20, 6)).astype(F32)
+    samples[3, 2], samples[4, 1] = -1, 3
+    leaf = quantize("kernel", np.eye(6), inputs="static", symmetric=symmetric, samples=samples)
+    expected = F32(3 / 127) if symmetric else F32(4 / 255)
+    np.testing.assert_array_equal(np.asarray(leaf.input_scale, F32), [[bf16_up(expected)]])
+    assert (leaf.input_zero is None) == symmetric
+    x_TD = np.array([[-1, 0, 0.5, 1, 2, 3]], F32)  # the identity, so that the inputs are read back
+    step = float(leaf.input_scale[0, 0]) + 2 * float(leaf.weight.scale[0, 0])
+    np.testing.assert_allclose(leaf.matmul(jnp.asarray(x_TD)), x_TD, atol=step)
+
+
+@cache
+def sasrec():
+    """(model, params far from their start, batch of packed rows with padding)."""
+    config = SASRecConfig(width=16, num_layers=1, ff_width=24, num_heads=2, dropout=0.0)
+    model, params = init_model(lambda rngs: SASRec(config, 20, 12, rngs=rngs), seed=0)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: jnp.asarray(x + 0.3 * rng.normal(size=x.shape), jnp.float32), params)
+    segments = np.where(np.arange(12) < 9, 1 + (np.arange(12) > 4), 0) * np.ones((3, 1), np.int32)
+    positions = np.where(np.arange(12) > 4, np.arange(12) - 5, np.arange(12)) * (segments > 0)
+    items = rng.integers(1, 21, (3, 12)) * (segments > 0)
+    batch = {"items": items, "segments": segments, "positions": positions}
+    return model, params, {name: np.asarray(x, np.int32) for name, x in batch.items()}
+
+
+@cache
+def samples():
+    model, params, batch = sasrec()
+    return observe_inputs(model, jax.device_get(params), [batch, batch])
+
+
+@jax.jit  # once for all params of one structure
+def _encode(params):
+    model, _, batch = sasrec()
+    return model.bind(params)(batch)
+
+
+def encode(params):
+    """x of the real tokens."""
+    return np.asarray(_encode(params))[sasrec()[2]["segments"] > 0]
+
+
+def relative_error(x, expected):
+    return np.linalg.norm(x - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    "options, bound",
+    [
+        ({"inputs": "float"}, 0.03),
+        ({"inputs": "dynamic"}, 0.03),
+        ({"inputs": "static"}, 0.03),
+        ({"inputs": "static", "symmetric": False}, 0.03),
+        ({"inputs": "dynamic", "table_bits": 4}, 0.15),
+    ],
+)
+def test_a_quantized_model_is_close_to_the_float_one(options, bound):
+    _, params, _ = sasrec()
+    quantized = quantize_params(params, QuantConfig(ALL, **options), samples())
+    error = relative_error(encode(quantized), encode(params))
+    assert bound / 10 < error < bound  # something was quantized
+
+
+def test_weights_alone_in_integers_equal_the_dequantized_model():
+    _, params, _ = sasrec()
+    quantized = quantize_params(params, QuantConfig(ALL, table_bits=4))
+    plain = dequantize_params(quantized)
+    assert jax.tree.map(lambda x: x.shape, plain) == jax.tree.map(lambda x: x.shape, params)
+    np.testing.assert_allclose(encode(quantized), encode(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_only_what_is_named_is_quantized():
+    _, params, _ = sasrec()
+    quantized = quantize_params(params, QuantConfig(r"items/embedding|.*up/kernel"))
+    assert isinstance(quantized["items"]["embedding"], QuantizedTable)
+    assert isinstance(quantized["blocks"][0]["ff"]["up"]["kernel"], QuantizedKernel)
+    leaves = jax.tree.leaves(quantized, is_leaf=is_quantized)
+    assert sum(map(is_quantized, leaves)) == 2
+    assert quantized["blocks"][0]["ff"]["down"]["kernel"] is params["blocks"][0]["ff"]["down"]["kernel"]
+    assert quantize_params(params, QuantConfig()) is params
+
+
+def test_a_model_of_width_128_takes_3_8_times_less():
+    config = SASRecConfig(width=128, ff_width=128)
+    model = define_model(lambda rngs: SASRec(config, 3000, 50, rngs=rngs))
+    params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), model.abstract_params)
+    quantized = quantize_params(params, QuantConfig(ALL))
+    assert memory_bytes(params) >= 3.8 * memory_bytes(quantized)
+    expected = sum(4 * x.size for x in jax.tree.leaves(params))
+    assert memory_bytes(params) == expected
+    assert memory_bytes(quantized["items"]) == 3001 * (128 + 2)
+    halves = quantize_params(params, QuantConfig(r"items/embedding", table_bits=4))
+    assert memory_bytes(halves["items"]) == 3001 * (64 + 2)
+
+
+def test_observed_inputs_are_those_of_real_tokens():
+    _, params, batch = sasrec()
+    assert set(samples()) == {name for name in leaf_names(params) if name.endswith("kernel")}
+    is_real = batch["segments"] > 0
+    rows = np.asarray(params["items"]["embedding"], np.float64)[batch["items"][is_real]] * 4
+    rows += np.asarray(params["positions"]["embedding"])[batch["positions"][is_real]]
+    rows -= rows.mean(-1, keepdims=True)
+    rows /= np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-6)
+    norm = params["blocks"][0]["attention_norm"]
+    expected = rows * np.asarray(norm["scale"]) + np.asarray(norm["bias"])
+    for name in ("query", "key_value"):
+        seen = samples()[f"blocks/0/attention/{name}/kernel"]
+        np.testing.assert_allclose(seen, np.concatenate([expected, expected]), rtol=1e-4, atol=1e-5)
+    assert samples()["blocks/0/ff/down/kernel"].shape == (2 * is_real.sum(), 24)
+
+
+@pytest.mark.parametrize(
+    "bits, symmetric, per_tensor", [(8, True, False), (4, False, False), (4, True, True)]
+)
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+def test_training_sees_what_will_be_read(calibration, bits, symmetric, per_tensor):
+    params = {"kernel": jnp.asarray(RNG.normal(size=(8, 2, 5)), jnp.float32)}
+    params["embedding"] = jnp.asarray(RNG.normal(size=(20, 7)), jnp.float32).at[0].set(0)
+    config = QuantConfig(ALL, "float", bits, calibration, 95.0, symmetric, per_tensor)
+    seen = jax.jit(lambda p: fake_quantize_params(p, config))(params)
+    expected = dequantize_params(quantize_params(params, config))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6), seen, expected)
+
+
+def test_training_sees_quantized_inputs_once_it_is_on():
+    _, params, _ = sasrec()
+    config = QuantConfig(ALL, "dynamic", aware=True, aware_from=0.5)
+    see = jax.jit(lambda p, is_on: fake_quantize_params(p, config, is_on))
+    on, off = encode(see(params, True)), encode(see(params, False))
+    np.testing.assert_allclose(on, encode(quantize_params(params, config)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(off, encode(params), rtol=1e-5, atol=1e-6)
+    assert relative_error(on, off) > 0.002
+
+
+class StraightThrough(ParamValue):
+    """A kernel that rounds its inputs token by token, by the other way to write such a gradient."""
+
+    def __init__(self, kernel):
+        self._kernel_DF, self.shape = kernel.reshape(kernel.shape[0], -1), kernel.shape
+
+    def matmul(self, x_TD):
+        scale_T1 = jax.lax.stop_gradient(jnp.max(jnp.abs(x_TD), -1, keepdims=True)) / 127
+        return passing(x_TD, jnp.round(x_TD / scale_T1) * scale_T1) @ self._kernel_DF
+
+
+def passing(x, rounded):
+    return x + jax.lax.stop_gradient(rounded - x)
+
+
+def test_gradients_pass_through_the_rounding():
+    model, params, batch = sasrec()
+    config = QuantConfig(ALL, "dynamic")
+    rounded = dequantize_params(quantize_params(params, config))
+
+    def loss(params):
+        return jnp.sum(jnp.sin(model.bind(params)(batch)) * (batch["segments"] > 0)[..., None])
+
+    def reference(params):
+        params = jax.tree.map(passing, params, rounded)
+        leaves = [
+            StraightThrough(x) if name.endswith("kernel") else x for name, x in leaf_names(params).items()
+        ]
+        return loss(jax.tree.unflatten(jax.tree.structure(params), leaves))
+
+    grads = jax.jit(jax.grad(lambda params: loss(fake_quantize_params(params, config))))(params)
+    expected = leaf_names(jax.jit(jax.grad(reference))(params))
+    for name, grad in leaf_names(grads).items():
+        np.testing.assert_allclose(grad, expected[name], rtol=1e-3, atol=1e-4, err_msg=name)
+        assert np.any(grad != 0)
+
+
+def test_clipped_weights_get_no_gradient():
+    table = jnp.asarray(RNG.normal(size=(4, 40)), jnp.float32)
+    config = QuantConfig(ALL, calibration="percentile", percentile=80.0)
+    grad = jax.grad(lambda t: jnp.sum(fake_quantize_params({"embedding": t}, config)["embedding"]))(table)
+    leaf = quantize_params({"embedding": table}, config)["embedding"]
+    limit = 127.5 * np.asarray(leaf.scale_V, F32)[:, None]
+    np.testing.assert_array_equal(grad, (np.abs(table) < limit).astype(F32))
+    assert 0.75 < grad.mean() < 0.85
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_leaves_taken_apart_for_a_file(symmetric):
+    _, params, _ = sasrec()
+    options = {"inputs": "static", "symmetric": symmetric, "table_bits": 4}
+    quantized = quantize_params(params, QuantConfig(ALL, **options), samples())
+    for leaf in jax.tree.leaves(quantized, is_leaf=is_quantized):
+        kind, parts, meta = pack_leaf(leaf)
+        again = unpack_leaf(kind, parts, json.loads(json.dumps(meta)))
+        assert jax.tree.structure(again) == jax.tree.structure(leaf)
+        jax.tree.map(np.testing.assert_array_equal, again, leaf)
+        assert sum(part.nbytes for part in parts.values()) == memory_bytes(leaf)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"names": "nothing"}, r"compress\.quant\.names='nothing' matches no parameter.*items/embedding"),
+        ({"names": ".*"}, r"matches blocks/0/attention/key_value/bias, which is neither"),
+        ({"names": ALL, "inputs": "static"}, r"no samples of what blocks/0/attention/key_value/kernel"),
+    ],
+)
+def test_mistakes_in_what_is_named(options, message):
+    _, params, _ = sasrec()
+    with pytest.raises(ValueError, match=message):
+        quantize_params(params, QuantConfig(**options))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"percentile": 50.0}, "percentile=50.0"),
+        ({"percentile": 100.1}, "percentile=100.1"),
+        ({"names": ALL, "aware": True, "aware_from": 1.0}, "aware_from=1.0"),
+        ({"aware": True}, "names is empty"),
+    ],
+)
+def test_mistakes_in_the_config(options, message):
+    with pytest.raises(ValueError, match=message):
+        QuantConfig(**options)

@@ -1,0 +1,65 @@
+"""Tables over seeds: the arithmetic by hand, and the command on its smoke settings."""
+
+import json
+
+import numpy as np
+import pytest
+from test_end_to_end import run
+
+from experiments.reproduce import TABLES, Row, format_markdown, summarise
+
+
+def made_up(ndcg_E, seed):
+    values = {"ndcg@10": np.asarray(ndcg_E, float), "hr@10": np.ceil(ndcg_E)}
+    test = {"unfiltered/hr@10": 0.2, "unfiltered/ndcg@10": 0.1}
+    return {
+        "values": values, "test": test, "baselines": {}, "params": 10, "train_secs": 5.0 + seed,
+        "command": f"python -m x --config.seed={seed}", "max_len": 8, "split": "leave_one_out, checksum 12",
+        "filter_seen": True, "num_items": 30,
+    }  # fmt: skip
+
+
+def test_means_spreads_and_pairs_by_hand():
+    rows = {"a": Row("a", 0.5, None, "a paper"), "b": Row("b")}
+    good = [made_up([1, 0.5, 0, 0.5] * 50, 0), made_up([1, 0.5, 0.5, 1] * 50, 1)]
+    bad = [made_up([0, 0.5, 0, 0.5] * 50, 0)]
+    figures = summarise(rows, {"b": bad, "a": good})
+    assert list(figures) == ["a", "b"]  # best first
+    a, b = figures["a"], figures["b"]
+    assert a["ndcg@10"] == (0.5 + 0.75) / 2 and a["ndcg@10_of_seeds"] == [0.5, 0.75]
+    assert a["ndcg@10_std"] == pytest.approx(np.std([0.5, 0.75], ddof=1)) and b["ndcg@10_std"] is None
+    low, high = a["ndcg@10_ci"]
+    assert 0.5 < low < a["ndcg@10"] < high < 0.75
+    assert a["next_best"] == "b" and a["p_over_next_best"] < 0.01 and "p_over_next_best" not in b
+    assert a["train_secs"] == 5.5 and a["hr@10_published"] == 0.5
+    text = format_markdown(figures, {})
+    assert "| a | 0.5000 / - | 0.8750 ± 0.1768 | 0.6250 ± 0.1768 |" in text
+    assert "| b | - / - | 0.5000 | 0.2500 |" in text and "checksum 12" in text
+    assert "python -m x --config.seed=0" in text and "Published: a paper" in text
+
+
+def test_a_table_is_made_and_what_is_there_is_used_again(tmp_path):
+    command = ("experiments.reproduce", "--table=ml1m", "--models=sasrec", "--smoke", f"--output={tmp_path}")
+    run(*command, "--seeds=1")
+    first = (tmp_path / "runs/sasrec-0/result.json").stat().st_mtime_ns
+    output = run(*command, "--seeds=2")
+    assert (tmp_path / "runs/sasrec-0/result.json").stat().st_mtime_ns == first
+    table = json.loads((tmp_path / "table.json").read_text())
+    figures = table["models"]["sasrec"]
+    assert figures["seeds"] == 2 and "| sasrec |" in output and "| popularity |" in output
+    each = [json.loads((tmp_path / f"runs/sasrec-{seed}/result.json").read_text()) for seed in (0, 1)]
+    assert figures["ndcg@10"] == pytest.approx(np.mean([x["test"]["ndcg@10"] for x in each]))
+    assert figures["ndcg@10"] > table["baselines"]["popularity"]["ndcg@10"]
+    assert (tmp_path / "table.png").stat().st_size > 10_000
+
+
+def test_every_row_has_its_config_and_a_wrong_name_lists_the_models(tmp_path):
+    from test_end_to_end import ROOT
+
+    for table in TABLES.values():
+        for row in table.values():
+            assert (ROOT / f"configs/{row.config}.py").exists()
+    error = run(
+        "experiments.reproduce", "--table=ml1m", "--models=sasrecc", f"--output={tmp_path}", fails=True
+    )
+    assert "sasrecc" in error and "bert4rec" in error

@@ -1,0 +1,87 @@
+"""eSASRec against its formulas in plain NumPy. What every model promises is in test_contracts.py."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from rec_jax.mesh import MeshConfig, make_mesh
+from rec_jax.models.base import init_model
+from rec_jax.models.esasrec import ESASRec, ESASRecConfig
+from rec_jax.nn.parallel import partition
+
+NUM_ITEMS, MAX_LEN = 20, 9
+CONFIG = ESASRecConfig(width=8, ff_width=12, num_heads=2, dropout=0.0)
+
+
+def make():
+    model, params = init_model(lambda rngs: ESASRec(CONFIG, NUM_ITEMS, MAX_LEN, rngs=rngs), seed=0)
+    rng = np.random.default_rng(1)  # far from their start, so that every gate, scale and bias takes part
+    return model, jax.tree.map(lambda x: np.asarray(x + 0.3 * rng.normal(size=x.shape), np.float32), params)
+
+
+def reference(params, history):
+    """f64[S, D], one head and one query at a time."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+    def norm(x, p):
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
+
+    def linear(x, p):
+        return np.tensordot(x, p["kernel"], 1) + p["bias"]
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    def attention(x, p):
+        q, kv = linear(x, p["query"]), linear(x, p["key_value"])
+        out = np.zeros_like(q)
+        for head in (slice(0, 4), slice(4, 8)):
+            for s in range(len(x)):
+                logits = kv[: s + 1, 0, head] @ q[s, head] / 2
+                weights = np.exp(logits - logits.max())
+                out[s, head] = weights / weights.sum() @ kv[: s + 1, 1, head]
+        return linear(out, p["out"])
+
+    def swiglu(x, p):
+        both = linear(x, p["gate_up"])
+        gate, up = both[:, 0], both[:, 1]
+        return linear(gate * sigmoid(gate) * up, p["down"])
+
+    x = p["items"]["embedding"][history] * np.sqrt(8) + p["positions"]["embedding"][: len(history)]
+    for block in p["blocks"].values():
+        gate = sigmoid(linear(x, block["attention_gate"]))
+        x = x + gate * attention(norm(x, block["attention_norm"]), block["attention"])
+        x = x + sigmoid(linear(x, block["ff_gate"])) * swiglu(norm(x, block["ff_norm"]), block["ff"])
+    return norm(x, p["final_norm"])
+
+
+def test_equals_the_reference():
+    model, params = make()
+    history = np.array([3, 7, 7, 1, 20])
+    pad = (0, MAX_LEN - len(history))
+    batch = {
+        "items": np.pad(history, pad)[None],
+        "segments": np.pad(np.ones(5, np.int32), pad)[None],
+        "positions": np.pad(np.arange(5), pad)[None],
+    }
+    params_on_device = jax.tree.map(jax.numpy.asarray, params)
+    x_SD = np.asarray(jax.jit(lambda batch: model.bind(params_on_device)(batch))(batch))[0, :5]
+    np.testing.assert_allclose(x_SD, reference(params, history), rtol=2e-4, atol=2e-5)
+
+
+def test_channels_of_the_feed_forward_lie_over_the_mesh():
+    model, _ = make()
+    mesh = make_mesh(MeshConfig(data=2, model=4))
+    specs = partition(model.abstract_params, CONFIG.tensor_parallel(4), mesh, fully_sharded=False)
+    ff = specs["blocks"][0]["ff"]
+    assert ff["gate_up"]["kernel"] == P(None, None, "model") and ff["gate_up"]["bias"] == P(None, "model")
+    assert ff["down"]["kernel"] == P("model", None) and ff["down"]["bias"] == P(None)
+
+
+def test_the_order_of_its_norms_is_fixed():
+    with pytest.raises(ValueError, match="norm='post' is not one of 'pre'"):
+        from rec_jax.config import build
+
+        build(ESASRecConfig, {"type": "esasrec", "norm": "post"})

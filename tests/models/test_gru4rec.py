@@ -1,0 +1,194 @@
+"""GRU4Rec against its formulas in plain NumPy, and the promises of packed rows."""
+
+from functools import cache, partial
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rec_jax.compress.quant import QuantConfig, dequantize_params, quantize_params
+from rec_jax.config import build
+from rec_jax.experiment import ExperimentConfig
+from rec_jax.hashing import row_keys
+from rec_jax.models.base import init_model
+from rec_jax.models.gru4rec import GRU, GRU4RecConfig
+from rec_jax.models.registry import model_builder
+from rec_jax.nn.dropout import dropout
+
+NUM_ITEMS, ROW_LEN = 20, 12
+ROWS = [[[3, 7, 7, 1], [20], [5, 6, 2, 9, 11]], [[8, 1, 4, 4, 15, 16, 17, 2]]]
+
+
+@cache  # tests of one model share its compilation
+def make(**kwargs):
+    config = GRU4RecConfig(**({"width": 6, "dropout": 0.0} | kwargs))
+    model, params = init_model(model_builder(config, NUM_ITEMS, ROW_LEN), seed=0)
+    # Far from their start, so that biases and the curves of the gates take part.
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: np.asarray(x + 0.5 * rng.normal(size=x.shape), np.float32), params)
+    return config, model, params
+
+
+def pack(rows):
+    """Each row holds its histories in order, then padding."""
+    batch = {name: np.zeros((len(rows), ROW_LEN), np.int32) for name in ("items", "segments", "positions")}
+    for row, histories in enumerate(rows):
+        for segment, (inside, history) in enumerate(zip(places(histories), histories, strict=True), 1):
+            batch["items"][row, inside] = history
+            batch["segments"][row, inside] = segment
+            batch["positions"][row, inside] = np.arange(len(history))
+    return batch
+
+
+def places(histories):
+    ends = np.cumsum([len(history) for history in histories])
+    return [slice(end - len(history), end) for end, history in zip(ends, histories, strict=True)]
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode(model, params, batch, key_B):
+    return model.bind(params)(batch, key_B)
+
+
+def encode(model, params, rows, key_B=None):
+    return np.asarray(_encode(model, params, pack(rows), key_B))
+
+
+def reference(config, params, history, hidden=None, kept=None):
+    """The encoding of every position of one history, f64[S, D], one token at a time.
+
+    hidden: a list that gets the output of each layer. kept: what dropout multiplies the inputs of each layer
+    with."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    x = p["items"]["embedding"][history] * np.sqrt(config.width)
+    for index in range(config.num_layers):
+        layer = p["layers"][index]
+        if kept is not None:
+            x = x * kept[index]
+        h, outs = np.zeros(config.hidden_width or config.width), []
+        for token in x:
+            xz, xr, xn = np.split(token @ layer["inputs"]["kernel"] + layer["inputs"]["bias"], 3)
+            uz, ur, un = np.split(layer["state"]["kernel"], 3, axis=1)
+            z, r = sigmoid(xz + h @ uz), sigmoid(xr + h @ ur)
+            h = (1 - z) * h + z * np.tanh(xn + r * (h @ un))
+            outs.append(h)
+        x = np.array(outs)
+        if hidden is not None:
+            hidden.append(x)
+    if "project" in p:
+        x = x @ p["project"]["kernel"] + p["project"]["bias"]
+    if config.l2_normalize:
+        x = x / np.linalg.norm(x, axis=-1, keepdims=True)
+    return x / config.temperature
+
+
+def assert_equals_reference(x_BSD, config, params, kept=None):
+    for row, histories in enumerate(ROWS):
+        for inside, history in zip(places(histories), histories, strict=True):
+            own = None if kept is None else [k[row, inside] for k in kept]
+            expected = reference(config, params, history, kept=own)
+            np.testing.assert_allclose(x_BSD[row, inside], expected, rtol=1e-4, atol=1e-5)
+
+
+VARIANTS = [
+    {},
+    {"num_layers": 2},
+    {"num_layers": 2, "hidden_width": 4},
+    {"hidden_width": 9, "l2_normalize": True, "temperature": 0.2},
+]
+
+
+@pytest.mark.parametrize("kwargs", VARIANTS, ids=str)
+def test_packed_rows_equal_the_reference_of_each_history(kwargs):
+    config, model, params = make(**kwargs)
+    assert ("project" in params) == ("hidden_width" in kwargs)
+    x_BSD = encode(model, params, ROWS)
+    assert x_BSD.shape == (2, ROW_LEN, config.table_dim) and np.isfinite(x_BSD).all()
+    assert_equals_reference(x_BSD, config, params)
+
+
+@pytest.mark.parametrize("kwargs", VARIANTS, ids=str)
+def test_some_tokens_alone_and_the_hidden_states_of_every_layer(kwargs):
+    config, model, params = make(**kwargs)
+    at = np.array([0, 1, 0]), np.array([3, 7, 9])
+
+    @jax.jit
+    def run(params, batch):
+        hidden = []
+        return model.bind(params)(batch, at=at, hidden=hidden), hidden
+
+    x_QD, hidden = run(params, pack(ROWS))
+    np.testing.assert_allclose(x_QD, encode(model, params, ROWS)[at], rtol=1e-5, atol=1e-6)
+    expected = []
+    reference(config, params, ROWS[1][0], expected)
+    assert len(hidden) == len(expected) == config.num_layers
+    for x_BSH, wanted in zip(hidden[:-1], expected[:-1], strict=True):
+        np.testing.assert_allclose(x_BSH[1, :8], wanted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(hidden[-1][1], expected[-1][-1], rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_leaks_from_later_events_or_other_histories():
+    _, model, params = make(num_layers=2)
+    x_BSD = encode(model, params, ROWS)
+    y_BSD = encode(model, params, [[[3, 7, 7, 8], [20], [5, 6, 2, 10, 4]], ROWS[1]])
+    same = np.array([0, 1, 2, 4, 5, 6, 7])  # all before the events that changed
+    np.testing.assert_array_equal(x_BSD[0, same], y_BSD[0, same])
+    np.testing.assert_array_equal(x_BSD[1], y_BSD[1])
+    assert np.all(np.any(x_BSD[0, [3, 8, 9]] != y_BSD[0, [3, 8, 9]], axis=1))
+
+
+def test_dropout_of_the_inputs_of_each_layer_by_key():
+    config, model, params = make(num_layers=2, hidden_width=4, dropout=0.5)
+    key_B, other_B = (row_keys(jnp.uint32(seed), jnp.arange(2)) for seed in (0, 1))
+    ones = [np.ones((2, ROW_LEN, width), np.float32) for width in (6, 4)]
+    kept = jax.jit(lambda key_B: [dropout(x, key_B, site, 0.5) for site, x in enumerate(ones)])(key_B)
+    x_BSD = encode(model, params, ROWS, key_B)
+    assert_equals_reference(x_BSD, config, params, kept)
+    assert np.any(x_BSD != encode(model, params, ROWS, other_B))
+    assert_equals_reference(encode(model, params, ROWS), config, params)
+
+
+def test_a_state_that_hardly_moves_is_kept_in_f32():
+    """With z = sigmoid(-5) and candidates of 1 the state is 1 - (1 - z)^t; in bf16 it would stop near 0.7."""
+    length, z = 600, 1 / (1 + np.exp(5))
+    layer = GRU(1, 1, rngs=nnx.Rngs(0))
+    layer.inputs.kernel = layer.state.kernel = nnx.Param(jnp.zeros((1, 3), jnp.bfloat16))
+    layer.inputs.bias = nnx.Param(jnp.array([-5, 0, 20], jnp.bfloat16))
+    h_BSH = layer(jnp.zeros((1, length, 1), jnp.bfloat16), np.arange(length)[None] == 0)
+    assert h_BSH.dtype == jnp.bfloat16
+    expected = 1 - (1 - z) ** np.arange(1, length + 1)
+    np.testing.assert_allclose(h_BSH[0, :, 0].astype(jnp.float32), expected, rtol=2**-8)
+
+
+def test_quantized_kernels_multiply_themselves_even_inside_the_loop():
+    _, model, params = make(hidden_width=4)
+    quantized = quantize_params(params, QuantConfig(names=".*kernel"))
+    read_back = dequantize_params(quantized)
+    assert np.any(read_back["layers"][0]["state"]["kernel"] != params["layers"][0]["state"]["kernel"])
+    expected = encode(model, read_back, ROWS)
+    np.testing.assert_allclose(encode(model, quantized, ROWS), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_config_names_the_model():
+    config = build(ExperimentConfig, {"model": {"type": "gru4rec", "hidden_width": 3}})
+    assert config.model == GRU4RecConfig(hidden_width=3)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"num_layers": 0}, "num_layers=0 must be at least 1 .GRU4RecConfig"),
+        ({"hidden_width": -1}, "hidden_width=-1"),
+        ({"width": 0}, "width=0"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+    ],
+)
+def test_mistakes_in_the_config(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        GRU4RecConfig(**kwargs)

@@ -1,0 +1,179 @@
+"""Pointwise attention against loops. A whole model against its formulas is in tests/models/test_hstu.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rec_jax.nn import pointwise_attention as lib
+
+pointwise_attention = jax.jit(lib.pointwise_attention, static_argnums=7)
+BATCH, HEADS, BLOCK, NUM_BUCKETS = 2, 2, 8, 40
+
+
+def inputs(length, biases="both", dtype=jnp.float32):
+    """What attention takes but for the query block: rows of several segments, the first with padding behind;
+    values are narrower than keys."""
+    rng = np.random.default_rng(length)
+    segments = np.ones((BATCH, length), np.int32)
+    segments[0, length // 2 :] = 2
+    segments[0, length - length // 4 :] = 0
+    segments[1, 1:] = 2
+    times = np.zeros((BATCH, length), np.int32)
+    for b, segment in np.ndindex(BATCH, 3):  # each segment counts from its own start
+        inside = segments[b] == segment
+        gaps = np.exp(rng.uniform(0, 14, inside.sum())).astype(np.int64)
+        times[b, inside] = np.cumsum(gaps) - gaps[:1].sum()
+    widths = {"q": 4, "k": 4, "v": 3}
+    q, k, v = (jnp.asarray(rng.normal(size=(BATCH, length, HEADS, w)), dtype) for w in widths.values())
+    position_bias = (
+        jnp.asarray(rng.normal(size=length + 2), dtype) if biases in ("position", "both") else None
+    )
+    time_bias = jnp.asarray(rng.normal(size=NUM_BUCKETS), dtype) if biases in ("time", "both") else None
+    buckets = lib.time_buckets(jnp.asarray(times), NUM_BUCKETS)
+    return (q, k, v, jnp.asarray(segments), position_bias, time_bias, buckets), times
+
+
+def silu(x):
+    return x * (1 + np.tanh(x / 2)) / 2
+
+
+def slow(args, times):
+    """One query, one head at a time, in f64."""
+    q, k, v, segments, position_bias, time_bias, _ = (
+        None if x is None else np.asarray(x, np.float64) for x in args
+    )
+    out = np.empty_like(v)
+    for b, s, head in np.ndindex(segments.shape + (HEADS,)):
+        keys = [t for t in range(s + 1) if segments[b, t] == segments[b, s]]
+        total = 0
+        for t in keys:
+            logit = q[b, s, head] @ k[b, t, head]
+            if position_bias is not None:
+                logit += position_bias[s - t]
+            if time_bias is not None:
+                seconds = max(1, times[b, s] - times[b, t])
+                logit += time_bias[min(int(np.log(float(seconds)) / 0.301), NUM_BUCKETS - 1)]
+            total += silu(logit) * v[b, t, head]
+        out[b, s, head] = total / len(keys)
+    return out
+
+
+def plain(q, k, v, segments, position_bias, time_bias, buckets):
+    """All queries at once, in jnp."""
+    length = q.shape[1]
+    distance = np.arange(length)[:, None] - np.arange(length)
+    seen = (distance >= 0) & (segments[:, :, None] == segments[:, None, :])
+    logits = jnp.einsum("bqnh,bknh->bnqk", q, k)
+    logits += (position_bias[np.maximum(distance, 0)] + time_bias[buckets])[:, None]
+    weights = logits * jax.nn.sigmoid(logits) * seen[:, None] / seen.sum(-1)[:, None, :, None]
+    return jnp.einsum("bnqk,bkne->bqne", weights, v)
+
+
+def test_by_hand():
+    """One head of width 1: the second query sees two keys, the third starts a segment."""
+    q, k, v = (jnp.array(x, jnp.float32).reshape(1, 3, 1, 1) for x in ([1, 2, 3], [0, 1, 1], [5, 7, 1]))
+    segments, buckets = jnp.array([[1, 1, 2]]), lib.time_buckets(jnp.array([[0, 60, 0]]), 20)
+    np.testing.assert_array_equal(buckets[0], [[0, 13, 0], [13, 0, 13], [0, 13, 0]])
+    out = pointwise_attention(q, k, v, segments, jnp.array([0.0, -1.0, 9.0]), jnp.arange(20) * 1.0, buckets)
+    first, second = silu(0.0) * 5, (silu(0 - 1 + 13) * 5 + silu(2.0) * 7) / 2
+    np.testing.assert_allclose(out.reshape(3), [first, second, silu(3.0)], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "length, biases",
+    [
+        (1, "both"),
+        (BLOCK - 1, "both"),
+        (BLOCK, "both"),
+        (BLOCK + 1, "both"),
+        (BLOCK + BLOCK // 2 + 1, "both"),  # two blocks, of 6 and 7 queries
+        (3 * BLOCK, "both"),
+        (3 * BLOCK, "none"),
+        (3 * BLOCK, "position"),
+        (3 * BLOCK, "time"),
+    ],
+)
+def test_equals_a_loop_for_lengths_around_the_query_block(length, biases):
+    args, times = inputs(length, biases)
+    out = pointwise_attention(*args, BLOCK)
+    np.testing.assert_allclose(out, slow(args, times), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("query_block", [BLOCK, 100])
+def test_gradients_are_those_of_a_plain_version(query_block):
+    args, _ = inputs(3 * BLOCK)
+    floats = (0, 1, 2, 4, 5)
+    weights = np.random.default_rng(0).normal(size=args[2].shape)
+
+    def gradients(function, *more):
+        return jax.jit(jax.grad(lambda *args: jnp.sum(weights * function(*args, *more)), floats))(*args)
+
+    for ours, wanted in zip(gradients(lib.pointwise_attention, query_block), gradients(plain), strict=True):
+        assert np.abs(wanted).max() > 0.1
+        np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_outputs_move_with_exactly_what_they_may_see():
+    """Row (b, s) of the Jacobian touches the keys and values of its segment up to s, and no others."""
+    (q, k, v, segments, *biases), _ = inputs(BLOCK + 1)
+
+    def outputs(k, v):
+        return pointwise_attention(q, k, v, segments, *biases, 4).sum((2, 3))
+
+    length = BLOCK + 1
+    b, s, other, t = np.ogrid[:BATCH, :length, :BATCH, :length]
+    segments = np.asarray(segments)
+    may_see = (b == other) & (t <= s) & (segments[b, s] == segments[other, t])
+    for jacobian in jax.jit(jax.jacrev(outputs, (0, 1)))(k, v):
+        np.testing.assert_array_equal(np.any(np.asarray(jacobian) != 0, axis=(-2, -1)), may_see)
+
+
+def test_huge_logits_stay_finite_backward_too():
+    (q, k, *others), times = inputs(BLOCK + 1)
+    args = (q * 1e3, k * 1e3, *others)
+    wanted = slow(args, times)
+    out = pointwise_attention(*args, BLOCK)
+    np.testing.assert_allclose(out, wanted, rtol=1e-4, atol=1e-6 * np.abs(wanted).max())
+    grads = jax.jit(jax.grad(lambda *args: pointwise_attention(*args).sum(), (0, 1, 2, 4, 5)))(*args)
+    assert all(np.isfinite(x).all() and np.any(x != 0) for x in grads)
+
+
+def test_bf16_is_summed_in_f32_forward_and_backward():
+    """Products near 200, where bf16 has steps of 1, less about as much; 300 keys, of which sums in bf16 would
+    lose some. What is compared was rounded to bf16 twice: weights, or their gradients, and the sum."""
+    length, twice = 300, dict(rtol=2**-7)
+    rng = np.random.default_rng(0)
+    q, v = (jnp.full((1, length, 1, width), 1.75, jnp.bfloat16) for width in (64, 1))
+    k = jnp.asarray(rng.normal(1.75, 0.1, (1, length, 1, 64)), jnp.bfloat16)
+    position_bias, time_bias = (jnp.full(size, -95, jnp.bfloat16) for size in (length, 1))
+    buckets, segments = jnp.zeros((1, length, length), jnp.int32), jnp.ones((1, length), jnp.int32)
+
+    @jax.jit
+    def run(q, k, v, *biases):
+        out, pull = jax.vjp(
+            lambda *biases: lib.pointwise_attention(q, k, v, segments, *biases, buckets), *biases
+        )
+        return out, pull(jnp.ones_like(out))
+
+    out, grads = run(q, k, v, position_bias, time_bias)
+    assert {x.dtype for x in (out, *grads)} == {jnp.dtype(jnp.bfloat16)}
+    out, of_positions, of_time = (np.asarray(x, np.float64) for x in (out, *grads))
+    logits = np.asarray(k[0, :, 0], np.float64) @ np.asarray(q[0, 0, 0], np.float64) - 190  # of each key
+    seen = np.arange(1, length + 1)
+    np.testing.assert_allclose(out[0, :, 0, 0], 1.75 * np.cumsum(silu(logits)) / seen, **twice)
+    sigmoid = 1 / (1 + np.exp(-logits))
+    slopes = 1.75 * sigmoid * (1 + logits * (1 - sigmoid))
+    # At each distance: the queries that look so far back, each with its share of the key there.
+    expected = [np.sum(slopes[: length - d] / seen[d:]) for d in range(length)]
+    np.testing.assert_allclose(of_positions, expected, **twice)
+    np.testing.assert_allclose(of_time, [np.sum(expected)], **twice)
+
+
+def test_time_buckets():
+    seconds = np.array([0, 1, 2, 60, 3600, 86400, 2**31 - 1])
+    buckets = lib.time_buckets(jnp.asarray(seconds, jnp.int32)[None], 128)[0]
+    np.testing.assert_array_equal(buckets[:, 0], [0, 0, 2, 13, 27, 37, 71])
+    np.testing.assert_array_equal(buckets[0], buckets[:, 0])
+    clipped = lib.time_buckets(jnp.asarray(seconds, jnp.int32)[None], 20)[0]
+    np.testing.assert_array_equal(clipped[:, 0], [0, 0, 2, 13, 19, 19, 19])

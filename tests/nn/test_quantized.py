@@ -1,0 +1,315 @@
+"""Quantized kernels and tables against NumPy, in integers where they multiply integers."""
+
+import re
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import qwix
+
+from rec_jax.nn import quantized as quantized_lib
+from rec_jax.nn.dense import dense
+from rec_jax.nn.embedding import Embedding
+from rec_jax.nn.quantized import (
+    FakeQuantizedInputs,
+    QuantizedKernel,
+    QuantizedTable,
+    decode,
+    encode,
+    fake_quantize,
+    pack_int4,
+    quantized_top_k,
+    score_items,
+    unpack_int4,
+)
+
+RNG = np.random.default_rng(0)
+F32 = np.float32
+STEP = F32(2**-5)  # the scale of inputs, so that no division by it rounds
+
+
+def make_kernel(shape, inputs="float", zero=None):
+    """Random codes and scales that bf16 can hold; inputs of scale STEP."""
+    codes = RNG.integers(-127, 128, shape).astype(np.int8)
+    scale = jnp.asarray(RNG.uniform(0.01, 0.02, (1, *shape[1:])), jnp.bfloat16)
+    static = inputs == "static"
+    return QuantizedKernel(
+        qwix.QArray(jnp.asarray(codes), scale),
+        jnp.full((1, 1), STEP, jnp.bfloat16) if static else None,
+        None if zero is None else jnp.full((1, 1), zero, jnp.int8),
+        inputs,
+    )
+
+
+def make_inputs(num_tokens, dim, low=-127):
+    """(x_TD, its codes for the scale STEP): not on the grid, but for the largest number of a token."""
+    codes = RNG.integers(low, 127, (num_tokens, dim))
+    x = (codes + RNG.uniform(-0.4, 0.4, codes.shape)) * STEP
+    codes[:, 0], x[:, 0] = 127, 127 * STEP
+    return x.astype(F32), codes
+
+
+def make_table(num_rows, dim, bits=8, symmetric=True):
+    """(QuantizedTable, codes int8[V, D], table_VD by the definition)."""
+    limit = 2 ** (bits - 1) - 1
+    codes = RNG.integers(-limit - (not symmetric), limit + 1, (num_rows, dim)).astype(np.int8)
+    scale = jnp.asarray(RNG.uniform(0.01, 0.02, num_rows), jnp.bfloat16)
+    zero = None if symmetric else RNG.integers(-limit, limit, num_rows).astype(np.int8)
+    packed = jnp.asarray(codes) if bits == 8 else pack_int4(jnp.asarray(codes))
+    table = QuantizedTable(packed, scale, None if zero is None else jnp.asarray(zero), bits, dim)
+    shifted = codes.astype(np.int32) - (0 if zero is None else zero[:, None].astype(np.int32))
+    return table, codes, shifted.astype(F32) * np.asarray(scale, F32)[:, None]
+
+
+def test_codes_by_hand():
+    scale = jnp.float32(0.5)
+    x = jnp.array([-100.0, -0.74, 0.0, 0.26, 1.0, 63.6])
+    np.testing.assert_array_equal(encode(x, scale), [-127, -1, 0, 1, 2, 127])
+    np.testing.assert_array_equal(encode(x, scale, bits=4), [-7, -1, 0, 1, 2, 7])
+    codes = encode(x, scale, jnp.int8(-3), bits=4)
+    np.testing.assert_array_equal(codes, [-8, -4, -3, -2, -1, 7])
+    np.testing.assert_array_equal(decode(codes, scale, jnp.int8(-3)), [-2.5, -0.5, 0, 0.5, 1, 5])
+
+
+def test_packing_by_hand():
+    """Dims 0 and 2 in the first byte, 1 and none in the second; codes count from -8."""
+    packed = pack_int4(jnp.array([[1, 2, 3]], jnp.int8))
+    np.testing.assert_array_equal(packed, [[9 + 16 * 11, 10 + 16 * 8]])
+    assert packed.dtype == jnp.uint8
+
+
+@pytest.mark.parametrize("dim", [1, 2, 7, 16])
+def test_what_is_packed_comes_back(dim):
+    codes = np.resize(np.arange(-8, 8), (5, dim)).astype(np.int8)
+    packed = pack_int4(jnp.asarray(codes))
+    assert packed.shape == (5, (dim + 1) // 2)
+    np.testing.assert_array_equal(unpack_int4(packed, dim), codes)
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (8, 2, 5)])
+def test_float_inputs_times_codes(shape):
+    kernel = make_kernel(shape)
+    x_TD = RNG.normal(size=(7, shape[0])).astype(F32)
+    expected = x_TD.astype(np.float64) @ np.asarray(kernel.dequantize(), np.float64).reshape(shape[0], -1)
+    assert kernel.shape == (shape[0], 10) and kernel.dequantize().shape == shape
+    np.testing.assert_allclose(dense(x_TD, kernel), expected, rtol=1e-5, atol=1e-5)
+    assert dense(jnp.asarray(x_TD, jnp.bfloat16), kernel).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("num_tokens", [1, 9])
+@pytest.mark.parametrize("shape", [(16, 10), (16, 2, 5)])
+@pytest.mark.parametrize("inputs", ["dynamic", "static"])
+def test_integer_products_equal_numpy(inputs, shape, num_tokens):
+    kernel = make_kernel(shape, inputs)
+    x_TD, x_codes = make_inputs(num_tokens, shape[0])
+    sums = x_codes.astype(np.int32) @ np.asarray(kernel.weight.qvalue, np.int32).reshape(16, 10)
+    expected = sums.astype(F32) * STEP * np.asarray(kernel.weight.scale, F32).reshape(1, 10)
+    np.testing.assert_array_equal(jax.jit(dense)(x_TD, kernel), expected)
+
+
+def test_static_inputs_with_a_zero_point():
+    """Inputs from -STEP to 254 STEP, what is beyond clipped: codes -128..127 around the zero -127."""
+    kernel = make_kernel((16, 10), "static", zero=-127)
+    codes = RNG.integers(-1, 255, (9, 16))
+    x_TD = ((codes + RNG.uniform(-0.4, 0.4, codes.shape)) * STEP).astype(F32)
+    x_TD[0, 0], codes[0, 0] = 300 * STEP, 254
+    x_TD[1, 1], codes[1, 1] = -5 * STEP, -1
+    sums = codes @ np.asarray(kernel.weight.qvalue, np.int64)
+    expected = sums * np.float64(STEP) * np.asarray(kernel.weight.scale, np.float64)
+    np.testing.assert_allclose(jax.jit(dense)(x_TD, kernel), expected, rtol=1e-6, atol=1e-4)
+
+
+def test_a_token_of_zeros_gives_zeros():
+    kernel = make_kernel((16, 10), "dynamic")
+    np.testing.assert_array_equal(kernel.matmul(jnp.zeros((2, 16))), np.zeros((2, 10)))
+
+
+def dot_types(function, *args):
+    """[(type of the result, types of the operands)] of all products in the compiled program."""
+    types, dots = {}, []
+    for line in jax.jit(function).lower(*args).compile().as_text().splitlines():
+        if found := re.match(r"\s*(?:ROOT )?(%[\w.-]+) = (\w+)\[", line):
+            types[found[1]] = found[2]
+            if operands := re.search(r" dot\((.*?)\)", line):
+                dots.append((found[2], [types[name] for name in re.findall(r"%[\w.-]+", operands[1])]))
+    return dots
+
+
+@pytest.mark.parametrize(
+    "inputs, zero, expected",
+    [
+        ("float", None, ("f32", ["f32", "f32"])),
+        ("dynamic", None, ("s32", ["s8", "s8"])),
+        ("static", None, ("s32", ["s8", "s8"])),
+        ("static", 5, ("s32", ["s8", "s8"])),
+    ],
+)
+def test_the_compiled_product(inputs, zero, expected):
+    kernel = make_kernel((128, 64), inputs, zero)
+    assert dot_types(dense, jnp.ones((16, 128)), kernel) == [expected]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_compiled_scores_in_integers(bits):
+    table, _, _ = make_table(200, 64, bits)
+    types = dot_types(lambda x, table: table.scores(x, integer=True), jnp.ones((16, 64)), table)
+    assert types == [("s32", ["s8", "s8"])]
+
+
+TABLES = [(8, 6, True), (8, 6, False), (4, 6, True), (4, 7, True), (4, 7, False)]
+
+
+@pytest.mark.parametrize("bits, dim, symmetric", TABLES)
+def test_rows_of_a_table(bits, dim, symmetric):
+    table, _, expected = make_table(30, dim, bits, symmetric)
+    ids = np.array([[0, 3, 29], [3, 3, 11]])
+    assert table.shape == (30, dim)
+    np.testing.assert_array_equal(table.dequantize(), expected)
+    np.testing.assert_array_equal(jax.jit(QuantizedTable.rows)(table, ids), expected[ids])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bad", [-1, 30, -30, 2**31 - 1, -(2**31)])
+def test_an_id_that_is_no_row_reads_as_nan(bad, symmetric):
+    table, _, expected = make_table(30, 5, 4, symmetric)
+    rows = np.asarray(table.rows(jnp.array([2, bad])))
+    assert np.isnan(rows[1]).all()
+    np.testing.assert_array_equal(rows[0], expected[2])
+
+
+def test_an_embedding_reads_a_quantized_table():
+    module = Embedding(30, 6, rngs=nnx.Rngs(0))
+    table, _, expected = make_table(30, 6)
+    module.embedding = nnx.Param(table)
+    np.testing.assert_array_equal(module(jnp.array([4, 0])), expected[[4, 0]])
+
+
+@pytest.mark.parametrize("slice_rows", [7, 30, 100])
+@pytest.mark.parametrize("bits, dim, symmetric", TABLES)
+def test_scores_in_f32(bits, dim, symmetric, slice_rows, monkeypatch):
+    monkeypatch.setattr(quantized_lib, "_SLICE_ELEMENTS", slice_rows * dim)
+    table, _, expected = make_table(30, dim, bits, symmetric)
+    x_BD = RNG.normal(size=(4, dim)).astype(F32)
+    scores = score_items(x_BD, table)
+    assert scores.dtype == jnp.float32
+    np.testing.assert_allclose(scores, x_BD.astype(np.float64) @ expected.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_queries", [1, 4])
+@pytest.mark.parametrize("bits, dim, symmetric", TABLES)
+def test_scores_in_integers(bits, dim, symmetric, num_queries):
+    table, codes, expected = make_table(30, dim, bits, symmetric)
+    x_BD, x_codes = make_inputs(num_queries, dim)
+    scores = table.scores(x_BD, integer=True)
+    if symmetric:  # nothing but two products by scales is rounded
+        sums = (x_codes.astype(np.int32) @ codes.T.astype(np.int32)).astype(F32)
+        np.testing.assert_array_equal(scores, sums * STEP * np.asarray(table.scale_V, F32))
+    exact = (x_codes * np.float64(STEP)) @ expected.T.astype(np.float64)
+    np.testing.assert_allclose(scores, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_scores_of_a_plain_table_are_summed_in_f32():
+    x_BD, table_VD = (
+        jnp.ones((1, 512), jnp.bfloat16),
+        jnp.ones((2, 512), jnp.bfloat16).at[:, 1:].set(0.0078125),
+    )
+    scores = score_items(x_BD, table_VD)
+    np.testing.assert_array_equal(scores, np.full((1, 2), 1 + 511 / 128, F32))
+
+
+def best_items(scores_BV, k):
+    return np.argsort(-scores_BV[:, 1:], axis=1, kind="stable")[:, :k] + 1
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_best_of_all_items_are_exact(bits):
+    table, _, expected = make_table(60, 8, bits)
+    x_BD = RNG.normal(size=(5, 8)).astype(F32)
+    exact = x_BD @ expected.T
+    scores, ids = quantized_top_k(x_BD, table, 10, 60)
+    np.testing.assert_array_equal(ids, best_items(exact, 10))
+    np.testing.assert_allclose(scores, np.take_along_axis(exact, np.asarray(ids), 1), rtol=1e-5, atol=1e-5)
+    assert quantized_top_k(x_BD, table, 59, 60)[1].min() == 1  # all items, and no padding
+
+
+def test_candidates_are_scored_anew_by_the_rows_of_a_given_table():
+    table, _, read = make_table(60, 8, 4)
+    exact_VD = (read + RNG.normal(size=read.shape) * 0.05).astype(F32)
+    x_BD = RNG.normal(size=(5, 8)).astype(F32)
+    _, ids = quantized_top_k(x_BD, table, 10, 60, jnp.asarray(exact_VD))
+    np.testing.assert_array_equal(ids, best_items(x_BD @ exact_VD.T, 10))
+    assert np.any(best_items(x_BD @ exact_VD.T, 10) != best_items(x_BD @ read.T, 10))
+
+
+def test_padding_is_no_candidate():
+    codes = jnp.full((4, 2), -100, jnp.int8).at[0].set(127)
+    table = QuantizedTable(codes, jnp.ones(4, jnp.bfloat16), None, 8, 2)
+    _, ids = quantized_top_k(jnp.ones((1, 2)), table, 3, 4)
+    np.testing.assert_array_equal(np.sort(ids), [[1, 2, 3]])
+
+
+def test_few_candidates_hold_most_of_the_best():
+    table, _, expected = make_table(2000, 32)
+    x_BD = RNG.normal(size=(20, 32)).astype(F32)
+    best = best_items(x_BD @ expected.T, 20)
+    recall = {}
+    for num_candidates in (20, 40):
+        _, ids = quantized_top_k(x_BD, table, 20, num_candidates)
+        recall[num_candidates] = np.mean(
+            [len(set(a) & set(b)) / 20 for a, b in zip(np.asarray(ids), best, strict=True)]
+        )
+    assert 0.9 <= recall[20] <= recall[40] and recall[40] >= 0.999
+
+
+@pytest.mark.parametrize("k, num_candidates", [(0, 5), (6, 5), (30, 40)])
+def test_too_many_items_are_an_error(k, num_candidates):
+    table, _, _ = make_table(30, 4)
+    with pytest.raises(ValueError, match=f"k={k} must be"):
+        quantized_top_k(jnp.ones((1, 4)), table, k, num_candidates)
+
+
+@pytest.mark.parametrize("zero, inside", [(None, [-7, 7]), (2, [-10, 5])])
+def test_the_gradient_passes_where_nothing_is_clipped(zero, inside):
+    """That of clip(x, low, high), by differences: fake_quantize is it but for the rounding."""
+    scale = jnp.float32(0.5)
+    # Not within a step of rounding or of differences from either end.
+    x = jnp.asarray([-6.0, -5.3, -4.1, -3.4, -1.2, 0.1, 2.4, 2.9, 3.1, 4.2])
+    weights = jnp.asarray(RNG.normal(size=x.shape), jnp.float32)
+    zero = None if zero is None else jnp.int8(zero)
+
+    def surrogate(x):
+        return np.sum(np.clip(x, inside[0] * 0.5, inside[1] * 0.5) * np.asarray(weights, np.float64))
+
+    grad = jax.grad(lambda x: jnp.sum(fake_quantize(x, scale, zero, 4) * weights))(x)
+    x64 = np.asarray(x, np.float64)
+    for i in range(len(x)):
+        nudge = np.eye(len(x))[i] * 1e-6
+        expected = (surrogate(x64 + nudge) - surrogate(x64 - nudge)) / 2e-6
+        np.testing.assert_allclose(grad[i], expected, rtol=1e-5, atol=1e-7)
+    assert np.any(grad == 0) and np.any(grad != 0)
+
+
+def test_fake_quantized_by_hand():
+    x = jnp.array([-9.0, -0.74, 0.26, 9.0])
+    np.testing.assert_array_equal(fake_quantize(x, jnp.float32(0.5), None, 4), [-3.5, -0.5, 0.5, 3.5])
+    np.testing.assert_array_equal(fake_quantize(x, jnp.float32(0.5), jnp.int8(2), 4), [-5, -0.5, 0.5, 2.5])
+
+
+def test_fake_quantized_inputs_and_their_gradients():
+    x_TD, codes = make_inputs(6, 8)
+    kernel_DF = RNG.normal(size=(8, 2, 3)).astype(F32)
+    weights_TF = RNG.normal(size=(6, 6)).astype(F32)
+
+    def loss(x_TD, kernel_DF, is_on):
+        return jnp.sum(dense(x_TD, FakeQuantizedInputs(kernel_DF, is_on)) * weights_TF)
+
+    for is_on, read in ((True, codes * STEP), (False, x_TD)):
+        on = jnp.asarray(is_on)
+        faked = FakeQuantizedInputs(jnp.asarray(kernel_DF), on)
+        assert faked.shape == (8, 6)
+        np.testing.assert_allclose(dense(x_TD, faked), read @ kernel_DF.reshape(8, 6), rtol=1e-5, atol=1e-5)
+        dx, dkernel = jax.jit(jax.grad(loss, argnums=(0, 1)))(x_TD, kernel_DF, on)
+        np.testing.assert_allclose(dx, weights_TF @ kernel_DF.reshape(8, 6).T, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(dkernel.reshape(8, 6), read.T @ weights_TF, rtol=1e-5, atol=1e-5)

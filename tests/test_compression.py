@@ -1,0 +1,199 @@
+"""From a trained run to a smaller one, in process, on a simulated world."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import sasrec_ml1m
+from rec_jax.compress import artifact
+from rec_jax.compress.config import CompressConfig
+from rec_jax.compress.quant import QuantConfig, is_quantized
+from rec_jax.compress.shrink import ShrinkConfig, multiply_adds, shrunk_config
+from rec_jax.compression import RECIPES, compress, half_the_work, recipe_config, student_width
+from rec_jax.config import build
+from rec_jax.experiment import Experiment, ExperimentConfig
+from rec_jax.tree import leaf_names
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    cfg = sasrec_ml1m.get_config("smoke")
+    cfg.train.epochs, cfg.train.eval_every_epochs = 4, 2.0
+    cfg.model.num_heads = 2
+    cfg.mesh.data = 1
+    cfg.eval.bootstrap = 0
+    experiment = Experiment(build(ExperimentConfig, cfg), tmp_path_factory.mktemp("parent"))
+    experiment.fit()
+    return experiment
+
+
+def made(parent, tmp_path, **overrides) -> Experiment:
+    config = recipe_config(parent, {name.replace("__", "."): value for name, value in overrides.items()})
+    return compress(parent, config, tmp_path)
+
+
+def ndcg(run) -> float:
+    return run.evaluate(run.best_scorer(), "test", quick=True)["ndcg@10"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_flags_go_above_the_recipe_and_that_above_the_run(parent, recipe):
+    config = recipe_config(parent, {"compress.recipe": recipe, "compress.floats": "bf16"})
+    assert config.compress.floats == "bf16" and config.compress.recipe == recipe
+    assert config.data == parent.config.data and config.loss == parent.config.loss
+    assert dataclasses.replace(config.compress, recipe="") != CompressConfig() or recipe == "alone25"
+
+
+def test_an_unknown_recipe_names_those_there_are(parent):
+    with pytest.raises(ValueError, match="'int9' is unknown: use bf16, int8"):
+        recipe_config(parent, {"compress.recipe": "int9"})
+
+
+def test_sizes_follow_from_counts(parent):
+    # Items 61 rows, positions 16; a layer of width D: 4 D^2 + 4 D, feed-forward 2 D^2 + 2 D, norms 4 D.
+    def params(width):
+        return 77 * width + 2 * (6 * width**2 + 10 * width) + 2 * width
+
+    assert parent.num_params == params(16) == 4656
+    width = student_width(parent, 0.25)
+    assert params(width) <= 0.25 * 4656 < params(width + 4)
+    config = parent.config.model
+    half = multiply_adds(shrunk_config(config, half_the_work(parent)), 60, 16)
+    assert 0.35 < half / multiply_adds(config, 60, 16) <= 0.5
+
+
+def test_integers_score_like_the_parent_and_are_read_back(parent, tmp_path):
+    run = made(parent, tmp_path, compress__recipe="int8")
+    assert abs(ndcg(run) / ndcg(parent) - 1) < 0.02
+    opened = Experiment.open(tmp_path)
+    assert ndcg(opened) == ndcg(run)
+    leaves = jax.tree.leaves(opened.model_params(), is_leaf=is_quantized)
+    assert sum(is_quantized(leaf) for leaf in leaves) == 2 + 5 * 2
+    with pytest.raises(ValueError, match="is quantized"):
+        compress(opened, opened.config, tmp_path / "again")
+
+
+def test_calibrated_inputs_come_from_training_histories(parent, tmp_path):
+    run = made(parent, tmp_path, compress__recipe="int8", compress__quant__inputs="static")
+    assert abs(ndcg(run) / ndcg(parent) - 1) < 0.02
+    kernel = run.model_params()["blocks"][0]["ff"]["up"]["kernel"]
+    assert kernel.inputs == "static" and float(kernel.input_scale[0, 0]) > 0
+
+
+def test_one_run_trains_in_bf16_prunes_quantizes_and_stores_integers(parent, tmp_path):
+    asked = {
+        "compress__recipe": "prune70_int8",
+        "precision__compute": "bf16",
+        "compress__quant__aware_from": 0.5,
+        "train__epochs": 3,
+    }
+    run = made(parent, tmp_path, **asked)
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [line["step"] for line in steps if "val/ndcg@10" in line]
+    last = max(line["step"] for line in steps)
+    assert evaluated and min(evaluated) > last / 2  # nothing that is not yet what will be stored
+    stored = run.model_params()
+    codes = [
+        np.asarray(leaf.codes if hasattr(leaf, "codes") else leaf.weight.qvalue)
+        for leaf in jax.tree.leaves(stored, is_leaf=is_quantized)
+        if is_quantized(leaf)
+    ]
+    assert {x.dtype for x in codes} == {np.dtype("int8")}
+    assert all((x == 0).sum() >= np.round(0.7 * x.size) for x in codes)
+    aware = run.evaluate(run.scorer(run.best_params()), "test", quick=True)["ndcg@10"]
+    assert abs(ndcg(run) / aware - 1) < 0.02  # bf16 here, integers there
+    again = made(parent, tmp_path, **asked)  # a finished run is not trained again
+    assert ndcg(again) == ndcg(run)
+
+
+def test_adapters_are_merged_into_a_plain_model(parent, tmp_path):
+    names = ".*(query|up)/kernel"
+    run = made(parent, tmp_path, compress__lora__names=names, compress__lora__rank=2, train__epochs=2)
+    before, after = leaf_names(parent.model_params()), leaf_names(run.model_params())
+    changed = {name for name in before if np.any(np.asarray(before[name]) != np.asarray(after[name]))}
+    assert changed == {f"blocks/{i}/{name}/kernel" for i in (0, 1) for name in ("attention/query", "ff/up")}
+    assert np.isfinite(ndcg(Experiment.open(tmp_path)))
+
+
+def test_a_shrunk_run_is_a_smaller_run_with_the_same_scores(parent, tmp_path):
+    run = made(parent, tmp_path, compress__shrink__ff_width=12)  # no teacher, no training
+    assert run.config.model.ff_width == 12 and run.config.compress.shrink == ShrinkConfig()
+    assert run.num_params < parent.num_params
+    assert ndcg(run) > 0.7 * ndcg(parent)
+
+
+def test_units_may_be_chosen_by_gradients_of_the_training_loss(parent, tmp_path):
+    taylor = made(parent, tmp_path / "a", compress__shrink__width=12, compress__shrink__score="taylor")
+    random = made(parent, tmp_path / "b", compress__shrink__width=12, compress__shrink__score="random")
+    assert taylor.config.model.width == 12 and ndcg(taylor) > ndcg(random)
+
+
+def test_a_table_is_factorised_under_the_trained_blocks(parent, tmp_path):
+    run = made(parent, tmp_path, model__item_dim=15)  # no teacher, no training
+    assert run.num_params == parent.num_params + 15 * 16 - 61
+    assert abs(ndcg(run) / ndcg(parent) - 1) < 0.1
+    static = {"compress__recipe": "int8", "compress__quant__inputs": "static"}
+    integers = made(parent, tmp_path / "int8", model__item_dim=15, **static)
+    assert abs(ndcg(integers) / ndcg(run) - 1) < 0.02
+
+
+def test_bf16_halves_the_file(parent, tmp_path):
+    run = made(parent, tmp_path, compress__recipe="bf16")
+    assert {x.dtype for x in jax.tree.leaves(run.model_params())} == {jnp.dtype(jnp.bfloat16)}
+    assert abs(ndcg(run) / ndcg(parent) - 1) < 0.05
+    (tmp_path / "whole").mkdir()
+    size = artifact.save(tmp_path / "whole", parent.model_params())
+    assert (tmp_path / artifact.NAME).stat().st_size < 0.6 * size
+
+
+def test_mistakes_are_named(parent, tmp_path):
+    with pytest.raises(
+        ValueError, match="compress.quant.names='nothing' matches no parameter.*items/embedding"
+    ):
+        made(parent, tmp_path / "a", compress__quant__names="nothing")
+    with pytest.raises(ValueError, match="heads=3 must be at most"):
+        made(parent, tmp_path / "b", compress__shrink__heads=3)
+    with pytest.raises(ValueError, match="aware=True quantizes nothing"):
+        QuantConfig(aware=True)
+    with pytest.raises(ValueError, match="shrink first, then distil"):
+        made(parent, tmp_path / "c", compress__shrink__ff_width=8, model__width=12)
+    with pytest.raises(ValueError, match="masks on adapters leave the merged weights dense"):
+        made(parent, tmp_path / "d", compress__lora__names=".*kernel", compress__prune__names=".*")
+    with pytest.raises(ValueError, match="does not go with compress.prune.names"):
+        made(parent, tmp_path / "e", compress__recipe="prune70", precision__compute="f16")
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({}, "nothing is asked for"),
+        ({"compress.recipe": "int8", "train.epochs": 3}, "train.epochs: nothing will be trained"),
+        ({"compress.recipe": "int8", "data.max_len": 8}, "data.* must be that of the trained run"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(parent, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        recipe_config(parent, overrides)
+
+
+def test_a_directory_of_another_run_is_left_alone(parent, tmp_path):
+    made(parent, tmp_path, compress__recipe="int8")
+    before = (tmp_path / "config.json").read_text()
+    with pytest.raises(ValueError, match="holds a run with another compress"):
+        made(parent, tmp_path, compress__recipe="bf16")
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_a_quantized_teacher_teaches(parent, tmp_path):
+    made(parent, tmp_path / "int8", compress__recipe="int8")
+    student = {
+        "model__width": 8,
+        "compress__distill__teachers": (str(tmp_path / "int8"),),
+        "train__epochs": 1,
+        "train__eval_every_epochs": 1.0,
+    }
+    assert np.isfinite(ndcg(made(parent, tmp_path / "student", **student)))
