@@ -26,14 +26,15 @@ def make_objective(
         module = model.bind(cast_floats(params, precision.compute_dtype))
         key_B = row_keys(context["step_seed"], micro["row_ids"])
         micro = module.training_batch(micro, key_B)
-        hidden = []
-        x_BSD = module(micro, key_B, hidden=hidden).astype(precision.output_dtype)
+        hidden, penalties = [], []
+        x_BSD = module(micro, key_B, hidden=hidden, penalties=penalties).astype(precision.output_dtype)
+        penalty = sum(map(jnp.sum, penalties))
         if catalogue_vD is not None:
             catalogue_vD = cast_floats(catalogue_vD, precision.output_dtype)
             table_vD = model.bind(with_table(params, catalogue_vD)).item_vectors()
             rows_v = shard_index() * len(table_vD) + jnp.arange(len(table_vD))
             loss, tokens = sharded_softmax_sum(x_BSD, table_vD, placement.is_real(rows_v), micro)
-            return loss * context["scale"], tokens
+            return (loss + penalty) * context["scale"], tokens
         if "negatives" in micro:
             negatives = micro["negatives"]
         else:
@@ -44,6 +45,6 @@ def make_objective(
         if extras and extras.distils:
             negatives = None if loss_config.type == "softmax" else negatives
             loss = extras.distil(loss, x_BSD, table_VD, hidden, micro, negatives, context["frozen"])
-        return loss * context["scale"], tokens
+        return (loss + penalty) * context["scale"], tokens
 
     return objective
