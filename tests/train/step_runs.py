@@ -51,15 +51,17 @@ COUNTS = np.arange(NUM_ITEMS + 1)
 
 def make_program(
     loss="softmax", devices=1, micro_rows=8, precision=F32, seed=0, optim=OPTIM, table=None, model_axis=1,
-    num_heads=1, fully_sharded=False, reduce="f32", compress=None, total_steps=10, teachers=(), base=None,
-    **table_fields,
+    num_heads=1, num_experts=0, fully_sharded=False, reduce="f32", compress=None, total_steps=10, teachers=(),
+    base=None, **table_fields,
 ):  # fmt: skip
     """table: an update of touched rows, or None for the dense one."""
     table_fields = {"layout": "replicated", "hot_rows": 8} | table_fields
     config = ExperimentConfig(
         seed=seed,
         data=DataConfig(max_len=LENGTH),
-        model=SASRecConfig(width=8, ff_width=8, num_layers=1, dropout=0.3, num_heads=num_heads),
+        model=SASRecConfig(
+            width=8, ff_width=8, num_layers=1, dropout=0.3, num_heads=num_heads, num_experts=num_experts
+        ),
         loss=LOSSES[loss],
         optim=optim,
         train=TrainConfig(batch_rows=ROWS, micro_rows=micro_rows),

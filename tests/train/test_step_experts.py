@@ -1,0 +1,66 @@
+"""Steps of a mixture of experts, whose balance is part of the loss, are the same on every mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from step_runs import LENGTH, LOSSES, NUM_ITEMS, assert_close, make_batch, reference, run
+
+from rec_jax.hashing import row_keys
+from rec_jax.mesh import MeshConfig, make_mesh
+from rec_jax.models.base import define_model, init_model
+from rec_jax.models.esasrec import ESASRecConfig
+from rec_jax.models.registry import model_builder
+from rec_jax.models.sasrec import SASRecConfig
+from rec_jax.nn.parallel import partition
+from rec_jax.train.objective import make_objective
+from rec_jax.train.precision import F32
+
+FIELDS = {"num_experts": 4, "num_heads": 4}
+
+
+@pytest.mark.parametrize(
+    "devices, fields",
+    [(2, {"model_axis": 4, "fully_sharded": True}), (4, {"model_axis": 2, "layout": "rows"})],
+    ids=str,
+)
+def test_the_division_into_devices_and_micro_steps_changes_nothing(devices, fields):
+    assert_close(run("softmax", devices, 4 // devices, **fields, **FIELDS), reference("softmax", **FIELDS))
+
+
+def test_the_balance_is_added_to_the_loss_of_a_training_only():
+    batch = make_batch() | {"row_ids": np.arange(8, dtype=np.int32)}
+    context = {"step_seed": jnp.uint32(3), "step": 0, "frozen": None, "shared": None, "scale": 2.0}
+    key_B = row_keys(jnp.uint32(3), batch["row_ids"])
+    losses, outputs = {}, {}
+    for weight in (0.0, 0.3):
+        config = SASRecConfig(width=8, ff_width=8, num_heads=1, num_experts=4, balance_weight=weight)
+        model, params = init_model(model_builder(config, NUM_ITEMS, LENGTH), seed=0)
+        objective = make_objective(model, LOSSES["softmax"], None, F32)
+
+        @jax.jit
+        def compute(params, model=model, objective=objective):
+            penalties, none = [], []
+            model.bind(params)(batch, key_B, penalties=penalties)
+            x_BSD = model.bind(params)(batch, penalties=none)
+            return objective(params, None, batch, context), penalties, x_BSD, none
+
+        losses[weight], penalties, outputs[weight], none = compute(params)
+        assert len(penalties) == config.num_layers and penalties[0].shape == (8,) and none == []
+    (loss, tokens), (plain, _) = losses[0.3], losses[0.0]
+    np.testing.assert_allclose(loss - plain, 2.0 * np.sum(penalties), rtol=1e-3)
+    assert 0.3 <= np.sum(penalties) / tokens / 2 < 0.4  # the router begins near balance, which is 1 a layer
+    np.testing.assert_array_equal(outputs[0.3], outputs[0.0])
+
+
+@pytest.mark.parametrize("config_class", [SASRecConfig, ESASRecConfig])
+@pytest.mark.parametrize("num_experts, axis", [(8, "model"), (6, None)])
+def test_experts_lie_over_the_mesh_where_they_can_be_divided(config_class, num_experts, axis):
+    config = config_class(width=8, ff_width=12, num_heads=4, num_experts=num_experts)
+    model = define_model(model_builder(config, NUM_ITEMS, LENGTH))
+    mesh = make_mesh(MeshConfig(data=2, model=4))
+    specs = partition(model.abstract_params, config.tensor_parallel(4), mesh, fully_sharded=False)
+    ff = specs["blocks"][0]["ff"]
+    assert ff["up_kernel"] == ff["down_kernel"] == P(axis, None, None)
+    assert ff["up_bias"] == ff["down_bias"] == P(axis, None) and ff["router_kernel"] == P(None, None)
