@@ -39,6 +39,7 @@ TABLES = {
         "gsasrec": Row("gsasrec_ml1m", 0.3003, 0.1726, "github.com/asash/gSASRec-pytorch"),
         "esasrec": Row("esasrec_ml1m", 0.3133, 0.1772, _SURVEY),
         "lru": Row("lru_ml1m"),
+        "moe": Row("sasrec_moe_ml1m"),
         "hstu": Row("hstu_ml1m", 0.3037, 0.1719, _SURVEY),
     },
     "beauty": {

@@ -72,8 +72,8 @@ class ExperimentConfig:
         num_experts = getattr(self.model, "num_experts", 0)
         if num_experts and self.compress != CompressConfig():
             raise ValueError(
-                f"model.num_experts={num_experts} does not go with compress, which knows no stacked kernels: set "
-                "model.num_experts=0; such a model can still be a teacher of one (ExperimentConfig)"
+                f"model.num_experts={num_experts} does not go with compress, which knows no stacked kernels: "
+                "set model.num_experts=0; such a model can still be a teacher of one (ExperimentConfig)"
             )
 
 
