@@ -31,5 +31,5 @@ def test_a_mixture_keeps_the_contracts(contract):
     contract(MixtureSASRec)
 
 
-def test_gated_experts_learn_the_same_on_every_mesh():
-    contracts.test_a_step_is_the_same_on_every_mesh_and_a_tiny_set_is_learnt(MixtureESASRec)
+def test_gated_experts_encode_a_history_the_same_in_any_company():
+    contracts.test_a_history_is_encoded_the_same_in_any_company(MixtureESASRec)

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from step_runs import LENGTH, LOSSES, NUM_ITEMS, assert_close, make_batch, reference, run
+from step_runs import LENGTH, LOSSES, NUM_ITEMS, assert_close, initial_params, make_batch, reference, run
 
 from rec_jax.hashing import row_keys
 from rec_jax.mesh import MeshConfig, make_mesh
-from rec_jax.models.base import define_model, init_model
+from rec_jax.models.base import define_model
+from rec_jax.models.bert4rec import BERT4RecConfig
 from rec_jax.models.esasrec import ESASRecConfig
 from rec_jax.models.registry import model_builder
 from rec_jax.models.sasrec import SASRecConfig
@@ -18,6 +19,12 @@ from rec_jax.train.objective import make_objective
 from rec_jax.train.precision import F32
 
 FIELDS = {"num_experts": 4, "num_heads": 4}
+
+
+def mixture(config_class=SASRecConfig, **fields):
+    return config_class(
+        **{"width": 8, "ff_width": 12, "num_heads": 4, "num_layers": 1, "num_experts": 4} | fields
+    )
 
 
 @pytest.mark.parametrize(
@@ -29,35 +36,44 @@ def test_the_division_into_devices_and_micro_steps_changes_nothing(devices, fiel
     assert_close(run("softmax", devices, 4 // devices, **fields, **FIELDS), reference("softmax", **FIELDS))
 
 
-def test_the_balance_is_added_to_the_loss_of_a_training_only():
+def test_the_balance_is_added_to_the_loss_of_a_training():
     batch = make_batch() | {"row_ids": np.arange(8, dtype=np.int32)}
     context = {"step_seed": jnp.uint32(3), "step": 0, "frozen": None, "shared": None, "scale": 2.0}
-    key_B = row_keys(jnp.uint32(3), batch["row_ids"])
-    losses, outputs = {}, {}
+    params, models = initial_params(mixture()), {}
     for weight in (0.0, 0.3):
-        config = SASRecConfig(width=8, ff_width=8, num_heads=1, num_experts=4, balance_weight=weight)
-        model, params = init_model(model_builder(config, NUM_ITEMS, LENGTH), seed=0)
-        objective = make_objective(model, LOSSES["softmax"], None, F32)
+        models[weight] = define_model(model_builder(mixture(balance_weight=weight), NUM_ITEMS, LENGTH))
 
-        @jax.jit
-        def compute(params, model=model, objective=objective):
-            penalties, none = [], []
-            model.bind(params)(batch, key_B, penalties=penalties)
-            x_BSD = model.bind(params)(batch, penalties=none)
-            return objective(params, None, batch, context), penalties, x_BSD, none
+    @jax.jit
+    def compute(params):
+        penalties = []
+        models[0.3].bind(params)(batch, row_keys(jnp.uint32(3), batch["row_ids"]), penalties=penalties)
+        objectives = [make_objective(model, LOSSES["softmax"], None, F32) for model in models.values()]
+        return [objective(params, None, batch, context) for objective in objectives], penalties
 
-        losses[weight], penalties, outputs[weight], none = compute(params)
-        assert len(penalties) == config.num_layers and penalties[0].shape == (8,) and none == []
-    (loss, tokens), (plain, _) = losses[0.3], losses[0.0]
-    np.testing.assert_allclose(loss - plain, 2.0 * np.sum(penalties), rtol=1e-3)
-    assert 0.3 <= np.sum(penalties) / tokens / 2 < 0.4  # the router begins near balance, which is 1 a layer
-    np.testing.assert_array_equal(outputs[0.3], outputs[0.0])
+    ((plain, _), (loss, tokens)), (penalty_B,) = compute(params)
+    np.testing.assert_allclose(loss - plain, 2.0 * np.sum(penalty_B), rtol=1e-3)
+    assert 0.3 <= np.sum(penalty_B) / tokens < 0.4  # the router begins near balance, which is 1
+
+
+@pytest.mark.parametrize("config_class", [SASRecConfig, ESASRecConfig, BERT4RecConfig])
+def test_every_layer_has_a_balance_in_training_and_none_else(config_class):
+    model = define_model(model_builder(mixture(config_class, num_layers=3), NUM_ITEMS, LENGTH))
+    batch = make_batch() | {"masked": np.zeros((8, LENGTH), bool)}
+
+    def penalties(params, key_B):
+        penalties = []
+        model.bind(params)(batch, key_B, penalties=penalties)
+        return penalties
+
+    training = jax.eval_shape(penalties, model.abstract_params, jnp.arange(8, dtype=jnp.uint32))
+    assert [x.shape for x in training] == [(8,)] * 3
+    assert jax.eval_shape(penalties, model.abstract_params, None) == []
 
 
 @pytest.mark.parametrize("config_class", [SASRecConfig, ESASRecConfig])
 @pytest.mark.parametrize("num_experts, axis", [(8, "model"), (6, None)])
 def test_experts_lie_over_the_mesh_where_they_can_be_divided(config_class, num_experts, axis):
-    config = config_class(width=8, ff_width=12, num_heads=4, num_experts=num_experts)
+    config = mixture(config_class, num_experts=num_experts)
     model = define_model(model_builder(config, NUM_ITEMS, LENGTH))
     mesh = make_mesh(MeshConfig(data=2, model=4))
     specs = partition(model.abstract_params, config.tensor_parallel(4), mesh, fully_sharded=False)
