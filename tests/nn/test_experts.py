@@ -181,6 +181,14 @@ def test_a_single_expert_is_the_plain_feed_forward(is_gated):
     np.testing.assert_allclose(y_BSD, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_bf16_stays_bf16_and_the_balance_f32():
+    _, model, params = make()
+    x, params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (jnp.asarray(inputs()), params))
+    y_BSD, penalties = jax.eval_shape(partial(train, model), params, x, REAL)
+    assert y_BSD.dtype == jnp.bfloat16 == jax.eval_shape(partial(infer, model), params, x).dtype
+    assert penalties[0].dtype == jnp.float32
+
+
 def test_experts_begin_as_a_plain_feed_forward_does():
     config = SASRecConfig(width=64, ff_width=96, num_experts=3)
     experts = jax.jit(lambda: nnx.to_pure_dict(nnx.state(Experts(config, rngs=nnx.Rngs(0)))))()
