@@ -7,8 +7,8 @@ validation NDCG@10, ties in expectation. Data: the SASRec version of MovieLens-1
     python -m experiments.train --config=configs/sasrec_moe_ml1m.py --workdir=runs/moe --config.seed=0
 
 Settings are those of configs/sasrec_ml1m.py, so a token takes about as many multiply-adds; no search of its
-own yet. Measured 2026-11-23 on one core of an AMD EPYC (Zen 4), CPU time, in turns with configs/sasrec_ml1m.py:
-a training step of 8 full rows takes 1.23 times as long (least of 12), the model's forward and backward pass
+own yet. CPU time against configs/sasrec_ml1m.py, in turns on one of 2 cores of an AMD EPYC (Zen 4),
+2026-11-23: a training step of 8 full rows 1.23 times (least of 12), the model's forward and backward pass
 of 4 rows 1.20 times (least of 30). A quarter of the slots is room to spare, and tokens move to them and back.
 """
 

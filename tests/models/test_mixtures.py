@@ -3,18 +3,12 @@
 import pytest
 import test_contracts as contracts
 
-from rec_jax.models.esasrec import ESASRecConfig
 from rec_jax.models.sasrec import SASRecConfig
 
 
 class MixtureSASRec(SASRecConfig):
     def __new__(cls, **fields):
         return SASRecConfig(num_experts=4, experts_per_token=2, capacity_factor=0.5, **fields)
-
-
-class MixtureESASRec(ESASRecConfig):
-    def __new__(cls, **fields):
-        return ESASRecConfig(num_experts=3, experts_per_token=1, **fields)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +23,3 @@ class MixtureESASRec(ESASRecConfig):
 )
 def test_a_mixture_keeps_the_contracts(contract):
     contract(MixtureSASRec)
-
-
-def test_gated_experts_encode_a_history_the_same_in_any_company():
-    contracts.test_a_history_is_encoded_the_same_in_any_company(MixtureESASRec)
