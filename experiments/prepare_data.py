@@ -71,13 +71,14 @@ def main():
 
     values = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(__name__)}
     values["path"] = values.pop("input")
-    output = values.pop("output")
+    output = pathlib.Path(values.pop("output"))
     del values["audit"]
     dataset, _ = prepare_dataset(build(DataConfig, values, "data"), output)
     print("\n\n".join(dataset.report))
     if _AUDIT.value:
-        write_audit(dataset, pathlib.Path(output))
-    print(f"\nwritten to {output}: train on it with --config.data.path={output}")
+        write_audit(dataset, output)
+    if (output / "prepared.json").exists():  # not where the input was prepared before, elsewhere
+        print(f"\nwritten to {output}: train on it with --config.data.path={output}")
 
 
 def write_audit(dataset, output: pathlib.Path) -> None:

@@ -313,21 +313,22 @@ def _plot_popularity(histories, figures, axes) -> None:
 
 def _plot_ages(histories, ex, axes) -> None:
     ages = item_age_days(histories)
-    for name, part in {"all events": ages, "test targets": ages[ex.ends]}.items():
-        axes.plot(np.sort(part), np.linspace(0, 1, len(part)), label=name)
-    axes.set(xlabel="days since the first event with the item", ylabel="share up to this age", ylim=(0, 1))
-    axes.set_title("Age of items when used")
-    axes.legend()
+    _plot_shares_up_to(axes, {"all events": ages, "test targets": ages[ex.ends]})
+    axes.set(xlabel="days since the first event with the item", title="Age of items when used")
 
 
 def _plot_target_counts(counts_V, targets, axes) -> None:
-    edges = np.concatenate([[0], np.unique(np.geomspace(1, counts_V.max() + 1, 30).round())])
-    parts = {"training events": np.repeat(counts_V, counts_V), "test targets": counts_V[targets]}
-    for name, counts in parts.items():
-        share = np.histogram(counts, edges)[0] / len(counts)
-        axes.stairs(share, edges, label=name, fill=name == "training events", alpha=0.6, linewidth=2)
+    in_training = np.repeat(counts_V, counts_V)
+    _plot_shares_up_to(axes, {"training events": in_training, "test targets": counts_V[targets]})
     axes.set_xscale("symlog", linthresh=1)
-    axes.set(xlabel="training events of the item", ylabel="share", title="Which items the test asks for")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set(xlabel="training events of the item (0: cold)", title="Which items the test asks for")
+
+
+def _plot_shares_up_to(axes, parts: dict[str, np.ndarray]) -> None:
+    for name, values in parts.items():
+        axes.plot(np.sort(values), np.linspace(0, 1, len(values)), label=name)
+    axes.set(ylabel="share up to there", ylim=(0, 1))
     axes.legend()
 
 
@@ -342,7 +343,8 @@ def _plot_shares(figures, axes) -> None:
 
 
 def _plain_numbers(axis) -> None:
-    """1, 2, 5, 10, ... on a logarithmic axis."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """1, 10, 100, ... on a logarithmic axis, and 2, 5, 20, ... where there is room."""
+    low, high = axis.get_data_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
     axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axis.set_minor_formatter(NullFormatter())

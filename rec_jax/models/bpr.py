@@ -9,7 +9,6 @@ import numpy as np
 import optax
 
 _BATCH = 4096  # pairs in a step, or all there are
-_DRAWS = 10  # of a negative, until it is none of the user's own
 
 
 def bpr(
@@ -32,15 +31,15 @@ def bpr(
     users = np.repeat(np.arange(histories.num_users), np.diff(histories.offsets))[in_train]
     positives = items[in_train]
     params = _init(histories.num_users, histories.num_items + 1, width, seed)
-    optimizer = optax.adam(learning_rate)
-    opt_state = optimizer.init(params)
+    opt_state = optax.adam(learning_rate).init(params)
+    draw_negatives = make_negatives(users, positives, histories.num_items)
     rng = np.random.default_rng((seed, 1))
     size = min(_BATCH, len(users))
     for _ in range(epochs):
-        negatives = _draw_negatives(users, positives, histories.num_items, rng)
+        negatives = draw_negatives(rng)
         order = rng.permutation(len(users))[: len(users) // size * size].reshape(-1, size)
         pairs = tuple(x[order].astype(np.int32) for x in (users, positives, negatives))
-        params, opt_state = _epoch(optimizer, regularization, params, opt_state, pairs)
+        params, opt_state = _epoch(params, opt_state, pairs, learning_rate, regularization)
     params = jax.tree.map(np.array, params)
     params["users_UD"][np.bincount(users, minlength=histories.num_users) == 0] = 0
 
@@ -60,24 +59,30 @@ def _init(num_users: int, num_rows: int, width: int, seed: int) -> dict:
     }
 
 
-def _draw_negatives(users, positives, num_items: int, rng) -> np.ndarray:
-    """Uniform items that the user has not in training, one for each event.
+def make_negatives(users, positives, num_items: int) -> Callable:
+    """rng -> a uniform item that the user has not in training, for each event.
 
-    Who has nearly all items may be left with the positive itself, which gives no gradient.
+    A user who has all items gets the positive itself, which gives no gradient.
     """
-    own = np.unique(users.astype(np.int64) * (num_items + 1) + positives)
-    negatives, again = positives.copy(), np.arange(len(users))
-    for _ in range(_DRAWS):
-        drawn = rng.integers(1, num_items + 1, len(again))
-        codes = users[again].astype(np.int64) * (num_items + 1) + drawn
-        is_own = own[np.minimum(np.searchsorted(own, codes), len(own) - 1)] == codes
-        negatives[again[~is_own]] = drawn[~is_own]
-        again = again[is_own]
-    return negatives
+    users, rows = users.astype(np.int64), num_items + 1
+    own = np.unique(users * rows + positives)
+    own_users, own_items = own // rows, own % rows
+    starts_U = np.searchsorted(own_users, np.arange(users.max() + 2))
+    free_E = (num_items - np.diff(starts_U))[users]
+    # The user's i-th item, from 0, has (item - 1 - i) free ones before it: so free ones are found by number.
+    free_before = own_items - 1 - (np.arange(len(own)) - starts_U[own_users])
+    keys = own_users * rows + free_before
+
+    def draw(rng) -> np.ndarray:
+        number = (rng.random(len(users)) * free_E).astype(np.int64)
+        own_before = np.searchsorted(keys, users * rows + number, side="right") - starts_U[users]
+        return np.where(free_E > 0, number + 1 + own_before, positives)
+
+    return draw
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
-def _epoch(optimizer, regularization, params, opt_state, pairs):
+@partial(jax.jit, donate_argnums=(0, 1))
+def _epoch(params, opt_state, pairs, learning_rate, regularization):
     """pairs: users, positives, negatives, int32[steps, B] each."""
 
     def loss_fn(params, batch):
@@ -92,7 +97,7 @@ def _epoch(optimizer, regularization, params, opt_state, pairs):
     def step(carry, batch):
         params, opt_state = carry
         grads = jax.grad(loss_fn)(params, batch)
-        updates, opt_state = optimizer.update(grads, opt_state)
+        updates, opt_state = optax.adam(learning_rate).update(grads, opt_state)
         return (optax.apply_updates(params, updates), opt_state), None
 
     return jax.lax.scan(step, (params, opt_state), pairs)[0]
