@@ -158,11 +158,13 @@ def audit(histories, split) -> dict[str, float]:
     """Figures of `FIGURES` about a log and the test part of its split: shares in 0..1, days, counts.
 
     Those that need times are missing where the log has none, and the hit rates of rules are for the caller
-    to add.
+    to add. Raises ValueError if no test target has a history.
     """
     items, offsets = np.asarray(histories.items), histories.offsets
     users = np.repeat(np.arange(histories.num_users), np.diff(offsets))
     ex = examples(histories, split, "test")
+    if len(ex.targets) == 0:
+        raise ValueError("no test target has an event of its user before it: nothing to audit")
     figures = {}
     if histories.times is not None:
         times = np.asarray(histories.times)
@@ -322,14 +324,16 @@ def _plot_target_counts(counts_V, targets, axes) -> None:
     _plot_shares_up_to(axes, {"training events": in_training, "test targets": counts_V[targets]})
     axes.set_xscale("symlog", linthresh=1)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xlim(left=0)
     axes.set(xlabel="training events of the item (0: cold)", title="Which items the test asks for")
 
 
 def _plot_shares_up_to(axes, parts: dict[str, np.ndarray]) -> None:
+    share = np.linspace(0, 1, 1001)
     for name, values in parts.items():
-        axes.plot(np.sort(values), np.linspace(0, 1, len(values)), label=name)
+        axes.plot(np.quantile(values, share), share, label=name)
     axes.set(ylabel="share up to there", ylim=(0, 1))
-    axes.legend()
+    axes.legend(loc="upper left")
 
 
 def _plot_shares(figures, axes) -> None:

@@ -19,7 +19,7 @@ def popularity(histories, split) -> Callable:
     return score_fn
 
 
-def recent_popularity(histories, split, share_of_time: float = 0.1, events_per_user: int = 5) -> Callable:
+def recent_popularity(histories, split, share_of_time: float = 0.1, events_per_user: int = 3) -> Callable:
     """Training events of each item in the recent past, the same for every user; popularity breaks ties.
 
     Recent are the events in the last `share_of_time` of the time from the first training event to the last;
@@ -79,7 +79,7 @@ def item_knn(histories, split, num_neighbours: int = 100) -> Callable:
     return score_fn
 
 
-def ease(histories, split, regularization: float = 500.0, max_items: int = 20_000) -> Callable:
+def ease(histories, split, regularization: float = 250.0, max_items: int = 20_000) -> Callable:
     """The linear item-to-item model with a zero diagonal that has a closed form; dense, V x V.
 
     regularization: the paper's lambda.

@@ -126,6 +126,12 @@ def test_random_logs_agree_with_loops(seed):
     assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
+def test_a_split_without_examples_is_refused():
+    log = make_histories([[(0, 1)], [(1, 1)], [(2, 1)]])
+    with pytest.raises(ValueError, match="no test target has an event of its user before it"):
+        audit(log, global_temporal(log, DAY, 2 * DAY))
+
+
 def test_a_temporal_split_has_no_future_in_training_and_may_have_new_users(log):
     found = audit(log, global_temporal(log, 20 * DAY, 31 * DAY))
     assert found["targets_before_end_of_training"] == found["training_after_target"] == 0
