@@ -24,8 +24,8 @@ def recent_popularity(histories, split, share_of_time: float = 0.1, events_per_u
 
     Recent are the events in the last `share_of_time` of the time from the first training event to the last;
     in a log without times, the last `events_per_user` training events of each user. Chosen on validation,
-    2026-11-23: of 1, 3, 5 and 20 events NDCG@10 is 0.0265, 0.0275, 0.0274 and 0.0221 on MovieLens-1M; of shares
-    of 0.02, 0.05, 0.1 and 0.2 it is 0.0229, 0.0326, 0.0358 and 0.0365 on MovieLens-100K.
+    2026-11-23: with 1, 3, 5 and 20 events NDCG@10 is 0.0265, 0.0275, 0.0274 and 0.0221 on MovieLens-1M; with
+    shares of 0.02, 0.05, 0.1 and 0.2 it is 0.0229, 0.0326, 0.0358 and 0.0365 on MovieLens-100K.
     Source: Ji et al., SIGIR'20, RecentPop. Differs: one window, that before the end of training, for all
     users; under leave-one-out it may hold events later than a target (`experiments.prepare_data --audit`
     says how often).
@@ -84,8 +84,8 @@ def item_knn(histories, split, num_neighbours: int = 100) -> Callable:
 def ease(histories, split, regularization: float = 250.0, max_items: int = 20_000) -> Callable:
     """The linear item-to-item model with a zero diagonal that has a closed form; dense, V x V.
 
-    regularization: the paper's lambda; chosen on validation, 2026-11-23: of 100, 250 and 500, NDCG@10 is 0.0515,
-    0.0524 and 0.0518 on MovieLens-1M, 0.0878, 0.0821 and 0.0792 on MovieLens-100K.
+    regularization: the paper's lambda; chosen on validation, 2026-11-23: with 100, 250 and 500 NDCG@10 is
+    0.0515, 0.0524 and 0.0518 on MovieLens-1M, 0.0878, 0.0821 and 0.0792 on MovieLens-100K.
     Source: Steck, WWW'19 (arXiv 1905.03375), equation 8 and algorithm 1.
     Raises ValueError above `max_items` items, for memory and time.
     """
