@@ -3,12 +3,10 @@
 import os
 import pathlib
 
-# Tests compile far more than they compute, and most of it is run once. LLVM's passes are left out, and fused
-# loops are emitted the older way, in half the time. Said before JAX is imported; the commands that tests start
-# inherit it.
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-)
+# Tests compile far more than they compute, and run most of it once: LLVM's passes are left out, and fused
+# loops are emitted the older way, which takes half the time. Said before JAX is imported; the commands that
+# tests start inherit it.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
 import hypothesis
 import jax
