@@ -26,6 +26,12 @@ def pytest_configure(config):
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
+def pytest_collection_modifyitems(items):
+    """Commands and training first: no worker shall be left alone with a long file at the end."""
+    long = ("tests/experiments/", "tests/train/", "tests/test_compression.py")
+    items.sort(key=lambda item: not item.nodeid.startswith(long))
+
+
 @pytest.fixture
 def real_data():
     """The folder of real data sets, from REC_JAX_DATA; skips where it is not set."""

@@ -37,6 +37,7 @@ def test_every_config_has_a_smoke_run(name, tmp_path):
     """In this process, which spares each the start of one; the one above is that of a user."""
     cfg = importlib.import_module(f"configs.{name}").get_config("smoke")
     cfg.mesh.data, cfg.eval.baselines = 2, ("popularity",)
+    cfg.train.checkpoint_every_steps = 0  # where it evaluates is enough
     experiment = Experiment(build(ExperimentConfig, cfg), tmp_path)
     test = experiment.evaluate(experiment.scorer(experiment.fit().best_params), "test")
     baselines = experiment.evaluate_baselines("test")

@@ -32,7 +32,6 @@ def start(workdir, data, model):
         "--config.eval.baselines=('popularity',)",
     ]
     env = os.environ | {"JAX_NUM_CPU_DEVICES": str(data * model)}
-    env.pop("XLA_FLAGS", None)
     return subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

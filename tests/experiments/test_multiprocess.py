@@ -47,7 +47,6 @@ def start(command, workdir, cache, *options) -> list[subprocess.Popen]:
         port = free.getsockname()[1]
     env = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "JAX_COMPILATION_CACHE_DIR": str(cache)}
     env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_NUM_PROCESSES": "2"}
-    env.pop("XLA_FLAGS", None)
     arguments = ["-m", f"experiments.{command}", f"--workdir={workdir}", *options]
     return [
         subprocess.Popen(
