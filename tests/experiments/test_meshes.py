@@ -45,7 +45,7 @@ def losses(workdir) -> dict[int, float]:
 
 
 def kill_at(process, workdir, step):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while max(losses(workdir), default=0) < step and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()[0]
@@ -54,7 +54,7 @@ def kill_at(process, workdir, step):
 
 
 def finish(process) -> str:
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     return output
 

@@ -62,7 +62,7 @@ def train(name, workdir, cache, overrides) -> list[subprocess.Popen]:
     return start("train", workdir, cache, f"--config=configs/{name}.py:smoke", *options)
 
 
-def finish(running, timeout=120) -> list[str]:
+def finish(running, timeout=600) -> list[str]:
     """What each has printed; none is left behind."""
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in running]
@@ -73,7 +73,7 @@ def finish(running, timeout=120) -> list[str]:
     return outputs
 
 
-def stop_after_first_log(running, workdir, index: int, number, timeout=120) -> None:
+def stop_after_first_log(running, workdir, index: int, number, timeout=600) -> None:
     deadline = time.monotonic() + timeout
     path = workdir / "metrics.jsonl"
     while not (path.exists() and path.read_text()) and time.monotonic() < deadline:
