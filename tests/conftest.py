@@ -3,12 +3,14 @@
 import os
 import pathlib
 
-# Tests compile far more than they compute, and run most of it once: LLVM's passes are left out, and fused loops
-# are emitted the older way, in half the time. That fuses more, so products are rounded before they are added
-# (no FMA): what two programs both compute is then the same to the bit. Said before JAX is imported; the
+# Tests compile far more than they compute, and run most of it once: LLVM's passes are left out, and fused
+# loops are emitted the older way, in half the time. That fuses more, so products are rounded before they are
+# added (no FMA): what two programs both compute is then the same to the bit. Said before JAX is imported; the
 # commands that tests start inherit it.
-_FLAGS = ("backend_optimization_level=0", "cpu_use_fusion_emitters=false", "cpu_max_isa=AVX")
-os.environ.setdefault("XLA_FLAGS", " ".join(f"--xla_{flag}" for flag in _FLAGS))
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX",
+)
 
 import hypothesis
 import jax
