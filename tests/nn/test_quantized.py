@@ -43,7 +43,7 @@ def make_kernel(shape, inputs="float", zero=None):
     )
 
 
-def make_inputs(num_tokens, dim, low=-127):
+def make_inputs(num_tokens, dim, low=-126):
     """(x_TD, its codes for the scale STEP): not on the grid, but for the largest number of a token."""
     codes = RNG.integers(low, 127, (num_tokens, dim))
     x = (codes + RNG.uniform(-0.4, 0.4, codes.shape)) * STEP
