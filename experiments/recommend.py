@@ -11,20 +11,24 @@ from absl import flags
 
 from experiments.launch import launch
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a trained run.")
+_WORKDIR = flags.DEFINE_list("workdir", None, "Directory of a trained run, or several, separated by commas.")
 _USER = flags.DEFINE_string("user", None, "A user id of the log; all of that user's events are used.")
 _HISTORY = flags.DEFINE_list("history", None, "Item ids, oldest first, separated by commas.")
 _K = flags.DEFINE_integer("k", 10, "How many items to recommend.", lower_bound=1)
 _SEEN = flags.DEFINE_bool("seen", False, "Recommend items of the history again, too.")
+_DIMS = flags.DEFINE_integer("dims", 0, "Score by so many first dims; 0 = by all.", lower_bound=0)
 flags.mark_flag_as_required("workdir")
 
 
 def main():
+    from rec_jax.eval.ensemble import EnsembleScorer, check_same_split
     from rec_jax.experiment import Experiment
 
     if (_USER.value is None) == (_HISTORY.value is None):
         raise ValueError("give either --user=ID or --history=ID,ID,...")
-    experiment = Experiment.open(_WORKDIR.value)
+    runs = [Experiment.open(workdir) for workdir in _WORKDIR.value]
+    check_same_split(runs)
+    experiment = runs[0]
     histories = experiment.histories
     if _USER.value is not None:
         user = _find([_USER.value], histories.user_ids, "user")[0]
@@ -33,7 +37,9 @@ def main():
     else:
         items, times = _find(_HISTORY.value, histories.item_ids, "item"), None
 
-    scores = np.array(experiment.best_scorer().score_history(items, times))
+    scorers = [run.best_scorer(_DIMS.value) for run in runs]
+    scorer = scorers[0] if len(scorers) == 1 else EnsembleScorer(scorers)
+    scores = np.array(scorer.score_history(items, times))
     if not _SEEN.value:
         scores[items] = -np.inf
     top = [item for item in np.argsort(-scores, kind="stable")[: _K.value] if scores[item] > -np.inf]

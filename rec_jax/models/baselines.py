@@ -38,16 +38,8 @@ def item_knn(histories, split, num_neighbours: int = 100) -> Callable:
 
     Source: Sarwar et al., WWW'01, on binary interactions.
     """
-    items, in_train, starts = _train_events(histories, split)
-    users = np.cumsum(starts)[in_train] - 1
     num = histories.num_items + 1
-    seen_UV = sp.csr_matrix(
-        (np.ones(len(users), np.float32), (users, items[in_train])), shape=(histories.num_users, num)
-    )
-    seen_UV.data[:] = 1  # repeats count once
-    norms_V = np.sqrt(np.asarray(seen_UV.sum(axis=0)).ravel())
-    scaled_UV = seen_UV @ sp.diags(1 / np.maximum(norms_V, 1e-9))
-    cosine_VV = _keep_largest(scaled_UV.T.tocsr(), scaled_UV.tocsr(), num_neighbours)
+    cosine_VV = _cosines(histories, split, num_neighbours)
 
     def score_fn(users, ends):
         starts = histories.offsets[users]
@@ -60,6 +52,30 @@ def item_knn(histories, split, num_neighbours: int = 100) -> Callable:
         return (history_BV @ cosine_VV).toarray()
 
     return score_fn
+
+
+def nearest_items(histories, split, num_neighbours: int) -> np.ndarray:
+    """int32[V + 1, K]: the items nearest to each by that cosine, nearest first; 0 where there are fewer."""
+    cosine_VV = _cosines(histories, split, num_neighbours)
+    rows = np.repeat(np.arange(cosine_VV.shape[0]), np.diff(cosine_VV.indptr))
+    order = np.lexsort((cosine_VV.indices, -cosine_VV.data, rows))
+    nearest_VK = np.zeros((cosine_VV.shape[0], num_neighbours), np.int32)
+    nearest_VK[rows, np.arange(len(rows)) - cosine_VV.indptr[rows]] = cosine_VV.indices[order]
+    return nearest_VK
+
+
+def _cosines(histories, split, num_neighbours: int):
+    """[V + 1, V + 1], sparse: between items as sets of training users, of the nearest of each."""
+    items, in_train, starts = _train_events(histories, split)
+    users = np.cumsum(starts)[in_train] - 1
+    num = histories.num_items + 1
+    seen_UV = sp.csr_matrix(
+        (np.ones(len(users), np.float32), (users, items[in_train])), shape=(histories.num_users, num)
+    )
+    seen_UV.data[:] = 1  # repeats count once
+    norms_V = np.sqrt(np.asarray(seen_UV.sum(axis=0)).ravel())
+    scaled_UV = seen_UV @ sp.diags(1 / np.maximum(norms_V, 1e-9))
+    return _keep_largest(scaled_UV.T.tocsr(), scaled_UV.tocsr(), num_neighbours)
 
 
 def _keep_largest(left, right, num: int, block: int = 512):
