@@ -114,7 +114,8 @@ def loss_sum(
         flat = x_BSD.reshape(-1, x_BSD.shape[-1])
         if config.popularity_discount:
             flat, table_VD = _with_bias(flat, table_VD, sampler.bias_V)
-        return softmax_cross_entropy(flat, table_VD, targets_BS.reshape(-1), _weights(config, batch)), count
+        weights_T = _weights(config, batch, real_BS)
+        return softmax_cross_entropy(flat, table_VD, targets_BS.reshape(-1), weights_T), count
 
     neg_BSK = negatives.ids_BSK
     neg_scores_BSK = item_scores(x_BSD, table_VD, neg_BSK)
@@ -151,17 +152,16 @@ def sharded_softmax_sum(config: LossConfig, sampler, placement: Placement, x_BSD
     flat = x_BSD.reshape(-1, x_BSD.shape[-1])
     if config.popularity_discount:
         flat, table_vD = _with_bias(flat, table_vD, sampler.bias_V[placement.to_ids(rows_v)])
-    rows_T, weights_T = batch["target_rows"].reshape(-1), _weights(config, batch)
+    real_BS = batch["targets"] > 0
+    rows_T, weights_T = batch["target_rows"].reshape(-1), _weights(config, batch, real_BS)
     loss = sharded_softmax_cross_entropy(flat, table_vD, placement.is_real(rows_v), rows_T, weights_T)
-    return loss, jnp.sum(batch["targets"] > 0, dtype=jnp.float32)
+    return loss, jnp.sum(real_BS, dtype=jnp.float32)
 
 
-def _weights(config: LossConfig, batch) -> jax.Array:
+def _weights(config: LossConfig, batch, real_BS) -> jax.Array:
     """f32[T] of each token; 0 for padding."""
-    weights_BS = (batch["targets"] > 0).astype(jnp.float32)
-    if config.ips_power:
-        weights_BS *= batch["target_weights"]
-    return weights_BS.reshape(-1)
+    weights_T = real_BS.reshape(-1).astype(jnp.float32)
+    return weights_T * batch["target_weights"].reshape(-1) if config.ips_power else weights_T
 
 
 def _with_bias(x_TD, table_VD, bias_V):
