@@ -88,7 +88,8 @@ def model_builder(config: ExperimentConfig, num_items: int):
 
 def plan_layouts(config: ExperimentConfig, num_items: int, mesh) -> list[LayoutCost]:
     data, model = mesh.shape["data"], mesh.shape["model"]
-    num_ids = ids_per_device(config.loss, config.train.batch_rows, config.data.max_len, data)
+    rows, num_views = config.train.batch_rows, 2 * config.contrastive.augments
+    num_ids = ids_per_device(config.loss, rows, config.data.max_len, data, num_views)
     return layout_costs(
         config.table, config.optim.type, num_items + 1, config.model.table_dim, num_ids, data, model
     )

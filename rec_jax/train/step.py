@@ -105,7 +105,7 @@ def make_train_step(
     clip_norm: global norm that the gradient is scaled down to; 0 = off. item_table: reads and updates the
     table of items, and `optimizer` the other parameters only. specs: see `state_specs`. reduce: the type in
     which gradients are summed over devices. extras: what compression adds (`compress.training`).
-    views: `contrastive.Views`, which change the batch and may add a loss.
+    views: `contrastive.Views`, which change the batch and may add to the loss.
 
     metrics: {"loss": (sum, tokens), "grad_norm": (norm, 1), "tokens": (tokens, 1)} of f32 scalars; with an
     item_table also "table_rounds": (rounds, 1), more than 1 where ids exceeded the capacity of an exchange.

@@ -1,5 +1,6 @@
 """Steps of a small model on any mesh, for the tests of steps."""
 
+import dataclasses
 import functools
 
 import jax
@@ -47,6 +48,8 @@ LOSSES = {
 }
 
 
+MODEL = SASRecConfig(width=8, ff_width=8, num_layers=1, dropout=0.3)
+NO_LAYERS = (("num_layers", 0),)  # faster to compile, for tests of losses
 OPTIM = OptimConfig(type="sgd", learning_rate=0.5)
 COUNTS = np.arange(NUM_ITEMS + 1)
 
@@ -62,9 +65,7 @@ def make_program(
     config = ExperimentConfig(
         seed=seed,
         data=DataConfig(max_len=LENGTH),
-        model=SASRecConfig(
-            width=8, ff_width=8, num_layers=1, dropout=0.3, num_heads=num_heads, **dict(model)
-        ),
+        model=dataclasses.replace(MODEL, num_heads=num_heads, **dict(model)),
         loss=LOSSES[loss] if isinstance(loss, str) else loss,
         optim=optim,
         train=TrainConfig(batch_rows=ROWS, micro_rows=micro_rows),

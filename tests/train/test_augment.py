@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from step_runs import NUM_ITEMS, assert_close, make_batch, run
+from step_runs import NO_LAYERS, NUM_ITEMS, assert_close, make_batch, run
 
 from rec_jax.hashing import row_keys
 from rec_jax.models.baselines import nearest_items
@@ -128,9 +128,10 @@ def test_nearest_items_by_hand():
 
 
 def test_changed_batches_are_the_same_on_every_mesh_and_with_touched_rows():
-    fields = {"augment": AugmentConfig(crop=0.6, substitute=0.5, num_neighbours=1), "neighbours": NEIGHBOURS}
-    dense = run("sampled", steps=2, **fields)
-    assert_close(run("sampled", 2, 2, steps=2, table="sgd", **fields), dense)
+    config = AugmentConfig(crop=0.6, substitute=0.5, num_neighbours=1)
+    fields = {"augment": config, "neighbours": NEIGHBOURS, "model": NO_LAYERS, "steps": 2}
+    dense = run("sampled", **fields)
+    assert_close(run("sampled", 2, 2, table="sgd", **fields), dense)
 
 
 def test_mistakes():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from step_runs import LENGTH, NUM_ITEMS, assert_close, make_batch, reference, run
+from step_runs import LENGTH, NO_LAYERS, NUM_ITEMS, assert_close, make_batch, reference, run
 
 from rec_jax.experiment import ExperimentConfig
 from rec_jax.hashing import mix
@@ -108,14 +108,14 @@ AUGMENTED = ContrastiveConfig(weight=0.5, view="augment")
 
 def test_a_step_adds_it_to_the_loss_with_touched_rows_too():
     """Of one device and one micro-batch, which is what it is compared within."""
-    dense = run("sampled", steps=2, contrastive=AUGMENTED)
-    assert dense[0][0] > reference("sampled")[0][0]
-    assert_close(run("sampled", steps=2, table="sgd", contrastive=AUGMENTED), dense)
+    dense = run("sampled", steps=2, model=NO_LAYERS, contrastive=AUGMENTED)
+    assert dense[0][0] > reference("sampled", model=NO_LAYERS)[0][0]
+    assert_close(run("sampled", steps=2, model=NO_LAYERS, table="sgd", contrastive=AUGMENTED), dense)
 
 
 def test_it_runs_on_a_mesh():
     dropout = dataclasses.replace(AUGMENTED, view="dropout", same_target=True)
-    losses, _, norms = run("softmax", 2, 2, steps=1, contrastive=dropout)
+    losses, _, norms = run("softmax", 2, 2, steps=1, model=NO_LAYERS, contrastive=dropout)
     assert np.isfinite(losses + norms).all()
 
 

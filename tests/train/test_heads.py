@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from step_runs import LENGTH, NUM_ITEMS, assert_close, make_batch, run
+from step_runs import LENGTH, NO_LAYERS, NUM_ITEMS, assert_close, make_batch, run
 
 from rec_jax.data.datasets import DataConfig
 from rec_jax.experiment import ExperimentConfig
@@ -50,7 +50,7 @@ def fast_loss(config, module, x_BSD, table_VD):
     def loss_of(x, table, batch):
         return loss_sum(config, None, x, table, batch, None)
 
-    return sum_over_heads(config, module, loss_of, x_BSD, table_VD, BATCH)
+    return jax.jit(lambda x, table: sum_over_heads(config, module, loss_of, x, table, BATCH))(x_BSD, table_VD)
 
 
 @pytest.mark.parametrize("l2_normalize", [False, True])
@@ -109,7 +109,7 @@ ALL = LossConfig(
 
 
 def test_all_at_once_on_a_mesh_and_with_touched_rows():
-    fields = (("num_future", 2),)
+    fields = (*NO_LAYERS, ("num_future", 2))
     dense = run(ALL, steps=2, model=fields)
     assert np.any(dense[1]["future"][0]["kernel"] != 0)
     assert_close(run(ALL, 2, 2, steps=2, model=fields, table="sgd"), dense)
