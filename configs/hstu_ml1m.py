@@ -7,7 +7,12 @@ validation NDCG@10, ties in expectation. Data: the SASRec version of MovieLens-1
 
     python -m experiments.train --config=configs/hstu_ml1m.py --workdir=runs/hstu --config.seed=0
 
-Settings are those of configs/sasrec_ml1m.py where they apply; no search of its own yet.
+Measured 2026-11-23 on 2 cores of an AMD EPYC (Zen 4), seed 0: test HR@10 0.3288, NDCG@10 0.1922 (95 %
+interval 0.1843 to 0.2005); unfiltered 0.2589 / 0.1377; validation NDCG@10 0.1970 at the last of 24 epochs.
+One seed.
+
+Settings are those of configs/sasrec_ml1m.py but for l2_normalize and temperature, which the paper's code has
+and this model, without a last norm, needs.
 """
 
 from configs import common
@@ -18,7 +23,9 @@ from rec_jax.models.hstu import HSTUConfig
 def get_config(variant=None):
     cfg = common.base()
     cfg.data.path, cfg.data.max_len = "ml-1m/ml-1m.txt", 200
-    cfg.model = to_config_dict(HSTUConfig(width=128, num_heads=2, dropout=0.3, time_bias=False))
+    cfg.model = to_config_dict(
+        HSTUConfig(width=128, num_heads=2, dropout=0.3, time_bias=False, l2_normalize=True, temperature=0.05)
+    )
     cfg.optim.learning_rate, cfg.optim.schedule, cfg.optim.warmup_steps = 1.5e-3, "cosine", 200
     cfg.train.epochs, cfg.train.eval_every_epochs = 24, 2.0
     cfg.train.batch_rows, cfg.train.micro_rows = 64, 4

@@ -18,7 +18,9 @@ from rec_jax.models.lru import LRUConfig
 def get_config(variant=None):
     cfg = common.base()
     cfg.data.path, cfg.data.max_len = "ml-1m/ml-1m.txt", 200
-    cfg.model = to_config_dict(LRUConfig(width=128, ff_width=128, dropout=0.3))
+    cfg.model = to_config_dict(
+        LRUConfig(width=128, ff_width=128, dropout=0.3, l2_normalize=True, temperature=0.05)
+    )
     cfg.optim.learning_rate, cfg.optim.schedule, cfg.optim.warmup_steps = 1.5e-3, "cosine", 200
     cfg.train.epochs, cfg.train.eval_every_epochs = 24, 2.0
     cfg.train.batch_rows, cfg.train.micro_rows = 64, 4

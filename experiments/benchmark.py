@@ -5,6 +5,8 @@
     python -m experiments.benchmark --suite=softmax --output=softmax.json
     python -m experiments.benchmark --suite=embedding --output=embedding.json
     JAX_NUM_CPU_DEVICES=8 python -m experiments.benchmark --suite=sharding --output=sharding.json
+    python -m experiments.benchmark --suite=models --output=models.json
+    python -m experiments.benchmark --suite=lengths --output=lengths.json
 
 Suite "train": real tokens per second of our training step (packed rows on one virtual device a core)
 against a naive padded JAX step with the same maths: SASRec with 50 dims, 2 blocks and 1 head, BCE with one
@@ -21,6 +23,10 @@ with a copy of a large array. What would need more than 12 GiB is not run.
 Suite "sharding": 25,600 lookups, Zipf, in a table of a million rows over eight devices (on a CPU virtual
 ones): bytes sent, counted in the compiled program, and time, by plain indexing, by sums of what each device
 has, and by exchange of distinct ids.
+Suite "models": one training step of every sequence model, 128 wide and 2 layers deep, on one device,
+against SASRec's; and the same at equal work, by multiply-adds counted in the program.
+Suite "lengths": a step of the linear recurrence and of SASRec over 8,192 events, in histories of 512 to
+8,192.
 
 What is compared runs in turn, A B A B, and ratios are taken pair by pair, so that other work on the machine
 disturbs both sides alike; printed are medians.
@@ -37,7 +43,10 @@ from experiments.launch import launch
 from rec_jax.report import print_table
 
 _SUITE = flags.DEFINE_enum(
-    "suite", "train", ["train", "softmax", "embedding", "sharding"], "What to measure."
+    "suite",
+    "train",
+    ["train", "softmax", "embedding", "sharding", "models", "lengths"],
+    "What to measure.",
 )
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the figures.")
 _ONLY = flags.DEFINE_enum("only", "both", ["ml1m", "beauty", "both"], "Lengths, for --suite=train.")
@@ -48,7 +57,14 @@ flags.mark_flag_as_required("output")
 def main():
     from experiments.speed.timing import machine
 
-    suites = {"train": _train, "softmax": _softmax, "embedding": _embedding, "sharding": _sharding}
+    suites = {
+        "train": _train,
+        "softmax": _softmax,
+        "embedding": _embedding,
+        "sharding": _sharding,
+        "models": _models,
+        "lengths": _lengths,
+    }
     about = {
         "machine": machine(),
         "command": " ".join(["python -m experiments.benchmark", *sys.argv[1:]]),
@@ -134,6 +150,37 @@ def _sharding() -> dict:
         if isinstance(r, dict)
     ]
     print_table(("lookup", "MB sent by a device", "gather / this", "ms"), rows)
+    return result
+
+
+def _models() -> dict:
+    from experiments.speed.models import measure_models
+
+    result = measure_models(_PAIRS.value)
+    rows = [
+        (
+            name,
+            f"{r['ms']:.1f}",
+            f"{r['multiply_adds'] / 1e9:.2f}",
+            f"{r['time_over_sasrec']:.2f}",
+            f"{r['work_over_sasrec']:.2f}",
+            f"{r['time_over_sasrec_at_equal_work']:.2f}",
+        )
+        for name, r in result.items()
+    ]
+    head = ("model", "ms", "G multiply-adds", "time / SASRec", "work / SASRec", "time at equal work")
+    print_table(head, rows)
+    return result
+
+
+def _lengths() -> dict:
+    from experiments.speed.models import measure_lengths
+
+    result = measure_lengths(_PAIRS.value)
+    lengths = list(next(iter(result.values())))
+    print_table(
+        ("ms a step", *lengths), [(name, *(f"{r[n]:.0f}" for n in lengths)) for name, r in result.items()]
+    )
     return result
 
 

@@ -6,8 +6,14 @@
         --config.data.path=data/log
 
 Prints which format was chosen, what each rule left out, and the split with its checksum. The input is
-looked up in the current directory, then in $REC_JAX_DATA.
+looked up in the current directory, then in $REC_JAX_DATA. With --audit it also says how far a benchmark on
+these data can be trusted (ties in time, repeats, leakage, what simple rules solve), in text, in audit.json
+and in audit.png of the output; the input may then be a directory that was prepared before.
 """
+
+import dataclasses
+import json
+import pathlib
 
 from absl import flags
 
@@ -55,6 +61,7 @@ flags.DEFINE_integer("test_time", 0, "global_temporal: first second (UTC) of tes
 flags.DEFINE_float("val_fraction", 0.1, "global_temporal: share of all events for validation.")
 flags.DEFINE_float("test_fraction", 0.1, "global_temporal: share of all events for test, the latest ones.")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to write; give it to training as data.path.")
+_AUDIT = flags.DEFINE_bool("audit", False, "Say what to know before trusting a benchmark on these data.")
 flags.mark_flag_as_required("output")
 
 
@@ -64,10 +71,33 @@ def main():
 
     values = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(__name__)}
     values["path"] = values.pop("input")
-    output = values.pop("output")
+    output = pathlib.Path(values.pop("output"))
+    del values["audit"]
     dataset, _ = prepare_dataset(build(DataConfig, values, "data"), output)
     print("\n\n".join(dataset.report))
-    print(f"\nwritten to {output}: train on it with --config.data.path={output}")
+    if _AUDIT.value:
+        write_audit(dataset, output)
+    if (output / "prepared.json").exists():  # not where the input was prepared before, elsewhere
+        print(f"\nwritten to {output}: train on it with --config.data.path={output}")
+
+
+def write_audit(dataset, output: pathlib.Path) -> None:
+    from rec_jax.data.audit import FIGURES, audit, format_audit, plot_audit
+    from rec_jax.eval.evaluator import EvalConfig, evaluate
+    from rec_jax.models.baselines import BASELINES
+
+    histories, split = dataset.histories, dataset.split
+    figures = audit(histories, split)
+    for name in ("bigram", "popularity"):
+        score_fn = BASELINES[name](histories, split)
+        metrics = evaluate(score_fn, histories, split, "test", EvalConfig(ks=(1, 10), bootstrap=0))
+        figures |= {f"{name}_hit@{k}": metrics[f"hr@{k}"] for k in (1, 10)}
+    output.mkdir(parents=True, exist_ok=True)
+    plot_audit(histories, split, figures, output / "audit.png")
+    told = {name: {"value": value, **dataclasses.asdict(FIGURES[name])} for name, value in figures.items()}
+    about = {"split": split.kind, "checksum": split.checksum, "has_times": histories.times is not None}
+    (output / "audit.json").write_text(json.dumps({**about, "figures": told}, indent=1))
+    print(f"\n{format_audit(histories, split, figures)}\n\nplots: {output / 'audit.png'}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from experiments.launch import launch
 class Row:
     """A config, and what was published for its model: HR@10 and NDCG@10, None where there is nothing."""
 
-    config: str
+    config: str  # NAME, or NAME:VARIANT
     hr: float | None = None
     ndcg: float | None = None
     source: str = ""
@@ -39,10 +39,15 @@ TABLES = {
         "gsasrec": Row("gsasrec_ml1m", 0.3003, 0.1726, "github.com/asash/gSASRec-pytorch"),
         "esasrec": Row("esasrec_ml1m", 0.3133, 0.1772, _SURVEY),
         "lru": Row("lru_ml1m"),
+        "moe": Row("sasrec_moe_ml1m"),
         "hstu": Row("hstu_ml1m", 0.3037, 0.1719, _SURVEY),
     },
     "beauty": {
         "sasrec": Row("sasrec_beauty", 0.0921, 0.0531, _SURVEY),
+    },
+    # Nothing is published in this protocol.
+    "ml100k": {
+        name: Row(f"ml100k:{name}") for name in ("gru4rec", "bert4rec", "sasrec", "esasrec", "lru", "hstu")
     },
 }
 
@@ -80,9 +85,10 @@ def main():
 
 def _train(config: str, seed: int, workdir: Path) -> None:
     """In a process of its own, whose memory is free again afterwards."""
-    variant = ":smoke" if _SMOKE.value else ""
+    name, *variant = config.split(":")
+    variant = "-".join(variant + ["smoke"] * _SMOKE.value)
     command = [
-        *("-m", "experiments.train", f"--config=configs/{config}.py{variant}"),
+        *("-m", "experiments.train", f"--config=configs/{name}.py{variant and ':' + variant}"),
         *(f"--workdir={workdir}", f"--config.seed={seed}"),
     ]
     if subprocess.run([sys.executable, *command]).returncode:

@@ -79,6 +79,12 @@ class ExperimentConfig:
                 f"baselines={self.eval.baselines}: there is no {', '.join(sorted(unknown))}; use "
                 f"{', '.join(BASELINES)} (EvalConfig)"
             )
+        num_experts = getattr(self.model, "num_experts", 0)
+        if num_experts and self.compress != CompressConfig():
+            raise ValueError(
+                f"model.num_experts={num_experts} does not go with compress, which knows no stacked kernels: "
+                "set model.num_experts=0; such a model can still be a teacher of one (ExperimentConfig)"
+            )
 
 
 def model_builder(config: ExperimentConfig, num_items: int):

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 class MeshConfig:
     """The axes and what is split over them.
 
-    Over "model" attention is split by heads and the feed-forward by channels, where these can be divided, and
-    tables as table.layout says.
+    Over "model" attention is split by heads, the feed-forward by channels and a mixture of experts by these,
+    where they can be divided, and tables as table.layout says.
     """
 
     data: int = 0  # devices that share a batch; 0 = all there are, divided by `model`

@@ -4,7 +4,9 @@ import dataclasses
 
 import pytest
 
+from rec_jax.compress.config import CompressConfig
 from rec_jax.experiment import ExperimentConfig
+from rec_jax.models.sasrec import SASRecConfig
 from rec_jax.train.tables import TableConfig
 
 BASE = ExperimentConfig()
@@ -19,6 +21,10 @@ BASE = ExperimentConfig()
             "layout='rows' with optimizer='dense'.*not 'bce'",
         ),
         ({"eval": dataclasses.replace(BASE.eval, baselines=("popularity", "knn"))}, "no knn; use popularity"),
+        (
+            {"model": SASRecConfig(num_experts=2), "compress": CompressConfig(floats="bf16")},
+            "num_experts=2 does not go with compress.*num_experts=0",
+        ),
     ],
 )
 def test_parts_that_do_not_go_together(changes, message):

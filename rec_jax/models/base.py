@@ -56,12 +56,14 @@ class SequenceModel(nnx.Module):
 
     A model implements
 
-        __call__(batch, key_B=None, at=None, hidden=None) -> x_BSD, or x_QD for `at`
+        __call__(batch, key_B=None, at=None, hidden=None, penalties=None) -> x_BSD, or x_QD for `at`
 
     batch: items, segments, positions, each int32[B, S] (segment 0 = padding), and what the class asks for
     below. key_B: uint32[B] from `hashing.row_keys`, or None for no dropout. at: (rows int[Q], columns int[Q])
     of the only tokens that are asked for, without dropout; or None. hidden: a list to which the output of
-    each layer is appended; with `at` the last of them is x_QD. What is returned has gone through `queries`.
+    each layer is appended; with `at` the last of them is x_QD. penalties: a list to which a model, given a
+    key_B, may append what the training loss adds, f32[B], weighted and summed over the real tokens of each
+    row. What is returned has gone through `queries`.
     """
 
     # Does the output at a token foretell the next one? Else the token asked for is masked, and its output

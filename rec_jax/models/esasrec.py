@@ -12,6 +12,7 @@ from rec_jax.models.sasrec import SASRec, SASRecConfig
 from rec_jax.nn.attention import SelfAttention
 from rec_jax.nn.dense import Dense, dense
 from rec_jax.nn.dropout import dropout
+from rec_jax.nn.experts import Experts, feed_forward
 from rec_jax.nn.norm import LayerNorm
 from rec_jax.nn.parallel import join, to_parts
 
@@ -65,11 +66,14 @@ class LiGRBlock(nnx.Module):
         )
         self.attention_gate = Dense(config.width, config.width, kernel_init=init, rngs=rngs)
         self.ff_norm = LayerNorm(config.width, config.full_width)
-        self.ff = SwiGLU(config.width, config.ff_width, rngs=rngs)
+        if config.num_experts:
+            self.ff = Experts(config, is_gated=True, rngs=rngs)
+        else:
+            self.ff = SwiGLU(config.width, config.ff_width, rngs=rngs)
         self.ff_gate = Dense(config.width, config.width, kernel_init=init, rngs=rngs)
         self.rate = config.dropout
 
-    def __call__(self, x_BSD, segments_BS, positions_BS, key_B, index: int, at=None):
+    def __call__(self, x_BSD, segments_BS, positions_BS, key_B, index: int, at=None, penalties=None):
         """As `nn.blocks.TransformerBlock`."""
 
         def add(x, y, gate, site):
@@ -82,7 +86,8 @@ class LiGRBlock(nnx.Module):
         attended = self.attention(normed, normed, segments_BS, positions_BS)
         x_BSD = add(x_BSD, attended, self.attention_gate, 1)
         x = x_BSD if at is None else x_BSD[at]  # the rest of the block looks at one token at a time
-        return add(x, self.ff(self.ff_norm(x)), self.ff_gate, 2)
+        y = feed_forward(self.ff, self.ff_norm(x), segments_BS, key_B, penalties)
+        return add(x, y, self.ff_gate, 2)
 
 
 class ESASRec(SASRec):

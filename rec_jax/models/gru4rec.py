@@ -87,6 +87,7 @@ class GRU4Rec(SequenceModel):
         key_B: jax.Array | None = None,
         at=None,
         hidden: list | None = None,
+        penalties: list | None = None,
     ) -> jax.Array:
         """See SequenceModel."""
         config = self.config

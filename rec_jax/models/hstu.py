@@ -105,6 +105,7 @@ class HSTU(SequenceModel):
         key_B: jax.Array | None = None,
         at=None,
         hidden: list | None = None,
+        penalties: list | None = None,
     ) -> jax.Array:
         """See SequenceModel."""
         config = self.config

@@ -144,6 +144,7 @@ class LRURec(SequenceModel):
         key_B: jax.Array | None = None,
         at=None,
         hidden: list | None = None,
+        penalties: list | None = None,
     ) -> jax.Array:
         """See SequenceModel."""
         config = self.config

@@ -28,10 +28,14 @@ class SASRecConfig(SequenceConfig):
     share_layers: bool = False  # one block, applied num_layers times
     head_width: int = 0  # 0 = width / num_heads; set where heads or dims were removed from a model
     full_width: int = 0  # the width before dims were removed, which norms still count; 0 = width
+    num_experts: int = 0  # feed-forwards of each layer, of which a router picks a few; 0 = a plain one
+    experts_per_token: int = 2
+    capacity_factor: float = 1.25  # tokens that an expert takes in training, over an even share of a row's
+    balance_weight: float = 0.01  # of a loss, a real token, that is least where all experts get as many
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(num_heads=1, ff_width=1, item_dim=0, head_width=0)
+        self.at_least(num_heads=1, ff_width=1, item_dim=0, head_width=0, num_experts=0)
         if not self.head_width and self.width % self.num_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide width={self.width}: change either, or set "
@@ -52,6 +56,17 @@ class SASRecConfig(SequenceConfig):
                 f"item_dim={self.item_dim} does not go with l2_normalize, for the projection changes "
                 "lengths: turn either off (SASRecConfig)"
             )
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} must be from 1 to num_experts="
+                f"{self.num_experts}: change either (SASRecConfig)"
+            )
+        if self.capacity_factor <= 0:
+            raise ValueError(f"capacity_factor={self.capacity_factor} must be positive (SASRecConfig)")
+        if self.balance_weight < 0:
+            raise ValueError(
+                f"balance_weight={self.balance_weight} must not be negative; 0 turns it off (SASRecConfig)"
+            )
 
     @property
     def table_dim(self) -> int:
@@ -59,7 +74,7 @@ class SASRecConfig(SequenceConfig):
         return self.item_dim or self.width
 
     def tensor_parallel(self, parts: int) -> dict[str, P]:
-        return tensor_parallel(self.num_heads, self.ff_width, parts)
+        return tensor_parallel(self.num_heads, self.ff_width, parts, self.num_experts)
 
 
 class SASRec(SequenceModel):
@@ -100,6 +115,7 @@ class SASRec(SequenceModel):
         key_B: jax.Array | None = None,
         at=None,
         hidden: list | None = None,
+        penalties: list | None = None,
     ) -> jax.Array:
         """See SequenceModel. Returned vectors have item_dim dims, if that is set."""
         config = self.config
@@ -116,7 +132,8 @@ class SASRec(SequenceModel):
         for index in range(config.num_layers):
             block = self.blocks[0 if config.share_layers else index]
             last = index == config.num_layers - 1
-            x_BSD = block(x_BSD, batch["segments"], rotary_BS, key_B, index, at if last else None)
+            asked = at if last else None
+            x_BSD = block(x_BSD, batch["segments"], rotary_BS, key_B, index, asked, penalties)
             if hidden is not None:
                 hidden.append(x_BSD)
         if at is not None and not config.num_layers:

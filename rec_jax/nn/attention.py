@@ -41,7 +41,7 @@ def segment_attention(
     return _forward(q_BSNH, k_BSNH, v_BSNH, segments_BS, query_block, is_causal)[0]
 
 
-def _blocks(length: int, query_block: int, is_causal: bool):
+def query_blocks(length: int, query_block: int, is_causal: bool):
     """(first query, behind the last query, behind the last key) of blocks of queries, of even lengths near
     `query_block`."""
     num_blocks = max(1, round(length / query_block))
@@ -60,7 +60,7 @@ def _forward(q_BSNH, k_BSNH, v_BSNH, segments_BS, query_block, is_causal):
     q_GSH, k_GSH, v_GSH = (_merge_heads(x) for x in (q_BSNH * scale, k_BSNH, v_BSNH))
     segments_GS = jnp.repeat(segments_BS, q_BSNH.shape[2], axis=0)
     outs, weights = [], []
-    for start, stop, end in _blocks(q_GSH.shape[1], query_block, is_causal):
+    for start, stop, end in query_blocks(q_GSH.shape[1], query_block, is_causal):
         q, k, v = q_GSH[:, start:stop], k_GSH[:, :end], v_GSH[:, :end]
         logits = jnp.einsum("gqh,gkh->gqk", q, k, preferred_element_type=jnp.float32)
         allowed = segments_GS[:, start:stop, None] == segments_GS[:, None, :end]
@@ -80,7 +80,7 @@ def _backward(query_block, is_causal, residuals, dout_BSNH):
     batch, length, heads, width = dout_BSNH.shape
     dout_GSH = _merge_heads(dout_BSNH)
     dqs, dk_GSH, dv_GSH = [], jnp.zeros_like(k_GSH), jnp.zeros_like(v_GSH)
-    for (start, stop, end), weight in zip(_blocks(length, query_block, is_causal), weights, strict=True):
+    for (start, stop, end), weight in zip(query_blocks(length, query_block, is_causal), weights, strict=True):
         q, k, v, dout = q_GSH[:, start:stop], k_GSH[:, :end], v_GSH[:, :end], dout_GSH[:, start:stop]
         dweight = jnp.einsum("gqh,gkh->gqk", dout, v, preferred_element_type=jnp.float32)
         inner = jnp.sum(weight * dweight, axis=-1, keepdims=True)

@@ -6,6 +6,7 @@ from jax.sharding import PartitionSpec as P
 from rec_jax.nn.attention import SelfAttention
 from rec_jax.nn.dense import Dense
 from rec_jax.nn.dropout import dropout
+from rec_jax.nn.experts import Experts, feed_forward
 from rec_jax.nn.norm import LayerNorm
 from rec_jax.nn.parallel import join, to_parts
 
@@ -41,12 +42,15 @@ class TransformerBlock(nnx.Module):
             config.width, config.num_heads, head_width, is_causal=is_causal, rngs=rngs
         )
         self.ff_norm = LayerNorm(config.width, config.full_width)
-        self.ff = FeedForward(config.width, config.ff_width, config.activation, rngs=rngs)
+        if config.num_experts:
+            self.ff = Experts(config, rngs=rngs)
+        else:
+            self.ff = FeedForward(config.width, config.ff_width, config.activation, rngs=rngs)
         self.norm, self.rate = config.norm, config.dropout
 
-    def __call__(self, x_BSD, segments_BS, positions_BS, key_B, index: int, at=None):
+    def __call__(self, x_BSD, segments_BS, positions_BS, key_B, index: int, at=None, penalties=None):
         """index: which layer this is, for its dropout: a block may be several of them. at: (rows, columns) of
-        the only tokens to return, as x_QD; None for all of x_BSD."""
+        the only tokens to return, as x_QD; None for all of x_BSD. penalties: see SequenceModel."""
 
         def drop(x, site):
             if key_B is None or self.rate == 0:
@@ -60,14 +64,14 @@ class TransformerBlock(nnx.Module):
         x = x_BSD if at is None else x_BSD[at]  # the rest of the block looks at one token at a time
         normed = self.ff_norm(x)
         residual = x if self.norm == "pre" else normed
-        return residual + drop(self.ff(normed), 2)
+        return residual + drop(feed_forward(self.ff, normed, segments_BS, key_B, penalties), 2)
 
 
-def tensor_parallel(num_heads: int, ff_width: int, parts: int) -> dict[str, P]:
+def tensor_parallel(num_heads: int, ff_width: int, parts: int, num_experts: int = 0) -> dict[str, P]:
     """{regex of a parameter's name: how it lies over the mesh axis "model" of `parts` devices}.
 
-    Attention is split by heads and the feed-forward by channels, where these can be divided; else they are
-    whole.
+    Attention is split by heads, the feed-forward by channels and a mixture by experts, where these can be
+    divided; else they are whole.
     """
     split = {}
     if parts > 1 and num_heads % parts == 0:
@@ -84,4 +88,6 @@ def tensor_parallel(num_heads: int, ff_width: int, parts: int) -> dict[str, P]:
             r".*ff/up/bias": P("model"),
             r".*ff/down/kernel": P("model"),
         }
+    if parts > 1 and num_experts % parts == 0:
+        split[r".*ff/(up|down)_(kernel|bias)"] = P("model")
     return split

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from rec_jax.nn.attention import QUERY_BLOCK, _blocks
+from rec_jax.nn.attention import QUERY_BLOCK, query_blocks
 from rec_jax.tree import cast_floats
 
 _BUCKET_WIDTH = 0.301  # in ln(seconds)
@@ -49,7 +49,7 @@ def pointwise_attention(
     position_bias_L, time_bias_M = cast_floats((position_bias_L, time_bias_M), jnp.float32)
     q_BNSH, k_BNSH, v_BNSE = (x.swapaxes(1, 2) for x in (q_BSNH, k_BSNH, v_BSNE))
     outs = []
-    for start, stop, _ in _blocks(q_BNSH.shape[2], query_block, True):  # no keys of the future
+    for start, stop, _ in query_blocks(q_BNSH.shape[2], query_block, True):  # no keys of the future
         q, k, v = q_BNSH[:, :, start:stop], k_BNSH[:, :, :stop], v_BNSE[:, :, :stop]
         distance = jnp.arange(start, stop)[:, None] - jnp.arange(stop)
         seen = (distance >= 0) & (segments_BS[:, start:stop, None] == segments_BS[:, None, :stop])

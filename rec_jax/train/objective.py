@@ -2,6 +2,8 @@
 
 from functools import partial
 
+import jax.numpy as jnp
+
 from rec_jax.hashing import row_keys
 from rec_jax.models.base import Model, with_table
 from rec_jax.train.contrastive import contrastive_sum
@@ -34,8 +36,9 @@ def make_objective(
         module = model.bind(cast_floats(params, precision.compute_dtype))
         key_B = row_keys(context["step_seed"], micro["row_ids"])
         micro = module.training_batch(micro, key_B)
-        hidden = []
-        x_BSD = module(micro, key_B, hidden=hidden).astype(precision.output_dtype)
+        hidden, penalties = [], []
+        x_BSD = module(micro, key_B, hidden=hidden, penalties=penalties).astype(precision.output_dtype)
+        penalty = sum(map(jnp.sum, penalties))
         if catalogue_vD is not None:
             catalogue_vD = cast_floats(catalogue_vD, precision.output_dtype)
             table_vD = model.bind(with_table(params, catalogue_vD)).item_vectors()
@@ -43,7 +46,7 @@ def make_objective(
             loss, tokens = sum_over_heads(loss_config, module, spread, x_BSD, table_vD, micro)
             if contrastive:
                 loss += contrastive_sum(contrastive, module, x_BSD, micro, key_B)
-            return loss * context["scale"], tokens
+            return (loss + penalty) * context["scale"], tokens
         if "negatives" in micro:
             negatives = micro["negatives"]
         else:
@@ -57,6 +60,6 @@ def make_objective(
             loss = extras.distil(loss, x_BSD, table_VD, hidden, micro, negatives, context["frozen"])
         if contrastive:
             loss += contrastive_sum(contrastive, module, x_BSD, micro, key_B)
-        return loss * context["scale"], tokens
+        return (loss + penalty) * context["scale"], tokens
 
     return objective

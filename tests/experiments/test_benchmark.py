@@ -1,9 +1,11 @@
 """The benchmark's comparisons are between equals, and its figures mean what their names say."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.speed import embedding, sharding, softmax, timing, training
+from experiments.speed import embedding, models, sharding, softmax, timing, training
 from experiments.speed.lengths import LENGTHS, synthetic_histories
 from rec_jax.data.histories import leave_one_out
 
@@ -91,3 +93,27 @@ def test_interleaved_takes_turns_after_a_call_for_compilation():
     secs = timing.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
     assert "".join(calls) == "ab" + "abab"
     assert {name: len(values) for name, values in secs.items()} == {"a": 2, "b": 2}
+
+
+def test_multiply_adds_of_loops_and_products_by_hand():
+    def products(a_34, b_45):
+        def body(carry, _):
+            return carry @ jnp.ones((5, 5)), None
+
+        return jax.lax.scan(body, jax.jit(jnp.matmul)(a_34, b_45), None, length=7)[0]
+
+    jaxpr = jax.make_jaxpr(products)(jnp.ones((3, 4)), jnp.ones((4, 5))).jaxpr
+    assert models.multiply_adds(jaxpr) == 3 * 4 * 5 + 7 * 3 * 5 * 5
+
+
+def test_every_model_is_timed_beside_sasrec(monkeypatch):
+    monkeypatch.setattr(models, "NUM_ITEMS", 20)
+    monkeypatch.setattr(models, "ROWS", 1)
+    monkeypatch.setattr(models, "LENGTH", 8)
+    monkeypatch.setattr(
+        models, "MODELS", [config for config in models.MODELS if config.type in ("lru", "sasrec")]
+    )
+    monkeypatch.setattr(models, "SIZES", {"width": 4, "ff_width": 4})
+    result = models.measure_models(repeats=1)
+    assert result["sasrec"]["time_over_sasrec_at_equal_work"] == 1 and result["lru"]["multiply_adds"] > 0
+    assert set(models.measure_lengths(1, lengths=(4, 8), tokens=8)["lru"]) == {"4", "8"}

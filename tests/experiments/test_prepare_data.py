@@ -1,3 +1,4 @@
+import json
 import os
 import pathlib
 import subprocess
@@ -46,6 +47,28 @@ def test_csv_to_directory(tmp_path):
     assert dataset.histories.features["stars"].tolist() == [2, 3, 4, 5] * 2
 
 
+def test_audit_of_a_csv_and_of_what_was_prepared(tmp_path):
+    log, out = tmp_path / "log.csv", tmp_path / "out"
+    rows = [f"{user},p{(user + i) % 12},{100 * i // 3}" for user in range(8) for i in range(10 + user % 2)]
+    log.write_text("\n".join(["user_id,item_id,timestamp", *rows]))
+    done = run(f"--input={log}", f"--output={out}", "--audit")
+    assert done.returncode == 0, done.stderr
+    assert "Audit: 8 users, 12 items, 84 events, leave_one_out, 8 test targets" in done.stdout
+    assert "of test targets are among the first 10 by the same rule" in done.stdout
+    about = json.loads((out / "audit.json").read_text())
+    dataset = load_dataset(DataConfig(path=str(out)), tmp_path / "unused")
+    assert about["checksum"] == dataset.split.checksum and about["has_times"]
+    figures = about["figures"]
+    assert figures["bigram_hit@1"]["value"] == 1  # each item follows the one of the number before
+    assert figures["twin_users"]["value"] == 0 and "copies" in figures["twin_users"]["meaning"]
+    assert (out / "audit.png").read_bytes().startswith(b"\x89PNG")
+
+    again = run(f"--input={out}", f"--output={tmp_path / 'other'}", "--audit")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "other" / "audit.json").read_text() == (out / "audit.json").read_text()
+    assert "written to" not in again.stdout
+
+
 def test_errors_are_one_line(tmp_path):
     log = tmp_path / "log.csv"
     log.write_text("user,item\n1,2\n1\n")
@@ -58,5 +81,14 @@ def test_errors_are_one_line(tmp_path):
 
 def test_help_names_every_option():
     text = run("--help").stdout
-    for option in ("--input", "--format", "--delimiter", "--k_core", "--split", "--output", "Reads, cleans"):
+    for option in (
+        "--input",
+        "--format",
+        "--delimiter",
+        "--k_core",
+        "--split",
+        "--audit",
+        "--output",
+        "Reads, cleans",
+    ):
         assert option in text

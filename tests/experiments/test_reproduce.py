@@ -7,6 +7,7 @@ import pytest
 from test_end_to_end import run
 
 from experiments.reproduce import TABLES, Row, format_markdown, summarise
+from rec_jax.models.registry import MODELS
 
 
 def made_up(ndcg_E, seed):
@@ -53,12 +54,19 @@ def test_a_table_is_made_and_what_is_there_is_used_again(tmp_path):
     assert (tmp_path / "table.png").stat().st_size > 10_000
 
 
+def test_a_config_with_variants_has_a_smoke_run_of_each(tmp_path):
+    command = ("experiments.reproduce", "--table=ml100k", "--models=gru4rec", "--smoke")
+    output = run(*command, "--seeds=1", f"--output={tmp_path}")
+    assert "ml100k.py:gru4rec-smoke" in output and "global_temporal" in output
+
+
 def test_every_row_has_its_config_and_a_wrong_name_lists_the_models(tmp_path):
     from test_end_to_end import ROOT
 
     for table in TABLES.values():
         for row in table.values():
-            assert (ROOT / f"configs/{row.config}.py").exists()
+            assert (ROOT / f"configs/{row.config.split(':')[0]}.py").exists()
+    assert set(TABLES["ml100k"]) == {config.type for config in MODELS}
     error = run(
         "experiments.reproduce", "--table=ml1m", "--models=sasrecc", f"--output={tmp_path}", fails=True
     )

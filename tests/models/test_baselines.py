@@ -1,22 +1,28 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
 from rec_jax.data.histories import Histories, leave_one_out
-from rec_jax.models.baselines import bigram, item_knn, popularity
+from rec_jax.models.baselines import BASELINES, bigram, bpr, ease, item_knn, popularity, recent_popularity
+from rec_jax.models.bpr import make_negatives
+
+
+def make_data(rows, num_items, times=None):
+    histories = Histories(
+        items=np.concatenate(rows).astype(np.int32),
+        times=times,
+        offsets=np.cumsum([0, *map(len, rows)]),
+        user_ids=np.array([f"u{user}" for user in range(len(rows))]),
+        item_ids=np.array(["", *(f"i{item}" for item in range(1, num_items + 1))]),
+    )
+    return histories, leave_one_out(histories)
 
 
 @pytest.fixture
 def data():
     """Four users; the last two events of each are held out: 5 and 6 occur there alone."""
-    rows = [[1, 2, 3, 5, 6], [1, 2, 4, 5, 6], [2, 1, 2, 5, 6], [3, 4, 6, 5]]
-    histories = Histories(
-        items=np.concatenate(rows).astype(np.int32),
-        times=None,
-        offsets=np.cumsum([0, *map(len, rows)]),
-        user_ids=np.array(list("abcd")),
-        item_ids=np.array(["", *"uvwxyz"]),
-    )
-    return histories, leave_one_out(histories)
+    return make_data([[1, 2, 3, 5, 6], [1, 2, 4, 5, 6], [2, 1, 2, 5, 6], [3, 4, 6, 5]], 6)
 
 
 def test_popularity_counts_training_events_alone(data):
@@ -55,3 +61,111 @@ def test_item_knn_keeps_the_nearest_alone(data):
     histories, split = data
     scores = item_knn(histories, split, num_neighbours=1)(np.array([0]), np.array([1]))
     assert np.count_nonzero(scores[0]) == 1 and np.argmax(scores[0]) == 2  # 1 and 2 share all users
+
+
+def test_recent_popularity_without_times_counts_the_last_events_of_each_user(data):
+    histories, split = data
+    scores = recent_popularity(histories, split, events_per_user=1)(np.array([0, 3]), np.array([3, 16]))
+    # The last training events are 3, 4, 2 and 4; all training events of 1 to 4 are 3, 4, 2 and 2.
+    np.testing.assert_allclose(scores, [[0, 3 / 5, 1 + 4 / 5, 1 + 2 / 5, 2 + 2 / 5, 0, 0]] * 2)
+
+
+def test_recent_popularity_with_times_counts_the_last_part_of_the_time_of_training(data):
+    histories, split = data
+    # Training ends at 100: its last tenth begins at 90. Held-out events come later.
+    times = [0, 10, 20, 200, 300, 50, 89, 90, 200, 300, 95, 95, 100, 200, 300, 10, 20, 200, 300]
+    histories = dataclasses.replace(histories, times=np.array(times))
+    scores = recent_popularity(histories, split, share_of_time=0.1)(np.array([1]), np.array([8]))
+    np.testing.assert_allclose(scores, [[0, 1 + 3 / 5, 2 + 4 / 5, 2 / 5, 1 + 2 / 5, 0, 0]])
+
+
+def test_ease_is_the_best_guess_of_each_item_from_the_others(data):
+    histories, split = data
+    scores = ease(histories, split, regularization=0.7)
+    seen_UV = np.zeros((4, 7))
+    for user, items in enumerate([{1, 2, 3}, {1, 2, 4}, {1, 2}, {3, 4}]):
+        seen_UV[user, list(items)] = 1
+    weights_VV = np.zeros((7, 7))
+    for item in range(7):  # ridge regression of one column on all others
+        others = np.arange(7) != item
+        x, y = seen_UV[:, others], seen_UV[:, item]
+        weights_VV[others, item] = np.linalg.solve(x.T @ x + 0.7 * np.eye(6), x.T @ y)
+    # User 2 has item 2 twice: it counts once. One item alone gives its row, 0 on the diagonal.
+    np.testing.assert_allclose(scores(np.array([2]), np.array([13]))[0], seen_UV[2] @ weights_VV, atol=1e-6)
+    alone = scores(np.array([0, 3]), np.array([1, 16]))
+    np.testing.assert_allclose(alone, weights_VV[[1, 3]], atol=1e-6)
+    assert alone[0, 1] == alone[1, 3] == 0
+
+
+def test_ease_refuses_large_catalogues(data):
+    with pytest.raises(ValueError, match="max_items=5 but there are 6 items: ease would fill .* GB"):
+        ease(*data, max_items=5)
+
+
+@pytest.fixture(scope="module")
+def two_tastes():
+    """Half of the users have items 1 to 10, half 11 to 20, in random orders, eight each."""
+    rng = np.random.default_rng(0)
+    return make_data([rng.permutation(10)[:8] + 1 + 10 * (user % 2) for user in range(60)], 20)
+
+
+def test_bpr_learns_the_taste_of_each_user(two_tastes):
+    histories, split = two_tastes
+    users, ends = np.arange(60), split.train_end
+    scores_UV = bpr(histories, split, width=8, epochs=60, learning_rate=0.05)(users, ends)
+    ahead = popularity(histories, split)(users, ends)
+    own = (np.arange(21) - 1) // 10 == users[:, None] % 2
+    other = ~own & (np.arange(21) > 0)
+
+    def share_ahead(scores_UV):
+        """Of the other taste's items, those below the target that is held out."""
+        target_U1 = scores_UV[users, histories.items[ends]][:, None]
+        return np.mean((scores_UV < target_U1)[other])
+
+    assert share_ahead(scores_UV) > 0.98 > 0.6 > share_ahead(ahead)
+
+
+def test_bpr_is_the_same_for_the_same_seed(two_tastes):
+    at = np.arange(60), two_tastes[1].train_end
+    first, again, other = (bpr(*two_tastes, width=8, epochs=2, seed=seed)(*at) for seed in (3, 3, 4))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-4
+
+
+def test_bpr_gives_users_without_training_the_biases_alone(two_tastes):
+    histories, split = two_tastes
+    train_end = split.train_end.copy()
+    train_end[[4, 7]] = histories.offsets[[4, 7]]
+    scores = bpr(histories, dataclasses.replace(split, train_end=train_end), width=8, epochs=2)
+    known, *unknown = scores(np.array([0, 4, 7]), np.array([1, 33, 57]))
+    np.testing.assert_array_equal(*unknown)
+    assert np.any(known != unknown[0])
+
+
+def test_negatives_are_all_items_but_the_users_own_alike():
+    own = {0: [2, 4, 2], 1: [1], 2: [5], 3: [1, 2, 3, 4, 5], 5: [1, 2, 4, 5]}  # user 4 has no event
+    users = np.repeat(list(own), [len(items) for items in own.values()])
+    positives = np.concatenate(list(own.values()))
+    draw, rng = make_negatives(users, positives, 5), np.random.default_rng(0)
+    drawn = np.array([draw(rng) for _ in range(600)])
+    for event, (user, positive) in enumerate(zip(users, positives, strict=True)):
+        free = sorted(set(range(1, 6)) - set(own[user])) or [positive]
+        found, counts = np.unique(drawn[:, event], return_counts=True)
+        assert found.tolist() == free
+        assert abs(counts - 600 / len(free)).max() < 60  # five standard deviations
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_held_out_events_are_not_read(two_tastes, name):
+    histories, split = two_tastes
+    times = np.tile(np.arange(8), 60)
+    in_train = split.in_train(histories)
+    other = dataclasses.replace(
+        histories, items=np.where(in_train, histories.items, 21 - histories.items), times=None
+    )
+    at = np.arange(60), split.train_end
+    for with_times in (None, times):
+        before = dataclasses.replace(histories, times=with_times)
+        after = dataclasses.replace(other, times=with_times if with_times is None else with_times + ~in_train)
+        before, after = (BASELINES[name](x, split)(*at) for x in (before, after))
+        np.testing.assert_array_equal(before, after)

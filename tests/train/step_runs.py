@@ -56,8 +56,8 @@ COUNTS = np.arange(NUM_ITEMS + 1)
 
 def make_program(
     loss="softmax", devices=1, micro_rows=8, precision=F32, seed=0, optim=OPTIM, table=None, model_axis=1,
-    num_heads=1, fully_sharded=False, reduce="f32", compress=None, total_steps=10, teachers=(), base=None,
-    model=(), augment=None, contrastive=None, **table_fields,
+    num_heads=1, num_experts=0, fully_sharded=False, reduce="f32", compress=None, total_steps=10, teachers=(),
+    base=None, model=(), augment=None, contrastive=None, **table_fields,
 ):  # fmt: skip
     """loss: one of LOSSES, or a config. model: further fields of its config. table: an update of touched
     rows, or None for the dense one."""
@@ -65,7 +65,7 @@ def make_program(
     config = ExperimentConfig(
         seed=seed,
         data=DataConfig(max_len=LENGTH),
-        model=dataclasses.replace(MODEL, num_heads=num_heads, **dict(model)),
+        model=dataclasses.replace(MODEL, num_heads=num_heads, num_experts=num_experts, **dict(model)),
         loss=LOSSES[loss] if isinstance(loss, str) else loss,
         optim=optim,
         train=TrainConfig(batch_rows=ROWS, micro_rows=micro_rows),

@@ -1,0 +1,102 @@
+"""The training step of every sequence model against that of SASRec, and how its time grows with length."""
+
+import functools
+
+import jax
+import numpy as np
+from jax.extend.core import jaxprs_in_params
+
+from configs import common
+from experiments.speed.timing import interleaved
+from rec_jax.config import build, to_config_dict
+from rec_jax.experiment import ExperimentConfig, Program
+from rec_jax.mesh import MeshConfig, make_mesh, place_batch
+from rec_jax.models.registry import MODELS
+
+NUM_ITEMS = 3_416
+SIZES = {"width": 128, "ff_width": 128, "num_layers": 2, "num_heads": 2, "dropout": 0.3}
+ROWS, LENGTH = 8, 200
+LENGTHS, TOKENS = (512, 1024, 2048, 4096, 8192), 8192
+
+
+def measure_models(repeats: int) -> dict:
+    """{model: ms of a step, its multiply-adds, both over SASRec's}, of ROWS whole rows of LENGTH events on
+    one device, with the exact softmax over NUM_ITEMS."""
+    steps = {config.type: _make_step(config, LENGTH, ROWS, SIZES) for config in MODELS}
+    secs = interleaved({name: step for name, (step, _) in steps.items()}, repeats)
+    work = {name: multiply_adds for name, (_, multiply_adds) in steps.items()}
+    return {
+        name: {
+            "ms": float(np.median(secs[name]) * 1e3),
+            "multiply_adds": work[name],
+            "time_over_sasrec": float(np.median(secs[name] / secs["sasrec"])),
+            "work_over_sasrec": work[name] / work["sasrec"],
+            "time_over_sasrec_at_equal_work": float(
+                np.median(secs[name] / secs["sasrec"]) * work["sasrec"] / work[name]
+            ),
+        }
+        for name in steps
+    }
+
+
+def measure_lengths(repeats: int, lengths=LENGTHS, tokens: int = TOKENS) -> dict:
+    """{model: {length: ms of a step over as many tokens}} of the recurrence and of SASRec, with 64 dims and
+    256 sampled negatives, so that the softmax does not hide the rest."""
+    result = {}
+    for config in MODELS:
+        if config.type not in ("lru", "sasrec"):
+            continue
+        sizes = SIZES | {"width": 64, "ff_width": 64, "num_heads": 1}
+        runs = {n: _make_step(config, n, tokens // n, sizes, sampled=True)[0] for n in lengths}
+        secs = interleaved(runs, repeats)
+        result[config.type] = {str(n): float(np.median(secs[n]) * 1e3) for n in lengths}
+    return result
+
+
+def _make_step(config_class, length: int, rows: int, sizes: dict, sampled: bool = False):
+    """(function that takes one training step and waits, multiply-adds of the step)."""
+    cfg = common.base()
+    cfg.data.max_len = length
+    cfg.model = to_config_dict(config_class())
+    cfg.model.update({name: value for name, value in sizes.items() if name in cfg.model})
+    if "time_bias" in cfg.model:
+        cfg.model.time_bias = False
+    cfg.loss.type = "sampled_softmax" if sampled else "softmax"
+    cfg.train.batch_rows, cfg.train.micro_rows = rows, max(1, min(rows, 800 // length))
+    mesh = make_mesh(MeshConfig(data=1))
+    config = build(ExperimentConfig, cfg)
+    program = Program(config, NUM_ITEMS, mesh, 1, np.ones(NUM_ITEMS + 1))
+    rng = np.random.default_rng(0)
+    items = rng.integers(1, NUM_ITEMS + 1, (2, rows, length), dtype=np.int32)
+    shape = (rows, length)
+    batch = {
+        "items": items[0],
+        "targets": items[1],
+        "segments": np.ones(shape, np.int32),
+        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), shape),
+        "row_ids": np.arange(rows, dtype=np.uint32),
+    }
+    batch = place_batch(batch, mesh)
+    step, state = program.make_step(), program.init_state()
+    work = multiply_adds(jax.make_jaxpr(step)(state, batch).jaxpr)
+    box = [state]
+
+    def run():
+        box[0], _ = step(box[0], batch)
+        jax.block_until_ready(box[0])
+
+    return run, work
+
+
+def multiply_adds(jaxpr) -> int:
+    """Of all matrix products of a program; the body of a loop counts as often as it runs."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            depth = functools.reduce(lambda n, dim: n * eqn.invars[0].aval.shape[dim], contracted, 1)
+            total += int(np.prod(eqn.outvars[0].aval.shape)) * depth
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        for inner in jaxprs_in_params(eqn.params):
+            total += times * multiply_adds(inner)
+    return total

@@ -1,0 +1,354 @@
+"""What a reader must know of a log and its split before trusting a benchmark on them."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+from rec_jax.data.histories import examples
+
+_SECS_PER_DAY = 86_400
+_NO_TIMES = (
+    "The log has no times: ties, ages of items and leakage from the future cannot be known.\n"
+    "The order of the file is taken on trust, and ties that its source had are hidden in it."
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the audit: its value reads `what`, and matters because of `meaning`."""
+
+    section: str
+    unit: Literal["share", "days", "count", "number"]
+    what: str
+    meaning: str
+
+
+_ORDER, _REPEATS, _RULES = "Order in time", "Repeats", "How far simple rules go (seen items filtered)"
+_NEW, _SPREAD, _TWINS, _FUTURE = "What is new", "Spread", "Users who are alike", "Leakage from the future"
+FIGURES = {
+    "tied_events": Figure(
+        _ORDER,
+        "share",
+        "of events are in the same second as the user's event before or after",
+        "their order is an accident of the file: re-sorting would change the sequences to learn from",
+    ),
+    "tied_test_targets": Figure(
+        _ORDER,
+        "share",
+        "of test targets are in the same second as the event before them",
+        "which of the two is the target is an accident of the file: re-sorting would change the test",
+    ),
+    "repeat_events": Figure(
+        _REPEATS,
+        "share",
+        "of events are of an item that the user had before",
+        "if high, read unfiltered metrics; if 0, the log (or its cleaning) keeps no second use",
+    ),
+    "repeat_test_targets": Figure(
+        _REPEATS,
+        "share",
+        "of test targets are of an item that the user had before",
+        "the filter of seen items keeps such a target and removes rivals: unfiltered ranks are fairer",
+    ),
+    "bigram_hit@1": Figure(
+        _RULES,
+        "share",
+        "of test targets are first by what followed the user's last item in training",
+        "solved by the last item alone: no evidence that a model reads longer histories",
+    ),
+    "bigram_hit@10": Figure(
+        _RULES,
+        "share",
+        "of test targets are among the first 10 by the same rule",
+        "a sequence model must beat this before its HR@10 says anything",
+    ),
+    "popularity_hit@1": Figure(
+        _RULES,
+        "share",
+        "of test targets are the most popular item that the user lacks",
+        "solved without knowing the user",
+    ),
+    "popularity_hit@10": Figure(
+        _RULES,
+        "share",
+        "of test targets are among the 10 most popular",
+        "any personal model must beat this",
+    ),
+    "cold_test_targets": Figure(
+        _NEW,
+        "share",
+        "of test targets are items without a training event",
+        "no model that learns items by id can know them: HR cannot reach 1 by about this much",
+    ),
+    "cold_user_targets": Figure(
+        _NEW,
+        "share",
+        "of test targets are of users without a training event",
+        "a vector per user knows nothing of them; a sequence model has the events before the target alone",
+    ),
+    "item_age_events_days": Figure(
+        _NEW,
+        "days",
+        "is the median age of an item at an event, counted from anyone's first event with it",
+        "short against the length of the log: items come and go, and what is recent matters",
+    ),
+    "item_age_test_days": Figure(
+        _NEW,
+        "days",
+        "is the same at a test target",
+        "if far from the line above, the test asks for other items than training shows",
+    ),
+    "events_per_user": Figure(
+        _SPREAD,
+        "number",
+        "events are in the history of the median user",
+        "short histories leave little to a sequence model, long ones are cut by data.max_len",
+    ),
+    "popularity_gini": Figure(
+        _SPREAD,
+        "number",
+        "is the Gini coefficient of events over items (0 all alike, 1 all on one item)",
+        "the nearer to 1, the further popularity alone goes, and the less HR says of rare items",
+    ),
+    "top_items_share": Figure(
+        _SPREAD,
+        "share",
+        "of events fall on the top 1 % of items",
+        "means over events are means over these items: look at metrics by popularity",
+    ),
+    "twin_users": Figure(
+        _TWINS,
+        "count",
+        "users have the very history of another user",
+        "copies (bots, imports, double accounts) are counted several times and reward memory",
+    ),
+    "twin_users_before_last": Figure(
+        _TWINS,
+        "count",
+        "users have the history of another user up to the last event of each",
+        "one input with several answers: no model can put all of them first",
+    ),
+    "targets_before_end_of_training": Figure(
+        _FUTURE,
+        "share",
+        "of test targets are earlier than some training event",
+        "a model may learn from what came after the moment it predicts; 0 in a global temporal split",
+    ),
+    "training_after_target": Figure(
+        _FUTURE,
+        "share",
+        "of training events are later than the target, in the mean over test targets",
+        "how much of the future there is to learn from",
+    ),
+    "first_with_others_later": Figure(
+        _FUTURE,
+        "share",
+        "of test targets are of an item that other users meet only later",
+        "at that moment nobody else had the item: where training knows it, it knows it from the future",
+    ),
+}
+
+
+def audit(histories, split) -> dict[str, float]:
+    """Figures of `FIGURES` about a log and the test part of its split: shares in 0..1, days, counts.
+
+    Those that need times are missing where the log has none, and the hit rates of rules are for the caller
+    to add. Raises ValueError if no test target has a history.
+    """
+    items, offsets = np.asarray(histories.items), histories.offsets
+    users = np.repeat(np.arange(histories.num_users), np.diff(offsets))
+    ex = examples(histories, split, "test")
+    if len(ex.targets) == 0:
+        raise ValueError("no test target has an event of its user before it: nothing to audit")
+    figures = {}
+    if histories.times is not None:
+        times = np.asarray(histories.times)
+        tied = (np.diff(times) == 0) & (np.diff(users) == 0)
+        figures["tied_events"] = np.mean(np.append(tied, False) | np.append(False, tied))
+        figures["tied_test_targets"] = np.mean(times[ex.ends] == times[ex.ends - 1])
+    is_first = np.zeros(len(items), bool)
+    is_first[np.unique(users * (histories.num_items + 1) + items, return_index=True)[1]] = True
+    figures["repeat_events"] = np.mean(~is_first)
+    figures["repeat_test_targets"] = np.mean(~is_first[ex.ends])
+    figures["cold_test_targets"] = ex.num_unseen / len(ex.targets)
+    figures["cold_user_targets"] = np.mean((split.train_end == offsets[:-1])[ex.users])
+    if histories.times is not None:
+        ages = item_age_days(histories)
+        figures["item_age_events_days"] = np.median(ages)
+        figures["item_age_test_days"] = np.median(ages[ex.ends])
+    figures["events_per_user"] = np.median(np.diff(offsets))
+    counts = np.sort(_item_counts(histories))
+    figures["popularity_gini"] = _gini(counts)
+    figures["top_items_share"] = counts[-_one_percent(counts) :].sum() / len(items)
+    figures["twin_users"] = _num_twins(items, offsets[:-1], offsets[1:])
+    figures["twin_users_before_last"] = _num_twins(items, offsets[:-1], offsets[1:] - 1)
+    if histories.times is not None:
+        train_times, target_times = np.sort(times[split.in_train(histories)]), times[ex.ends]
+        num_later = len(train_times) - np.searchsorted(train_times, target_times, side="right")
+        figures["targets_before_end_of_training"] = np.mean(num_later > 0)
+        figures["training_after_target"] = np.mean(num_later) / len(train_times)
+        first = _first_by_others(items, users, times, ex.users, ex.targets)
+        figures["first_with_others_later"] = np.mean((first > target_times) & (first < _NEVER))
+    return {name: float(value) for name, value in figures.items()}
+
+
+def item_age_days(histories) -> np.ndarray:
+    """f64[N]: days from the first event with an item, of any user, to the event."""
+    times, items = np.asarray(histories.times), np.asarray(histories.items)
+    first_V = np.full(histories.num_items + 1, _NEVER)
+    np.minimum.at(first_V, items, times)
+    return (times - first_V[items]) / _SECS_PER_DAY
+
+
+_NEVER = np.iinfo(np.int64).max
+
+
+def _first_by_others(items, users, times, target_users, targets) -> np.ndarray:
+    """int64[E]: when a user other than the target's first had the item; _NEVER if none had."""
+
+    def first_of_each_item(events):
+        """(time, user) of the earliest of `events` of each item."""
+        events = events[np.lexsort((times[events], items[events]))]
+        found, at = np.unique(items[events], return_index=True)
+        time_V, user_V = np.full(items.max() + 1, _NEVER), np.full(items.max() + 1, -1)
+        time_V[found], user_V[found] = times[events[at]], users[events[at]]
+        return time_V, user_V
+
+    first_V, user_V = first_of_each_item(np.arange(len(items)))
+    second_V, _ = first_of_each_item(np.flatnonzero(users != user_V[items]))
+    return np.where(user_V[targets] == target_users, second_V[targets], first_V[targets])
+
+
+def _num_twins(items, starts, ends) -> int:
+    """Users whose items[start:end], if there are any, are another user's too."""
+    seen = [items[start:end].tobytes() for start, end in zip(starts, ends, strict=True) if end > start]
+    return sum(num for num in Counter(seen).values() if num > 1)
+
+
+def _item_counts(histories) -> np.ndarray:
+    """int64[V]: events of each item, padding left out."""
+    return np.bincount(histories.items, minlength=histories.num_items + 1)[1:]
+
+
+def _gini(ascending: np.ndarray) -> float:
+    num = len(ascending)
+    return 2 * np.sum(np.arange(1, num + 1) * ascending) / (num * ascending.sum()) - (num + 1) / num
+
+
+def _one_percent(counts: np.ndarray) -> int:
+    return -(-len(counts) // 100)
+
+
+def format_audit(histories, split, figures: dict[str, float]) -> str:
+    """The report that people read: each figure with what it means for trust."""
+    num_test = len(examples(histories, split, "test").users)
+    lines = [f"Audit: {_title(histories, split)}, {num_test:,} test targets with a history"]
+    if histories.times is None:
+        lines += ["", _NO_TIMES]
+    section = ""
+    for name, figure in FIGURES.items():
+        if name in figures:
+            if figure.section != section:
+                section = figure.section
+                lines += ["", section]
+            value = _text(figures[name], figure.unit)
+            lines += [f"{value:>10}  {figure.what}", f"{'':10}  -> {figure.meaning}"]
+    return "\n".join(lines)
+
+
+def _title(histories, split) -> str:
+    return (
+        f"{histories.num_users:,} users, {histories.num_items:,} items, {histories.num_events:,} events, "
+        f"{split.kind}"
+    )
+
+
+def _text(value: float, unit: str) -> str:
+    texts = {"share": f"{value:.2%}", "days": f"{value:,.1f} days", "count": f"{value:,.0f}"}
+    return texts[unit] if unit in texts else f"{value:.3g}"
+
+
+def plot_audit(histories, split, figures: dict[str, float], path: Path) -> None:
+    """Four panels: lengths of histories, popularity, age of items (or popularity of targets), shares."""
+    canvas = Canvas(figsize=(13, 9), layout="constrained")
+    (lengths, popularity), (ages, shares) = canvas.subplots(2, 2)
+    _plot_lengths(histories, lengths)
+    _plot_popularity(histories, figures, popularity)
+    ex = examples(histories, split, "test")
+    if histories.times is not None:
+        _plot_ages(histories, ex, ages)
+    else:
+        _plot_target_counts(split.train_item_counts(histories), ex.targets, ages)
+    _plot_shares(figures, shares)
+    canvas.suptitle(_title(histories, split))
+    canvas.savefig(path, dpi=110)
+
+
+def _plot_lengths(histories, axes) -> None:
+    lengths = np.diff(histories.offsets)
+    edges = np.geomspace(lengths.min(), lengths.max() + 1, 40)
+    axes.hist(lengths, np.unique(np.floor(edges)), color="tab:blue")
+    median = np.median(lengths)
+    axes.axvline(median, color="black", linestyle="--", label=f"median {median:,.0f}")
+    axes.set(xscale="log", xlabel="events of a user", ylabel="users", title="Lengths of histories")
+    _plain_numbers(axes.xaxis)
+    axes.legend()
+
+
+def _plot_popularity(histories, figures, axes) -> None:
+    counts = np.sort(_item_counts(histories))[::-1]
+    rank = np.arange(1, len(counts) + 1)
+    axes.loglog(rank, counts, color="tab:blue")
+    top = f"top 1 %: {figures['top_items_share']:.1%} of events"
+    axes.axvspan(1, max(_one_percent(counts), 1.05), color="tab:orange", alpha=0.3, label=top)
+    axes.legend(loc="lower left")
+    axes.set(xlabel="item, most popular first", ylabel="events")
+    axes.set_title(f"Popularity of items, Gini {figures['popularity_gini']:.2f}")
+    _plain_numbers(axes.xaxis)
+    _plain_numbers(axes.yaxis)
+
+
+def _plot_ages(histories, ex, axes) -> None:
+    ages = item_age_days(histories)
+    _plot_shares_up_to(axes, {"all events": ages, "test targets": ages[ex.ends]})
+    axes.set(xlabel="days since the first event with the item", title="Age of items when used")
+
+
+def _plot_target_counts(counts_V, targets, axes) -> None:
+    in_training = np.repeat(counts_V, counts_V)
+    _plot_shares_up_to(axes, {"training events": in_training, "test targets": counts_V[targets]})
+    axes.set_xscale("symlog", linthresh=1)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xlim(left=0)
+    axes.set(xlabel="training events of the item (0: cold)", title="Which items the test asks for")
+
+
+def _plot_shares_up_to(axes, parts: dict[str, np.ndarray]) -> None:
+    share = np.linspace(0, 1, 1001)
+    for name, values in parts.items():
+        axes.plot(np.quantile(values, share), share, label=name)
+    axes.set(ylabel="share up to there", ylim=(0, 1))
+    axes.legend(loc="upper left")
+
+
+def _plot_shares(figures, axes) -> None:
+    names = [name for name in figures if FIGURES[name].unit == "share" and name != "top_items_share"][::-1]
+    values = [figures[name] for name in names]
+    axes.barh([name.replace("_", " ") for name in names], values, color="tab:blue")
+    for y, value in enumerate(values):
+        axes.text(value + 0.01, y, f"{value:.1%}", va="center")
+    axes.set(xlim=(0, 1.12), xlabel="share; audit.json says of what, and what it means")
+    axes.set_title("Before trusting a benchmark on it")
+
+
+def _plain_numbers(axis) -> None:
+    """1, 10, 100, ... on a logarithmic axis, and 2, 5, 20, ... where there is room."""
+    low, high = axis.get_data_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axis.set_minor_formatter(NullFormatter())

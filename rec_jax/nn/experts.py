@@ -1,0 +1,142 @@
+"""Mixture of experts: feed-forwards of which each token uses a few."""
+
+import math
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+
+from rec_jax.nn.parallel import sum_parts, to_parts
+
+
+@jax.custom_vjp
+def move(x_AD, source_N, place_A):
+    """x_AD[source_N], zeros where the source is A. place_A: where each row of x goes, N if nowhere.
+
+    So a gradient goes back by a gather, too, which is faster on a CPU than the scatter that it would be, and
+    both are much faster than products with one-hot matrices.
+    """
+    return x_AD.at[source_N].get(mode="fill", fill_value=0)
+
+
+move.defvjp(
+    lambda x_AD, source_N, place_A: (move(x_AD, source_N, place_A), (source_N, place_A)),
+    lambda moves, grad_ND: (move(grad_ND, moves[1], moves[0]), None, None),
+)
+
+
+class Experts(nnx.Module):
+    """E feed-forwards and a router that gives each token K of them, and a gate to each of these.
+
+    In a training, an expert takes at most capacity_factor * K * S / E tokens of a packed row, the first ones;
+    for the others it counts as 0. Otherwise it takes all that are sent to it, at the price of E / K times the
+    multiply-adds, for then every expert computes every token.
+
+    Over the mesh axis "model" it is split by experts, all of which see all tokens.
+
+    Source: Shazeer et al., ICLR'17 (arXiv 1701.06538), section 2; Lepikhin et al., arXiv 2006.16668, section
+    2.2, for capacities; Fedus et al., JMLR'22 (arXiv 2101.03961), equations 2 and 4 to 6, for the gate of
+    K = 1, which is the router's probability (gates of more add up to 1), and the balance.
+    Differs: capacity and balance are counted in each packed row, so that neither depends on the rest of a
+    batch. A token has its place among the experts before any later one has, so nothing looks ahead; but in
+    a training the earlier segments of a row can take the room of the later ones. No noise in the router; a
+    second choice is never left to chance.
+    """
+
+    def __init__(self, config, *, is_gated: bool = False, rngs: nnx.Rngs):
+        """is_gated: an expert is activation(x W) * (x V), then W_2; else activation(x W), then W_2."""
+        num, width, ff_width = config.num_experts, config.width, config.ff_width
+        up_width = (2 if is_gated else 1) * ff_width
+        init = nnx.initializers.xavier_uniform(batch_axis=0)
+        # Near 0, so that all experts begin with about as many tokens.
+        self.router_kernel = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (width, num)))
+        self.up_kernel = nnx.Param(init(rngs.params(), (num, width, up_width)))
+        self.up_bias = nnx.Param(jnp.zeros((num, up_width)))
+        self.down_kernel = nnx.Param(init(rngs.params(), (num, ff_width, width)))
+        self.down_bias = nnx.Param(jnp.zeros((num, width)))
+        self.config, self.is_gated = config, is_gated
+
+    def __call__(self, x):
+        """x [..., D]. Drops nothing."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        _, chosen_TKE, gates_TK = self.route(x_TD)
+        gates_TE = jnp.sum(jnp.where(chosen_TKE, gates_TK[..., None], 0), axis=1).astype(x.dtype)
+        hidden_TEF = jnp.einsum("td,edf->tef", x_TD, self.up_kernel[...]) + self.up_bias[...]
+        hidden_TEF = self.activate(hidden_TEF) * gates_TE[..., None]
+        y_TD = jnp.einsum("tef,efd->td", hidden_TEF, self.down_kernel[...])
+        return (y_TD + gates_TE @ self.down_bias[...]).reshape(x.shape)
+
+    def in_training(self, x_BSD, real_BS, penalties: list | None):
+        """real_BS: bool; what is False is padding, which gets 0 and takes nobody's room.
+
+        penalties: see SequenceModel.
+        """
+        config, (batch, length, width) = self.config, x_BSD.shape
+        num, num_chosen = config.num_experts, config.experts_per_token
+        probs_TE, chosen_TKE, gates_TK = self.route(x_BSD.reshape(-1, width))
+        chosen_BSKE = chosen_TKE.reshape(batch, length, num_chosen, num) & real_BS[..., None, None]
+        chosen_BSE = jnp.any(chosen_BSKE, axis=2)
+        if penalties is not None:
+            probs_BSE = probs_TE.reshape(batch, length, num)
+            penalties.append(config.balance_weight * balance(probs_BSE, chosen_BSE, real_BS))
+
+        kernel_eDF = self.up_kernel[...]
+        here = kernel_eDF.shape[0]
+        is_split = here < num  # over "model"
+        first = jax.lax.axis_index("model") * here if is_split else 0
+        capacity = min(length, math.ceil(config.capacity_factor * num_chosen * length / num))
+        before_BSE = jnp.cumsum(chosen_BSE, axis=1, dtype=jnp.int32) - chosen_BSE
+        expert_BSE = jnp.arange(num) - first
+        taken_BSE = (before_BSE < capacity) & (expert_BSE >= 0) & (expert_BSE < here)
+        # Slots of this device's experts: [e, B, capacity] in a row, one more for what has no place.
+        slot_BSE = (expert_BSE * batch + jnp.arange(batch)[:, None, None]) * capacity + before_BSE
+        num_slots, num_moves = here * batch * capacity, gates_TK.size
+        moved_BSKE = chosen_BSKE & taken_BSE[:, :, None]
+        slot_A = jnp.min(jnp.where(moved_BSKE, slot_BSE[:, :, None], num_slots), axis=-1).reshape(-1)
+        move_N = jnp.full(num_slots, num_moves).at[slot_A].set(jnp.arange(num_moves), mode="drop")
+
+        if is_split:
+            x_BSD, gates_TK = to_parts(x_BSD), to_parts(gates_TK)
+        x_AD = jnp.repeat(x_BSD.reshape(-1, width), num_chosen, axis=0)
+        x_eND = move(x_AD, move_N, slot_A).reshape(here, batch * capacity, width)
+        hidden_eNF = jnp.einsum("end,edf->enf", x_eND, kernel_eDF) + self.up_bias[...][:, None]
+        y_eND = jnp.einsum("enf,efd->end", self.activate(hidden_eNF), self.down_kernel[...])
+        y_eND += self.down_bias[...][:, None]
+        y_AD = move(y_eND.reshape(num_slots, width), slot_A, move_N)
+        y_TD = jnp.sum(y_AD.reshape(-1, num_chosen, width) * gates_TK[..., None].astype(y_AD.dtype), axis=1)
+        return (sum_parts(y_TD) if is_split else y_TD).reshape(x_BSD.shape)
+
+    def route(self, x_TD):
+        """(probabilities f32[T, E], bool[T, K, E] which expert each choice is, gates f32[T, K])."""
+        num_chosen = self.config.experts_per_token
+        logits_TE = jnp.dot(x_TD.astype(jnp.float32), self.router_kernel[...].astype(jnp.float32))
+        probs_TE = jax.nn.softmax(logits_TE)
+        expert_TK = jax.lax.top_k(jax.lax.stop_gradient(probs_TE), num_chosen)[1]
+        chosen_TKE = expert_TK[..., None] == jnp.arange(probs_TE.shape[1])
+        gates_TK = jnp.sum(jnp.where(chosen_TKE, probs_TE[:, None], 0), axis=-1)
+        if num_chosen > 1:  # a single one, always 1, would teach the router nothing
+            gates_TK /= jnp.sum(gates_TK, axis=-1, keepdims=True)
+        return probs_TE, chosen_TKE, gates_TK
+
+    def activate(self, hidden):
+        function = getattr(nnx, self.config.activation)
+        if not self.is_gated:
+            return function(hidden)
+        gate, up = jnp.split(hidden, 2, axis=-1)
+        return function(gate) * up
+
+
+def balance(probs_BSE, chosen_BSE, real_BS):
+    """f32[B]: E * sum over experts of (share of the row's choices) * (mean probability in the row), times the
+    row's real tokens: so much for each token, 1 where all experts are equal and E where one gets all."""
+    num = probs_BSE.shape[-1]
+    choices_BE = jnp.sum(chosen_BSE, axis=1, dtype=jnp.float32)
+    probs_BE = jnp.sum(jnp.where(real_BS[..., None], probs_BSE, 0), axis=1)
+    return num * jnp.sum(choices_BE * probs_BE, axis=-1) / jnp.maximum(jnp.sum(choices_BE, axis=-1), 1)
+
+
+def feed_forward(ff, x, segments_BS, key_B, penalties: list | None):
+    """ff(x) of a block, whose feed-forward may be Experts. key_B: None outside of a training."""
+    if key_B is None or not isinstance(ff, Experts):
+        return ff(x)
+    return ff.in_training(x, segments_BS > 0, penalties)

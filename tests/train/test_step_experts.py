@@ -1,0 +1,79 @@
+"""Steps of a mixture of experts, whose balance is part of the loss, are the same on every mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from step_runs import LENGTH, LOSSES, NUM_ITEMS, assert_close, initial_params, make_batch, reference, run
+
+from rec_jax.hashing import row_keys
+from rec_jax.mesh import MeshConfig, make_mesh
+from rec_jax.models.base import define_model
+from rec_jax.models.bert4rec import BERT4RecConfig
+from rec_jax.models.esasrec import ESASRecConfig
+from rec_jax.models.registry import model_builder
+from rec_jax.models.sasrec import SASRecConfig
+from rec_jax.nn.parallel import partition
+from rec_jax.train.objective import make_objective
+from rec_jax.train.precision import F32
+
+FIELDS = {"num_experts": 4, "num_heads": 4}
+
+
+def mixture(config_class=SASRecConfig, **fields):
+    return config_class(
+        **{"width": 8, "ff_width": 12, "num_heads": 4, "num_layers": 1, "num_experts": 4} | fields
+    )
+
+
+def test_the_division_into_devices_and_micro_steps_changes_nothing():
+    """Experts over "model", other parameters over "data", the table over both; two micro-steps a device."""
+    spread = {"model_axis": 4, "fully_sharded": True, "layout": "rows"}
+    assert_close(run("softmax", 2, 2, **spread, **FIELDS), reference("softmax", **FIELDS))
+
+
+def test_the_balance_is_added_to_the_loss_of_a_training():
+    batch = make_batch() | {"row_ids": np.arange(8, dtype=np.int32)}
+    context = {"step_seed": jnp.uint32(3), "step": 0, "frozen": None, "shared": None, "scale": 2.0}
+    params, models = initial_params(mixture()), {}
+    for weight in (0.0, 0.3):
+        models[weight] = define_model(model_builder(mixture(balance_weight=weight), NUM_ITEMS, LENGTH))
+
+    @jax.jit
+    def compute(params):
+        penalties = []
+        models[0.3].bind(params)(batch, row_keys(jnp.uint32(3), batch["row_ids"]), penalties=penalties)
+        objectives = [make_objective(model, LOSSES["softmax"], None, F32) for model in models.values()]
+        return [objective(params, None, batch, context) for objective in objectives], penalties
+
+    ((plain, _), (loss, tokens)), (penalty_B,) = compute(params)
+    np.testing.assert_allclose(loss - plain, 2.0 * np.sum(penalty_B), rtol=1e-3)
+    assert 0.3 <= np.sum(penalty_B) / tokens < 0.4  # the router begins near balance, which is 1
+
+
+@pytest.mark.parametrize("config_class", [SASRecConfig, ESASRecConfig, BERT4RecConfig])
+def test_every_layer_has_a_balance_in_training_and_none_else(config_class):
+    model = define_model(model_builder(mixture(config_class, num_layers=3), NUM_ITEMS, LENGTH))
+    batch = make_batch() | {"masked": np.zeros((8, LENGTH), bool)}
+
+    def penalties(params, key_B):
+        penalties = []
+        model.bind(params)(batch, key_B, penalties=penalties)
+        return penalties
+
+    training = jax.eval_shape(penalties, model.abstract_params, jnp.arange(8, dtype=jnp.uint32))
+    assert [x.shape for x in training] == [(8,)] * 3
+    assert jax.eval_shape(penalties, model.abstract_params, None) == []
+
+
+@pytest.mark.parametrize("config_class", [SASRecConfig, ESASRecConfig])
+@pytest.mark.parametrize("num_experts, axis", [(8, "model"), (6, None)])
+def test_experts_lie_over_the_mesh_where_they_can_be_divided(config_class, num_experts, axis):
+    config = mixture(config_class, num_experts=num_experts)
+    model = define_model(model_builder(config, NUM_ITEMS, LENGTH))
+    mesh = make_mesh(MeshConfig(data=2, model=4))
+    specs = partition(model.abstract_params, config.tensor_parallel(4), mesh, fully_sharded=False)
+    ff = specs["blocks"][0]["ff"]
+    assert ff["up_kernel"] == ff["down_kernel"] == P(axis, None, None)
+    assert ff["up_bias"] == ff["down_bias"] == P(axis, None) and ff["router_kernel"] == P(None, None)
