@@ -62,7 +62,8 @@ def _plan(config, num_items: int):
     mesh = make_mesh(config.mesh) if _COMPILE.value else AbstractMesh((data, model), ("data", "model"))
     counts = np.broadcast_to(1, (num_items + 1,))  # nothing is known of them
     program = Program(config, num_items, mesh, 1, counts)
-    num_ids = ids_per_device(config.loss, config.train.batch_rows, config.data.max_len, data)
+    rows, num_views = config.train.batch_rows, 2 * config.contrastive.augments
+    num_ids = ids_per_device(config.loss, rows, config.data.max_len, data, num_views)
     print(
         f"mesh: data={data}, model={model}, {data * model} devices\n"
         f"table of items: {num_items + 1:,} rows x {config.model.table_dim}, "

@@ -8,27 +8,32 @@ from absl import flags
 
 from experiments.launch import launch
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a trained run.")
+_WORKDIR = flags.DEFINE_list("workdir", None, "Directory of a trained run, or several, separated by commas.")
 _USER = flags.DEFINE_string("user", None, "A user id of the log; all of that user's events are used.")
 _HISTORY = flags.DEFINE_list("history", None, "Item ids, oldest first, separated by commas.")
 _K = flags.DEFINE_integer("k", 10, "How many items to recommend.", lower_bound=1)
 _SEEN = flags.DEFINE_bool("seen", False, "Recommend items of the history again, too.")
+_DIMS = flags.DEFINE_integer("dims", 0, "Score by so many first dims; 0 = by all.", lower_bound=0)
 flags.mark_flag_as_required("workdir")
 
 
 def main():
+    from rec_jax.eval.ensemble import EnsembleScorer, check_same_split
     from rec_jax.experiment import Experiment
     from rec_jax.recommend import events_of, items_of, name, recommend
 
     if (_USER.value is None) == (_HISTORY.value is None):
         raise ValueError("give either --user=ID or --history=ID,ID,...")
-    experiment = Experiment.open(_WORKDIR.value)
-    histories = experiment.histories
+    runs = [Experiment.open(workdir) for workdir in _WORKDIR.value]
+    check_same_split(runs)
+    histories = runs[0].histories
     if _USER.value is not None:
         items, times = events_of(histories, _USER.value)
     else:
         items, times = items_of(histories, _HISTORY.value), None
-    best = recommend(experiment.best_scorer(), histories, items, times, k=_K.value, seen=_SEEN.value)
+    scorers = [run.best_scorer(_DIMS.value) for run in runs]
+    scorer = scorers[0] if len(scorers) == 1 else EnsembleScorer(scorers)
+    best = recommend(scorer, histories, items, times, k=_K.value, seen=_SEEN.value)
 
     print(f"history of {len(items)} events, the last of them:")
     for item in items[-5:]:

@@ -22,6 +22,7 @@ from rec_jax.experiment import Experiment, ExperimentConfig, model_builder, writ
 from rec_jax.models.base import define_model, init_model
 from rec_jax.train.losses import draw_shared
 from rec_jax.train.objective import make_objective
+from rec_jax.train.popularity import mark_targets, with_popularity
 from rec_jax.tree import cast_floats, num_params
 
 WEIGHTS = r".*(kernel|embedding)"  # all parameters but biases and norms
@@ -266,13 +267,15 @@ def _first_batches(run: Experiment, num: int = 4) -> list[dict]:
 def training_gradients(parent: Experiment, params):
     """Of the parent's own loss, summed over a few training batches."""
     config = parent.config.loss
-    sampler = make_sampler(config.sampler, parent.split.train_item_counts(parent.histories))
+    counts = parent.split.train_item_counts(parent.histories)
+    sampler = with_popularity(config, make_sampler(config.sampler, counts), counts)
     objective = make_objective(parent.model, config, sampler, parent.config.precision)
 
     @jax.jit
     def gradients(params, batch, seed):
         context = {"step_seed": seed, "step": 0, "frozen": None, "scale": 1.0}
         context["shared"] = draw_shared(config, sampler, seed, batch["targets"])
+        batch = mark_targets(config, sampler, batch)
         return jax.grad(lambda p: objective(p, None, batch, context)[0])(params)
 
     total = jax.tree.map(jnp.zeros_like, params)

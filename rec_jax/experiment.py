@@ -9,6 +9,7 @@ import pathlib
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rec_jax import mesh as mesh_lib
@@ -25,7 +26,7 @@ from rec_jax.data.pipeline import BatchSource, make_iterator
 from rec_jax.eval.evaluator import EvalConfig, evaluate
 from rec_jax.mesh import MeshConfig, replicate
 from rec_jax.models.base import define_model, get_table, init_model, with_table, without_table
-from rec_jax.models.baselines import BASELINES
+from rec_jax.models.baselines import BASELINES, nearest_items
 from rec_jax.models.registry import ModelConfig
 from rec_jax.models.registry import model_builder as registered_builder
 from rec_jax.models.sasrec import SASRecConfig
@@ -33,11 +34,16 @@ from rec_jax.models.scoring import SequenceScorer
 from rec_jax.nn.layouts import shardings
 from rec_jax.nn.parallel import partition
 from rec_jax.train import checkpoint
+from rec_jax.train.augment import AugmentConfig
+from rec_jax.train.contrastive import ContrastiveConfig, Views
+from rec_jax.train.contrastive import check as check_views
 from rec_jax.train.dedupe import DedupingSource
+from rec_jax.train.heads import check as check_heads
 from rec_jax.train.loop import TrainConfig, fit
 from rec_jax.train.losses import LossConfig
 from rec_jax.train.optim import OptimConfig, make_optimizer
 from rec_jax.train.plan import LayoutCost, choose_layout, ids_per_device, layout_costs
+from rec_jax.train.popularity import with_popularity
 from rec_jax.train.precision import PrecisionConfig, kept_as
 from rec_jax.train.state import TrainState
 from rec_jax.train.step import init_state, make_catch_up, make_train_step, state_specs
@@ -61,9 +67,13 @@ class ExperimentConfig:
     table: TableConfig = TableConfig()
     precision: PrecisionConfig = PrecisionConfig()
     compress: CompressConfig = CompressConfig()
+    augment: AugmentConfig = AugmentConfig()
+    contrastive: ContrastiveConfig = ContrastiveConfig()
 
     def __post_init__(self):
         check_table(self.table, self.loss)
+        check_views(self.augment, self.contrastive, self.model, self.table.host_dedupe)
+        check_heads(self.loss, self.model, self.data.max_len, self.compress.distill.teachers)
         if unknown := set(self.eval.baselines) - set(BASELINES):
             raise ValueError(
                 f"baselines={self.eval.baselines}: there is no {', '.join(sorted(unknown))}; use "
@@ -84,7 +94,8 @@ def model_builder(config: ExperimentConfig, num_items: int):
 
 def plan_layouts(config: ExperimentConfig, num_items: int, mesh) -> list[LayoutCost]:
     data, model = mesh.shape["data"], mesh.shape["model"]
-    num_ids = ids_per_device(config.loss, config.train.batch_rows, config.data.max_len, data)
+    rows, num_views = config.train.batch_rows, 2 * config.contrastive.augments
+    num_ids = ids_per_device(config.loss, rows, config.data.max_len, data, num_views)
     return layout_costs(
         config.table, config.optim.type, num_items + 1, config.model.table_dim, num_ids, data, model
     )
@@ -136,7 +147,8 @@ class Program:
 
     @functools.cached_property
     def sampler(self):  # made only where it is used: its tables take seconds for millions of items
-        return make_sampler(self.config.loss.sampler, self._item_counts)
+        sampler = make_sampler(self.config.loss.sampler, self._item_counts)
+        return with_popularity(self.config.loss, sampler, self._item_counts)
 
     def init_state(self, params=None) -> TrainState:
         """params: of the model, to start from; None = drawn by the seed."""
@@ -156,8 +168,11 @@ class Program:
     def abstract_params(self):
         return self.abstract_state().params
 
-    def make_step(self):
+    def make_step(self, neighbours_VK=None):
+        """neighbours_VK: see `augment`; needed to substitute items."""
         config = self.config
+        views = Views(config.augment, config.contrastive, neighbours_VK)
+        has_views = config.augment.is_on or config.contrastive.weight
         return make_train_step(
             self.model,
             self.optimizer,
@@ -172,6 +187,7 @@ class Program:
             specs=self.specs,
             reduce=config.mesh.reduce,
             extras=self.extras,
+            views=views if has_views else None,
         )
 
     def prepare(self, source):
@@ -287,7 +303,7 @@ class Experiment:
             write_json(path, config_json)
         fitted = fit(
             program.init_state(self._base),
-            program.make_step(),
+            program.make_step(self._neighbours()),
             make_iterator(program.prepare(source)),
             lambda params: self.evaluate(self.scorer(params), "val", quick=True),
             config=config.train,
@@ -311,6 +327,15 @@ class Experiment:
         counts = self.split.train_item_counts(self.histories)
         num_items = self.histories.num_items
         return Program(config, num_items, self.mesh, total_steps, counts, teachers or (), self._base)
+
+    def _neighbours(self):
+        """The nearest items of each, where training substitutes them."""
+        config = self.config
+        asking = [config.augment]
+        if config.contrastive.augments:
+            asking.append(config.contrastive.augment)
+        nums = [section.num_neighbours for section in asking if section.substitute]
+        return jnp.asarray(nearest_items(self.histories, self.split, max(nums))) if nums else None
 
     def _teachers(self) -> list:
         """[(model, params)] of compress.distill.teachers.
@@ -360,22 +385,27 @@ class Experiment:
         """Those that a compressed run stored, or `trained_params`."""
         return artifact.load(self.workdir) if artifact.exists(self.workdir) else self.trained_params()
 
-    def scorer(self, params) -> SequenceScorer:
-        """params: as they lie in training."""
+    def scorer(self, params, dims: int = 0) -> SequenceScorer:
+        """params: as they lie in training. dims: see `SequenceScorer`."""
         program = self.program()
         params = program.extras.final(params) if program.extras else params
-        return self.plain_scorer(params, program.item_table and program.item_table.layout)
+        return self.plain_scorer(params, program.item_table and program.item_table.layout, dims)
 
-    def best_scorer(self) -> SequenceScorer:
+    def best_scorer(self, dims: int = 0) -> SequenceScorer:
         """Of what a compressed run stored, or of the best parameters of the training."""
         if artifact.exists(self.workdir):
-            return self.plain_scorer(artifact.load(self.workdir))
-        return self.scorer(self.best_params())
+            return self.plain_scorer(artifact.load(self.workdir), dims=dims)
+        return self.scorer(self.best_params(), dims)
 
-    def plain_scorer(self, params, layout=None) -> SequenceScorer:
-        """params: as the model takes them; layout: of the table of items, if it is spread."""
+    def plain_scorer(self, params, layout=None, dims: int = 0) -> SequenceScorer:
+        """params: as the model takes them; layout: of the table of items, if it is spread.
+
+        Raises ValueError for more dims than there are.
+        """
+        if dims > (full := self.config.model.table_dim):
+            raise ValueError(f"dims={dims}: the vectors of {self.workdir} have {full} (SequenceConfig)")
         max_len = self.config.data.max_len
-        return SequenceScorer(self.model, params, self.histories, max_len, self.mesh, layout)
+        return SequenceScorer(self.model, params, self.histories, max_len, self.mesh, layout, dims)
 
     def evaluate(self, score_fn, part: str, *, quick: bool = False) -> dict:
         """Every metric of one part; `quick` leaves out intervals and sampled protocols."""

@@ -40,6 +40,8 @@ def factorise_model(config: SASRecConfig, params, dim: int) -> tuple[SASRecConfi
             f"item_dim={config.item_dim}: the table is factorised already; start from the model that it came "
             "from (SASRecConfig)"
         )
+    if config.num_future > 1:
+        raise ValueError(f"num_future={config.num_future}: its heads have no smaller form (SequenceConfig)")
     config = dataclasses.replace(config, item_dim=dim)
     table_VE, projection_ED = factorise(get_table(params), dim)
     return config, with_table(params, table_VE) | {"project": {"kernel": projection_ED}}

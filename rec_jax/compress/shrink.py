@@ -115,6 +115,8 @@ def choose_units(
 
 
 def _check(model_config: SASRecConfig, config: ShrinkConfig):
+    if model_config.num_future > 1:
+        raise ValueError(f"num_future={model_config.num_future}: its heads cannot shrink (SequenceConfig)")
     for name, field in _FIELDS.items():
         left, there = getattr(config, name), getattr(model_config, field)
         if left > there:

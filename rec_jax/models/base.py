@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from rec_jax.nn.dense import dense
+
 ITEMS = ("items", "embedding")  # where a model keeps the table of its catalogue
 
 
@@ -21,9 +23,10 @@ class SequenceConfig:
     dropout: float = 0.1
     l2_normalize: bool = False  # score by cosine: both sides normalised to length 1
     temperature: float = 1.0  # scores are divided by it
+    num_future: int = 1  # items that training foretells at each token: the next and those after it
 
     def __post_init__(self):
-        self.at_least(width=1, num_layers=0)
+        self.at_least(width=1, num_layers=0, num_future=1)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1) ({type(self).__name__})")
         if self.temperature <= 0:
@@ -78,6 +81,22 @@ class SequenceModel(nnx.Module):
         if self.config.l2_normalize:
             x = unit(x)
         return x / self.config.temperature
+
+    def cut_queries(self, x, dims: int):
+        """The first dims of what `queries` returned, normalised again where that is."""
+        x = x[..., :dims]
+        return unit(x) / self.config.temperature if self.config.l2_normalize else x
+
+    def cut_items(self, table_VD, dims: int):
+        """The first dims of `item_vectors()`, normalised again where they are."""
+        table_VD = table_VD[:, :dims]
+        return unit(table_VD) if self.config.l2_normalize else table_VD
+
+    def ahead(self, x_BSD, steps: int):
+        """Queries for the item `steps` after the next one, from those for the next one."""
+        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        x_TD = x_TD + dense(x_TD, self.future[steps - 1].kernel[...]).astype(x_TD.dtype)
+        return self.cut_queries(x_TD.reshape(x_BSD.shape), x_BSD.shape[-1])
 
     def item_vectors(self):
         """The catalogue as table_VD, [V, table_dim]; row 0 is padding and must not be scored.

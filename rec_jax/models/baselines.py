@@ -70,10 +70,7 @@ def item_knn(histories, split, num_neighbours: int = 100) -> Callable:
 
     Source: Sarwar et al., WWW'01, on binary interactions.
     """
-    seen_UV = _train_matrix(histories, split)
-    norms_V = np.sqrt(np.asarray(seen_UV.sum(axis=0)).ravel())
-    scaled_UV = seen_UV @ sp.diags(1 / np.maximum(norms_V, 1e-9))
-    cosine_VV = _keep_largest(scaled_UV.T.tocsr(), scaled_UV.tocsr(), num_neighbours)
+    cosine_VV = _cosines(histories, split, num_neighbours)
 
     def score_fn(users, ends):
         return (_history_matrix(histories, users, ends) @ cosine_VV).toarray()
@@ -111,6 +108,24 @@ def ease(histories, split, regularization: float = 250.0, max_items: int = 20_00
         return history_BV @ weights_VV
 
     return score_fn
+
+
+def nearest_items(histories, split, num_neighbours: int) -> np.ndarray:
+    """int32[V + 1, K]: the items nearest to each by that cosine, nearest first; 0 where there are fewer."""
+    cosine_VV = _cosines(histories, split, num_neighbours)
+    rows = np.repeat(np.arange(cosine_VV.shape[0]), np.diff(cosine_VV.indptr))
+    order = np.lexsort((cosine_VV.indices, -cosine_VV.data, rows))
+    nearest_VK = np.zeros((cosine_VV.shape[0], num_neighbours), np.int32)
+    nearest_VK[rows, np.arange(len(rows)) - cosine_VV.indptr[rows]] = cosine_VV.indices[order]
+    return nearest_VK
+
+
+def _cosines(histories, split, num_neighbours: int):
+    """[V + 1, V + 1], sparse: between items as sets of training users, of the nearest of each."""
+    seen_UV = _train_matrix(histories, split)
+    norms_V = np.sqrt(np.asarray(seen_UV.sum(axis=0)).ravel())
+    scaled_UV = seen_UV @ sp.diags(1 / np.maximum(norms_V, 1e-9))
+    return _keep_largest(scaled_UV.T.tocsr(), scaled_UV.tocsr(), num_neighbours)
 
 
 def _keep_largest(left, right, num: int, block: int = 512):

@@ -3,6 +3,8 @@
 import functools
 import operator
 
+import flax.nnx as nnx
+
 from rec_jax.models.bert4rec import BERT4Rec, BERT4RecConfig
 from rec_jax.models.esasrec import ESASRec, ESASRecConfig
 from rec_jax.models.gru4rec import GRU4Rec, GRU4RecConfig
@@ -23,5 +25,17 @@ ModelConfig = functools.reduce(operator.or_, MODELS)
 
 def model_builder(config: ModelConfig, num_items: int, max_len: int):
     """rngs -> the module."""
-    build_module = MODELS[type(config)]
-    return lambda rngs: build_module(config, num_items, max_len, rngs=rngs)
+
+    def build(rngs):
+        module = MODELS[type(config)](config, num_items, max_len, rngs=rngs)
+        if config.num_future > 1:  # made last, so that all others start as without
+            heads = [_future_head(config.table_dim, rngs) for _ in range(1, config.num_future)]
+            module.future = nnx.List(heads)
+        return module
+
+    return build
+
+
+def _future_head(dim: int, rngs: nnx.Rngs) -> nnx.Linear:
+    """Starts by foretelling what the first head does."""
+    return nnx.Linear(dim, dim, use_bias=False, kernel_init=nnx.initializers.zeros, rngs=rngs)

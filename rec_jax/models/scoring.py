@@ -18,14 +18,22 @@ from rec_jax.nn.sharded import AXES, SpreadScores
 _ENCODE_TOKENS = 3_200
 
 
-@partial(jax.jit, static_argnums=(0, 3))
-def _encode(model: Model, params, batch, whole, row_Q, column_Q):
-    return jax.lax.with_sharding_constraint(model.bind(params)(batch, at=(row_Q, column_Q)), whole)
+@partial(jax.jit, static_argnums=(0, 3, 4))
+def _encode(model: Model, params, batch, whole, dims, row_Q, column_Q):
+    module = model.bind(params)
+    x_QD = module(batch, at=(row_Q, column_Q))
+    x_QD = module.cut_queries(x_QD, dims) if dims else x_QD
+    return jax.lax.with_sharding_constraint(x_QD, whole)
 
 
-@partial(jax.jit, static_argnums=0)
-def _item_vectors(model: Model, params):
-    return model.bind(params).item_vectors()
+@partial(jax.jit, static_argnums=(0, 2))
+def _item_vectors(model: Model, params, dims):
+    module = model.bind(params)
+    table_VD = module.item_vectors()
+    if not dims:
+        return table_VD
+    table_VD = table_VD.dequantize() if hasattr(table_VD, "dequantize") else table_VD
+    return module.cut_items(table_VD, dims)
 
 
 @jax.jit
@@ -57,24 +65,24 @@ class SequenceScorer:
 
     Histories are packed into rows like those of training, split over the mesh axis "data". layout: of the
     table of items, if it is not a parameter like any other. Spread rows stay where they are, and so do their
-    scores. Several processes must all ask for the same.
+    scores. Several processes must all ask for the same. dims: score by so many first dims; 0 = by all.
     """
 
-    def __init__(self, model: Model, params, histories, max_len: int, mesh: Mesh, layout=None):
+    def __init__(self, model: Model, params, histories, max_len: int, mesh: Mesh, layout=None, dims: int = 0):
         self._histories, self._max_len, self._mesh = histories, max_len, mesh
         self._placement = getattr(layout, "placement", None)
         num_devices = mesh.shape["data"]
         self._rows = -(-max(1, _ENCODE_TOKENS // max_len) // num_devices) * num_devices
 
-        self._model, self._whole = model, NamedSharding(mesh, P())
+        self._model, self._whole, self._dims = model, NamedSharding(mesh, P()), dims
         if self._placement is None:
             self._params = replicate(params, mesh)
-            table_VD = _item_vectors(model, self._params)  # an array, or a quantized table
+            table_VD = _item_vectors(model, self._params, dims)  # an array, or a quantized table
             self._table_VD = jax.tree.map(lambda x: x.addressable_data(0), table_VD)
         else:
             array = jax.jit(layout.spread, out_shardings=NamedSharding(mesh, P(AXES)))(get_table(params))
             self._params = with_table(replicate(without_table(params), mesh), array)
-            self._table_VD = _item_vectors(model, self._params)
+            self._table_VD = _item_vectors(model, self._params, dims)
 
     def __call__(self, users: np.ndarray, ends: np.ndarray) -> jax.Array:
         """Scores of the whole catalogue for the event after each history.
@@ -127,7 +135,7 @@ class SequenceScorer:
                 batch["items"] = np.asarray(self._placement.to_physical(batch["items"]))
             placed = place_whole_batch(batch, self._mesh)
             at = np.pad(row_Q, pad), np.pad(column_Q, pad)
-            x_QD = _encode(self._model, self._params, placed, self._whole, *at)
+            x_QD = _encode(self._model, self._params, placed, self._whole, self._dims, *at)
             x_BD[users_Q] = np.asarray(x_QD)[: len(row_Q)]
         if self._placement is None:
             return _scores(self._table_VD, x_BD)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from rec_jax.data.negatives import Sampler
 from rec_jax.hashing import mix, words
+from rec_jax.nn.sharded import Placement, shard_index
 from rec_jax.nn.softmax import item_scores, sharded_softmax_cross_entropy, softmax_cross_entropy
 
 _DROPPED = -1e30  # the score of a negative that does not count
@@ -24,12 +25,27 @@ class LossConfig:
     sharing: Literal["batch", "row", "position"] = "row"  # which tokens see the same negatives
     exclude_history: bool = False  # drop a negative that stands in the token's own packed history
     gbce_t: float = 0.75  # calibration of gBCE: 0 = plain BCE, 1 = fully calibrated
+    ips_power: float = 0.0  # targets weigh their training events to minus this power; 0 = all weigh alike
+    ips_clip: float = 100.0  # at most so many times the weight of the most frequent item
+    # Times log-popularity is added to scores in training only, so that they learn to do without: above 0
+    # favours the long tail.
+    popularity_discount: float = 0.0
+    matryoshka: tuple[int, ...] = ()  # the mean loss of so many first dims each, and of all
+    future_weight: float = 1.0  # of each head of model.num_future but the first
 
     def __post_init__(self):
         if self.num_negatives < 1:
             raise ValueError(f"num_negatives={self.num_negatives} must be at least 1 (LossConfig)")
         if not 0 <= self.gbce_t <= 1:
             raise ValueError(f"gbce_t={self.gbce_t} must be in [0, 1] (LossConfig)")
+        if self.ips_power < 0:
+            raise ValueError(f"ips_power={self.ips_power} must be 0 (off) or more (LossConfig)")
+        if list(self.matryoshka) != sorted({dims for dims in self.matryoshka if dims > 0}):
+            raise ValueError(f"matryoshka={self.matryoshka} must be positive and increase (LossConfig)")
+        if self.future_weight < 0:
+            raise ValueError(f"future_weight={self.future_weight} must not be negative (LossConfig)")
+        if self.ips_clip < 1:
+            raise ValueError(f"ips_clip={self.ips_clip} must be at least 1 (LossConfig)")
         if self.sampler == "in_batch" and self.sharing != "batch":
             raise ValueError(
                 f"sampler='in_batch' draws once for the whole batch: sharing={self.sharing!r} must be "
@@ -42,6 +58,7 @@ class Negatives(NamedTuple):
 
     ids_BSK: jax.Array
     log_prob_BSK: jax.Array
+    bias_BSK: jax.Array | None = None  # added to their scores
 
 
 def draw_shared(config: LossConfig, sampler: Sampler | None, seed, targets_BS) -> Negatives:
@@ -53,11 +70,11 @@ def draw_shared(config: LossConfig, sampler: Sampler | None, seed, targets_BS) -
         return Negatives(jnp.zeros((1, 1, 0), jnp.int32), jnp.zeros((1, 1, 0)))
     key_B, shape = mix(seed, _SHARED)[None], (1, config.num_negatives)
     if config.sampler != "in_batch":
-        return _with_log_prob(sampler, sampler.draw(key_B, shape))
+        return _described(config, sampler, sampler.draw(key_B, shape))
     flat_T = targets_BS.reshape(-1)
     real_first_T = flat_T[jnp.argsort(flat_T == 0, stable=True)]
     num_real = jnp.maximum(jnp.sum(flat_T > 0), 1).astype(jnp.uint32)
-    return _with_log_prob(sampler, real_first_T[words(key_B, 0, shape) % num_real])
+    return _described(config, sampler, real_first_T[words(key_B, 0, shape) % num_real])
 
 
 def draw_negatives(
@@ -70,11 +87,12 @@ def draw_negatives(
     if config.type == "softmax" or config.sharing == "batch":
         return shared
     shape = (1 if config.sharing == "row" else length, config.num_negatives)
-    return _with_log_prob(sampler, sampler.draw(key_B, shape))
+    return _described(config, sampler, sampler.draw(key_B, shape))
 
 
-def _with_log_prob(sampler: Sampler, ids_BSK) -> Negatives:
-    return Negatives(ids_BSK, sampler.log_prob(ids_BSK))
+def _described(config: LossConfig, sampler: Sampler, ids_BSK) -> Negatives:
+    bias_BSK = sampler.bias_V[ids_BSK] if config.popularity_discount else None
+    return Negatives(ids_BSK, sampler.log_prob(ids_BSK), bias_BSK)
 
 
 def loss_sum(
@@ -83,19 +101,28 @@ def loss_sum(
     """The summed loss of one micro-batch and the number of its real tokens, both f32 scalars.
 
     table_VD: the catalogue's vectors; or, but for "softmax", any rows with padding first that the ids in
-    batch and negatives refer to. batch: targets int32[B, S] (0 = padding), segments, items.
+    batch and negatives refer to. batch: targets int32[B, S] (0 = padding), segments, items; what
+    `popularity.mark_targets` adds, whose sampler it then is.
+
+    Source of popularity_discount: Menon et al., ICLR'21 (arXiv 2007.07314), eq. 10. Differs: also for losses
+    of sampled negatives.
     """
     targets_BS = batch["targets"]
     real_BS = targets_BS > 0
     count = jnp.sum(real_BS, dtype=jnp.float32)
     if config.type == "softmax":
         flat = x_BSD.reshape(-1, x_BSD.shape[-1])
-        weights_T = real_BS.reshape(-1).astype(jnp.float32)
+        if config.popularity_discount:
+            flat, table_VD = _with_bias(flat, table_VD, sampler.bias_V)
+        weights_T = _weights(config, batch, real_BS)
         return softmax_cross_entropy(flat, table_VD, targets_BS.reshape(-1), weights_T), count
 
     neg_BSK = negatives.ids_BSK
     neg_scores_BSK = item_scores(x_BSD, table_VD, neg_BSK)
     pos_BS = jnp.sum(x_BSD * table_VD[targets_BS], axis=-1, dtype=jnp.float32)
+    if config.popularity_discount:
+        neg_scores_BSK += negatives.bias_BSK
+        pos_BS += batch["target_biases"]
     dropped_BSK = neg_BSK == targets_BS[..., None]
     if config.exclude_history:
         dropped_BSK |= _in_history(neg_BSK, batch)
@@ -110,19 +137,37 @@ def loss_sum(
         prior = math.log(beta / config.num_negatives)
         neg_BSK = jnp.where(dropped_BSK, _DROPPED, neg_scores_BSK + prior)
         loss_BS = jnp.sum(jax.nn.softplus(neg_BSK), axis=-1) - beta * jax.nn.log_sigmoid(pos_BS + prior)
+    if config.ips_power:
+        loss_BS *= batch["target_weights"]
     return jnp.sum(jnp.where(real_BS, loss_BS, 0)), count
 
 
-def sharded_softmax_sum(x_BSD, table_vD, real_v, batch) -> tuple:
+def sharded_softmax_sum(config: LossConfig, sampler, placement: Placement, x_BSD, table_vD, batch):
     """The same for "softmax" where the rows of the table are spread over a mesh, inside a shard_map.
 
-    table_vD: the rows of this device; real_v: bool[v], those that are items. batch: targets (0 = padding),
-    and target_rows, their rows in the whole array.
+    table_vD: the rows of this device. batch: targets (0 = padding), and target_rows, their rows in the whole
+    array.
     """
-    weights_T = (batch["targets"] > 0).reshape(-1).astype(jnp.float32)
+    rows_v = shard_index() * len(table_vD) + jnp.arange(len(table_vD))
     flat = x_BSD.reshape(-1, x_BSD.shape[-1])
-    rows_T = batch["target_rows"].reshape(-1)
-    return sharded_softmax_cross_entropy(flat, table_vD, real_v, rows_T, weights_T), jnp.sum(weights_T)
+    if config.popularity_discount:
+        flat, table_vD = _with_bias(flat, table_vD, sampler.bias_V[placement.to_ids(rows_v)])
+    real_BS = batch["targets"] > 0
+    rows_T, weights_T = batch["target_rows"].reshape(-1), _weights(config, batch, real_BS)
+    loss = sharded_softmax_cross_entropy(flat, table_vD, placement.is_real(rows_v), rows_T, weights_T)
+    return loss, jnp.sum(real_BS, dtype=jnp.float32)
+
+
+def _weights(config: LossConfig, batch, real_BS) -> jax.Array:
+    """f32[T] of each token; 0 for padding."""
+    weights_T = real_BS.reshape(-1).astype(jnp.float32)
+    return weights_T * batch["target_weights"].reshape(-1) if config.ips_power else weights_T
+
+
+def _with_bias(x_TD, table_VD, bias_V):
+    """The same with one dim more, whose products are the bias: a softmax that streams, streams it too."""
+    x_TD = jnp.pad(x_TD, ((0, 0), (0, 1)), constant_values=1)
+    return x_TD, jnp.concatenate([table_VD, bias_V[:, None].astype(table_VD.dtype)], axis=1)
 
 
 def gbce_beta(num_negatives: int, num_items: int, t: float) -> float:

@@ -24,11 +24,15 @@ class LayoutCost:
         return self.table_bytes + self.state_bytes <= config.device_gbytes * 1e9
 
 
-def ids_per_device(loss: LossConfig, batch_rows: int, max_len: int, data: int) -> int:
-    """Ids that one device looks up in a step: items, targets and negatives."""
+def ids_per_device(loss: LossConfig, batch_rows: int, max_len: int, data: int, num_views: int = 0) -> int:
+    """Ids that one device looks up in a step: items, targets, negatives, and items of changed views."""
     rows = batch_rows // data
     num_sets = {"batch": 1, "row": rows, "position": rows * max_len}[loss.sharing]
-    return 1 + 2 * rows * max_len + (0 if loss.type == "softmax" else num_sets * loss.num_negatives)
+    return (
+        1
+        + (2 + num_views) * rows * max_len
+        + (0 if loss.type == "softmax" else num_sets * loss.num_negatives)
+    )
 
 
 def layout_costs(

@@ -18,10 +18,13 @@ from rec_jax.nn.sharded import AXES
 from rec_jax.nn.sparse import Touched
 from rec_jax.train.losses import LossConfig, draw_negatives, draw_shared
 from rec_jax.train.objective import make_objective
+from rec_jax.train.popularity import mark_targets
 from rec_jax.train.precision import DTYPES, F32, LossScale, PrecisionConfig
 from rec_jax.train.state import TrainState
 from rec_jax.train.tables import ItemTable
 from rec_jax.tree import cast_floats
+
+_LOOKED_UP = ("items", "targets", "view_items")  # of a batch, in the table of items
 
 
 def state_specs(
@@ -90,6 +93,7 @@ def make_train_step(
     specs=None,
     reduce: Literal["f32", "bf16"] = "f32",
     extras=None,
+    views=None,
 ):
     """Returns jitted `step(state, batch) -> (state, metrics)`, which consumes `state`.
 
@@ -101,6 +105,7 @@ def make_train_step(
     clip_norm: global norm that the gradient is scaled down to; 0 = off. item_table: reads and updates the
     table of items, and `optimizer` the other parameters only. specs: see `state_specs`. reduce: the type in
     which gradients are summed over devices. extras: what compression adds (`compress.training`).
+    views: `contrastive.Views`, which change the batch and may add to the loss.
 
     metrics: {"loss": (sum, tokens), "grad_norm": (norm, 1), "tokens": (tokens, 1)} of f32 scalars; with an
     item_table also "table_rounds": (rounds, 1), more than 1 where ids exceeded the capacity of an exchange.
@@ -111,7 +116,8 @@ def make_train_step(
     state_spec = state_specs(abstract_params, optimizer, specs, item_table, precision)
     dense_specs = state_spec.params if item_table is None else without_table(state_spec.params)
     placement = item_table.placement if item_table is not None and item_table.is_dense else None
-    objective = make_objective(model, loss_config, sampler, precision, placement, extras)
+    contrastive = views.contrastive if views and views.contrastive.weight else None
+    objective = make_objective(model, loss_config, sampler, precision, placement, extras, contrastive)
     value_and_grad = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
 
     def micro_sums(params, catalogue_vD, batch, context):
@@ -141,7 +147,7 @@ def make_train_step(
             touched = Touched(batch.pop("rows")[0], batch.pop("places")[0])
         read, places = item_table.read(array, table_state, ids, touched)
         shared = shared._replace(ids_BSK=places["shared"])
-        placed = {**batch, "items": places["items"], "targets": places["targets"]}
+        placed = {**batch, **{name: places[name] for name in _LOOKED_UP if name in places}}
         if "negatives" in places:
             placed["negatives"] = drawn._replace(ids_BSK=places["negatives"])
         if item_table.is_dense:
@@ -214,8 +220,13 @@ def make_train_step(
         metrics = {"grad_norm": (jnp.sqrt(squares), 1), "table_rounds": (read.rounds, 1)}
         return TrainState(state.step + 1, params, (dense_state, table_state)), sums, metrics
 
+    def device_step(state: TrainState, batch, context):
+        if views:
+            batch = views.change(batch, context["step_seed"])
+        return (dense_step if item_table is None else table_step)(state, batch, context)
+
     on_mesh = jax.shard_map(
-        dense_step if item_table is None else table_step,
+        device_step,
         mesh=mesh,
         in_specs=(state_spec, P("data"), P()),
         out_specs=(state_spec, P(), P()),
@@ -225,6 +236,7 @@ def make_train_step(
     def step(state: TrainState, batch, frozen=None):
         step_seed = step_seed_of(state.step, seed)
         batch = {**batch, "row_ids": jnp.arange(batch["items"].shape[0], dtype=jnp.int32)}
+        batch = mark_targets(loss_config, sampler, batch)
         shared = draw_shared(loss_config, sampler, step_seed, batch["targets"])
         context = {"step_seed": step_seed, "shared": shared, "step": state.step, "frozen": frozen}
         state, (loss, tokens), metrics = on_mesh(state, batch, context)
@@ -245,7 +257,7 @@ def step_seed_of(step, seed: int):
 
 def lookups(loss_config: LossConfig, sampler, step_seed, batch, shared):
     """({name: ids that rows of a batch look up}, the negatives drawn for them, if any are drawn by row)."""
-    ids = {"items": batch["items"], "targets": batch["targets"], "shared": shared.ids_BSK}
+    ids = {name: batch[name] for name in _LOOKED_UP if name in batch} | {"shared": shared.ids_BSK}
     if loss_config.type == "softmax" or loss_config.sharing == "batch":
         return ids, None
     key_B = row_keys(step_seed, batch["row_ids"])

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -65,6 +66,15 @@ def test_evaluate_repeats_the_score_of_the_run(trained):
     again = json.loads((workdir / "evaluation_test.json").read_text())
     assert again["model"] == result["test"]
     assert "bigram" in output and "history length" in output
+
+
+def test_a_run_and_its_copy_are_an_ensemble_that_is_no_better(trained, tmp_path):
+    workdir, _ = trained
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    run("experiments.evaluate", f"--workdir={copy},{workdir}")
+    scores = json.loads((copy / "evaluation_test_ensemble.json").read_text())
+    assert scores["ensemble"]["over"][str(workdir)] == {"ratio": 1.0, "ratio_ci": [1.0, 1.0], "p": 1.0}
+    assert scores["ensemble"]["mrr"] == scores[str(copy)]["mrr"] == scores[str(workdir)]["mrr"]
 
 
 def test_recommend_answers_in_the_users_own_ids(trained):

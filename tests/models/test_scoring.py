@@ -119,3 +119,20 @@ def test_a_history_needs_an_event():
         scorer().score_history([])
     with pytest.raises(ValueError, match="history 1 of the batch is empty"):
         scorer()(np.array([3, 4]), OFFSETS[[3, 4]] + [2, 0])
+
+
+def test_the_first_dims_score_like_vectors_of_that_size():
+    users = np.arange(len(LENGTHS))
+    cut = SequenceScorer(MODEL, PARAMS, HISTORIES, MAX_LEN, make_mesh(MeshConfig(data=1)), dims=3)
+    x_BD = np.stack([forward_queries(user)[:3] for user in users])
+    expected = x_BD @ np.asarray(get_table(PARAMS))[:, :3].T
+    np.testing.assert_allclose(
+        np.asarray(cut(users, OFFSETS[1:]))[:, 1:], expected[:, 1:], rtol=1e-4, atol=1e-4
+    )
+
+
+def forward_queries(user):
+    """What the model says after the whole history of a user: scores of as many items give it back."""
+    table_VD = np.asarray(get_table(PARAMS), np.float64)
+    scores_V = slow(HISTORIES.items[OFFSETS[user] : OFFSETS[user + 1]])
+    return np.linalg.lstsq(table_VD, scores_V, rcond=None)[0]

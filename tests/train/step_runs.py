@@ -1,5 +1,6 @@
 """Steps of a small model on any mesh, for the tests of steps."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,8 @@ from rec_jax.experiment import ExperimentConfig, Program, model_builder
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch
 from rec_jax.models.base import get_table, init_model, with_table
 from rec_jax.models.sasrec import SASRecConfig
+from rec_jax.train.augment import AugmentConfig
+from rec_jax.train.contrastive import ContrastiveConfig
 from rec_jax.train.loop import TrainConfig
 from rec_jax.train.losses import LossConfig
 from rec_jax.train.optim import OptimConfig
@@ -45,6 +48,8 @@ LOSSES = {
 }
 
 
+MODEL = SASRecConfig(width=8, ff_width=8, num_layers=1, dropout=0.3)
+NO_LAYERS = (("num_layers", 0),)  # faster to compile, for tests of losses
 OPTIM = OptimConfig(type="sgd", learning_rate=0.5)
 COUNTS = np.arange(NUM_ITEMS + 1)
 
@@ -52,23 +57,24 @@ COUNTS = np.arange(NUM_ITEMS + 1)
 def make_program(
     loss="softmax", devices=1, micro_rows=8, precision=F32, seed=0, optim=OPTIM, table=None, model_axis=1,
     num_heads=1, num_experts=0, fully_sharded=False, reduce="f32", compress=None, total_steps=10, teachers=(),
-    base=None, **table_fields,
+    base=None, model=(), augment=None, contrastive=None, **table_fields,
 ):  # fmt: skip
-    """table: an update of touched rows, or None for the dense one."""
+    """loss: one of LOSSES, or a config. model: further fields of its config. table: an update of touched
+    rows, or None for the dense one."""
     table_fields = {"layout": "replicated", "hot_rows": 8} | table_fields
     config = ExperimentConfig(
         seed=seed,
         data=DataConfig(max_len=LENGTH),
-        model=SASRecConfig(
-            width=8, ff_width=8, num_layers=1, dropout=0.3, num_heads=num_heads, num_experts=num_experts
-        ),
-        loss=LOSSES[loss],
+        model=dataclasses.replace(MODEL, num_heads=num_heads, num_experts=num_experts, **dict(model)),
+        loss=LOSSES[loss] if isinstance(loss, str) else loss,
         optim=optim,
         train=TrainConfig(batch_rows=ROWS, micro_rows=micro_rows),
         precision=precision,
         table=TableConfig(optimizer=table or "dense", learning_rate=optim.learning_rate, **table_fields),
         mesh=MeshConfig(data=devices, model=model_axis, fully_sharded=fully_sharded, reduce=reduce),
         compress=compress or CompressConfig(),
+        augment=augment or AugmentConfig(),
+        contrastive=contrastive or ContrastiveConfig(),
     )
     return Program(config, NUM_ITEMS, make_mesh(config.mesh), total_steps, COUNTS, teachers, base)
 
@@ -79,9 +85,9 @@ def initial_params(model_config):
     return jax.device_get(init_model(model_builder(config, NUM_ITEMS), seed=0)[1])  # steps consume theirs
 
 
-def run(loss="softmax", devices=1, micro_rows=8, steps=3, batches=None, **fields):
+def run(loss="softmax", devices=1, micro_rows=8, steps=3, batches=None, neighbours=None, **fields):
     program = make_program(loss, devices, micro_rows, **fields)
-    step, catch_up = program.make_step(), program.make_catch_up()
+    step, catch_up = program.make_step(neighbours), program.make_catch_up()
     params = initial_params(program.config.model)
     batches = program.prepare([make_batch(index) for index in range(steps)] if batches is None else batches)
     state = program.init_state(params)

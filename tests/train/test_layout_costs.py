@@ -27,6 +27,7 @@ def costs(config=CONFIG, num_rows=1000, dim=8, num_ids=64, data=2, model=4, opti
 )
 def test_ids_of_a_device(loss, expected):
     assert ids_per_device(loss, batch_rows=8, max_len=10, data=2) == expected
+    assert ids_per_device(loss, batch_rows=8, max_len=10, data=2, num_views=2) == expected + 80
 
 
 def test_costs_by_hand():

@@ -43,10 +43,10 @@ def by_hand(per_token):
     return total
 
 
-def compute(config, sampler, x=X, table=TABLE, keys=KEYS):
+def compute(config, sampler, x=X, table=TABLE, keys=KEYS, batch=BATCH):
     shared = draw_shared(config, sampler, SEED, BATCH["targets"])
     negatives = draw_negatives(config, sampler, keys, X.shape[1], shared)
-    loss, count = loss_sum(config, sampler, x, table, BATCH, negatives)
+    loss, count = loss_sum(config, sampler, x, table, batch, negatives)
     assert count == 5
     return loss
 

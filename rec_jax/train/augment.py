@@ -1,0 +1,131 @@
+"""Other views of packed histories: cropped, masked, reordered, or with similar items in place of some."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from rec_jax.hashing import words
+
+_CHANGED = ("items", "targets", "segments", "positions")
+_SITE = 2**29  # of the first draw, far from those of dropouts and samplers
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Each history gets one of the changes whose number is above 0, drawn anew in every step.
+
+    Targets stay but for those that the change gives away: of tokens cropped off, and of reordered ones whose
+    next item may stand before them.
+    """
+
+    crop: float = 0.0  # the share that is kept, anywhere in the history
+    mask: float = 0.0  # the share of items that become item 0, whose vector then learns to stand for any
+    reorder: float = 0.0  # the share that is shuffled, neighbours anywhere in the history
+    substitute: float = 0.0  # the share of items that become one of their neighbours in training
+    num_neighbours: int = 5  # of each item
+
+    def __post_init__(self):
+        for name in ("crop", "mask", "reorder", "substitute"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1], 0 = off (AugmentConfig)")
+        if self.num_neighbours < 1:
+            raise ValueError(f"num_neighbours={self.num_neighbours} must be at least 1 (AugmentConfig)")
+
+    @property
+    def is_on(self) -> bool:
+        return any((self.crop, self.mask, self.reorder, self.substitute))
+
+
+def augment(config: AugmentConfig, batch: dict, key_B, neighbours_VK=None) -> dict:
+    """The batch with each segment changed; no segment sees anything of another.
+
+    key_B: uint32[B] from `hashing.row_keys`. neighbours_VK: int32[V + 1, K] of each item, nearest first (0 =
+    none), for substitute. Changes items, targets, segments and positions; padding is left where tokens were
+    cropped off.
+
+    Source: CL4SRec, Xie et al., ICDE'22 (arXiv 2010.14395), section 3.2.3; substitute: CoSeRec, Liu et al.
+    2021 (arXiv 2108.06479), section 3.2.1.
+    Differs: masked and substituted items are drawn each by itself, so their share holds on average;
+    neighbours are of the cosine between items as sets of users, and one of the nearest is drawn.
+    """
+    changes = []
+    if config.crop:
+        changes.append(_crop(config.crop, batch, key_B))
+    if config.mask:
+        hidden_BS = _coins(config.mask, batch, key_B, 3)
+        changes.append({**batch, "items": jnp.where(hidden_BS, 0, batch["items"])})
+    if config.reorder:
+        changes.append(_reorder(config.reorder, batch, key_B))
+    if config.substitute:
+        changes.append(_substitute(config.substitute, config.num_neighbours, batch, key_B, neighbours_VK))
+    choice_BS = _per_segment(batch, key_B, 0) % len(changes)
+    changed = dict(batch)
+    for name in _CHANGED:
+        changed[name] = sum(jnp.where(choice_BS == i, view[name], 0) for i, view in enumerate(changes))
+    return changed
+
+
+def segment_lengths(batch: dict) -> jax.Array:
+    """int32[B, S]: tokens of the segment that each token is in; of padding, anything."""
+    return batch["positions"] + 1 + _to_the_end(batch)
+
+
+def _to_the_end(batch):
+    """Tokens of the same segment after each one."""
+    segments_BS = batch["segments"]
+    length = segments_BS.shape[1]
+    is_last_BS = segments_BS != jnp.pad(segments_BS[:, 1:], ((0, 0), (0, 1)))
+    column_S = jnp.arange(length)
+    last_BS = jax.lax.cummin(jnp.where(is_last_BS, column_S, length - 1), axis=1, reverse=True)
+    return last_BS - column_S
+
+
+def _per_segment(batch, key_B, site: int):
+    """uint32[B, S], the same for all tokens of a segment: what is drawn for its first."""
+    draws_BS = words(key_B, _SITE + site, batch["segments"].shape[1:])
+    first_BS = jnp.arange(draws_BS.shape[1]) - batch["positions"]
+    return jnp.take_along_axis(draws_BS, first_BS, axis=1)
+
+
+def _coins(share: float, batch, key_B, site: int):
+    draws_BS = words(key_B, _SITE + site, batch["segments"].shape[1:])
+    return (draws_BS >> 8).astype(jnp.float32) * 2.0**-24 < share
+
+
+def _span(share: float, batch, key_B, site: int):
+    """A stretch of floor(share * length) tokens, at least 1, anywhere in each segment: (first position,
+    number)."""
+    length_BS = segment_lengths(batch)
+    number_BS = jnp.maximum(1, (share * length_BS).astype(jnp.int32))
+    room_BS = (length_BS - number_BS + 1).astype(jnp.uint32)
+    return (_per_segment(batch, key_B, site) % room_BS).astype(jnp.int32), number_BS
+
+
+def _crop(share: float, batch, key_B):
+    first_BS, number_BS = _span(share, batch, key_B, 1)
+    positions_BS = batch["positions"] - first_BS
+    is_kept_BS = (positions_BS >= 0) & (positions_BS < number_BS)
+    cropped = {**batch, "positions": positions_BS}
+    return {name: jnp.where(is_kept_BS, x, 0) for name, x in cropped.items() if name in _CHANGED}
+
+
+def _reorder(share: float, batch, key_B):
+    first_BS, number_BS = _span(share, batch, key_B, 2)
+    inside_BS = batch["positions"] - first_BS
+    is_shuffled_BS = (inside_BS >= 0) & (inside_BS < number_BS)
+    column_S = jnp.arange(batch["items"].shape[1])
+    # Sorted by place, those of a stretch all by its first place and then at random.
+    place_BS = jnp.where(is_shuffled_BS, column_S - inside_BS, column_S)
+    random_BS = words(key_B, _SITE + 4, batch["items"].shape[1:])
+    items_BS = jax.lax.sort((place_BS, random_BS, batch["items"]), dimension=1, num_keys=2)[2]
+    is_told_BS = is_shuffled_BS & (inside_BS < number_BS - 1)
+    return {**batch, "items": items_BS, "targets": jnp.where(is_told_BS, 0, batch["targets"])}
+
+
+def _substitute(share: float, num: int, batch, key_B, neighbours_VK):
+    items_BS = batch["items"]
+    draws_BS = words(key_B, _SITE + 5, items_BS.shape[1:]) % min(num, neighbours_VK.shape[1])
+    others_BS = neighbours_VK[items_BS, draws_BS]
+    is_other_BS = _coins(share, batch, key_B, 6) & (others_BS > 0)
+    return {**batch, "items": jnp.where(is_other_BS, others_BS, items_BS)}

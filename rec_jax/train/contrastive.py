@@ -1,0 +1,150 @@
+"""Contrastive learning: two views of a history should be nearer to each other than to other histories."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from rec_jax.hashing import mix, row_keys
+from rec_jax.models.base import SequenceConfig, unit
+from rec_jax.models.registry import MODELS
+from rec_jax.train.augment import AugmentConfig, augment
+
+_MASKED = -1e30
+_VIEWED = ("items", "segments", "positions")  # of a batch, as view_items and so on with both views in dim 1
+
+
+@dataclass(frozen=True)
+class ContrastiveConfig:
+    """weight: of a history's contrastive loss beside the losses of its tokens; 0 = off.
+
+    view: "dropout" is a second pass with other masks (one more pass); "augment" changes the history twice, as
+    the section `augment` here says (two more). same_target: histories with the same next item are views of
+    each other, too. The other histories are those of one device's micro-batch: train.micro_rows is part of
+    what is learnt, and so is the number of devices where it cuts that short.
+    """
+
+    weight: float = 0.0
+    temperature: float = 0.2  # cosines are divided by it
+    view: Literal["dropout", "augment"] = "dropout"
+    same_target: bool = False
+    augment: AugmentConfig = AugmentConfig(crop=0.6, mask=0.3, reorder=0.6)
+
+    def __post_init__(self):
+        if self.weight < 0:
+            raise ValueError(f"weight={self.weight} must be 0 (off) or more (ContrastiveConfig)")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} must be positive (ContrastiveConfig)")
+        if self.view == "augment" and not self.augment.is_on:
+            raise ValueError(
+                f"view='augment' needs a change above 0 in its section, {self.augment} (ContrastiveConfig)"
+            )
+
+    @property
+    def augments(self) -> bool:
+        return self.weight > 0 and self.view == "augment"
+
+
+@dataclass(frozen=True, eq=False)
+class Views:
+    """What training sees of a batch: changed itself, and in two views for the contrastive loss.
+
+    neighbours_VK: see `augment`.
+    """
+
+    augment: AugmentConfig
+    contrastive: ContrastiveConfig
+    neighbours_VK: jax.Array | None = None
+
+    @property
+    def substitutes(self) -> bool:
+        return self.augment.substitute > 0 or (
+            self.contrastive.augments and self.contrastive.augment.substitute > 0
+        )
+
+    def change(self, batch: dict, step_seed) -> dict:
+        """batch: with ids of items, and row_ids."""
+        key_B = row_keys(step_seed, batch["row_ids"])
+        changed = dict(batch)
+        if self.augment.is_on:
+            changed = augment(self.augment, batch, mix(key_B, 1), self.neighbours_VK)
+        if self.contrastive.augments:
+            config = self.contrastive.augment
+            views = [augment(config, batch, mix(key_B, site), self.neighbours_VK) for site in (2, 3)]
+            for name in _VIEWED:
+                changed[f"view_{name}"] = jnp.stack([view[name] for view in views], axis=1)
+        return changed
+
+
+def contrastive_sum(config: ContrastiveConfig, module, x_BSD, batch: dict, key_B) -> jax.Array:
+    """weight * the sum over histories of -log(exp(s+) / sum of exp(s)), a f32 scalar.
+
+    s: cosines over temperature, of the output at the last token of each history with at least two; s+ that of
+    its other view, the sum over the views of all other histories and s+; the mean over both views. Where
+    histories with the same target count as views, the mean over them. x_BSD: what the module gave for the
+    batch, its first view by dropout. batch: what `Views.change` made of it.
+
+    Source: CL4SRec, Xie et al., ICDE'22 (arXiv 2010.14395), eq. 3; DuoRec, Qiu et al., WSDM'22 (arXiv
+    2110.05730), eq. 9 to 14; several positives: Khosla et al., NeurIPS'20 (arXiv 2004.11362), eq. 2.
+    Differs: cosines instead of dot products; views by dropout and by target are one loss.
+    """
+    row_N, column_N, real_N = _last_tokens(batch)
+    if config.view == "dropout":
+        pairs = [(x_BSD, batch["segments"]), (module(batch, mix(key_B, 1)), batch["segments"])]
+    else:
+        views = [{**batch, **{name: batch[f"view_{name}"][:, i] for name in _VIEWED}} for i in range(2)]
+        pairs = [(module(view, mix(key_B, 1 + i)), view["segments"]) for i, view in enumerate(views)]
+    segment_N = batch["segments"][row_N, column_N]
+    last = [_of_segments(x, segments_BS, row_N, segment_N) for x, segments_BS in pairs]
+    z_ND = unit(jnp.concatenate(last).astype(jnp.float32))
+
+    history_N, real_N = jnp.tile(jnp.arange(len(row_N)), 2), jnp.tile(real_N, 2)
+    is_positive_NN = history_N[:, None] == history_N
+    if config.same_target:
+        target_N = jnp.tile(batch["targets"][row_N, column_N], 2)
+        is_positive_NN |= target_N[:, None] == target_N
+    is_other_NN = real_N & ~jnp.eye(len(z_ND), dtype=bool)
+    scores_NN = jnp.where(is_other_NN, z_ND @ z_ND.T / config.temperature, _MASKED)
+    is_positive_NN &= is_other_NN
+    log_prob_NN = jnp.where(is_positive_NN, jax.nn.log_softmax(scores_NN), 0)
+    loss_N = -jnp.sum(log_prob_NN, axis=1) / jnp.maximum(jnp.sum(is_positive_NN, axis=1), 1)
+    return config.weight * jnp.sum(jnp.where(real_N, loss_N, 0)) / 2
+
+
+def _last_tokens(batch):
+    """(rows, columns, which are real) of the last tokens of all segments with at least two, of which there
+    cannot be more than half the tokens."""
+    segments_BS = batch["segments"]
+    is_last_BS = segments_BS != jnp.pad(segments_BS[:, 1:], ((0, 0), (0, 1)))
+    is_last_BS &= (segments_BS > 0) & (batch["positions"] > 0)
+    row_N, column_N = jnp.nonzero(is_last_BS, size=max(1, segments_BS.size // 2), fill_value=0)
+    return row_N, column_N, jnp.arange(len(row_N)) < jnp.sum(is_last_BS)
+
+
+def _of_segments(x_BSD, segments_BS, row_N, segment_N):
+    """x at the last token of each segment."""
+    is_its_NS = segments_BS[row_N] == segment_N[:, None]
+    column_N = jnp.max(jnp.where(is_its_NS, jnp.arange(segments_BS.shape[1]), 0), axis=1)
+    return x_BSD[row_N, column_N]
+
+
+def check(augment: AugmentConfig, contrastive: ContrastiveConfig, model: SequenceConfig, host_dedupe: bool):
+    """Raises ValueError for configs that do not go together."""
+    names = {"augment": augment.is_on, f"contrastive.weight={contrastive.weight}": contrastive.weight > 0}
+    for name, is_on in names.items():
+        if is_on and not MODELS[type(model)].is_causal:
+            raise ValueError(
+                f"{name} is for models that foretell the next item; type={model.type!r} masks items itself, "
+                "anew in every step (ContrastiveConfig)"
+            )
+    if contrastive.weight and contrastive.view == "dropout" and not model.dropout:
+        raise ValueError(
+            "view='dropout' needs model.dropout above 0, without which both views are the same: set it, or "
+            "view='augment' (ContrastiveConfig)"
+        )
+    if host_dedupe and (augment.is_on or contrastive.augments):
+        raise ValueError(
+            "host_dedupe=True finds the ids of a batch before it is changed: turn it off, or augment and "
+            "contrastive.view='augment' (TableConfig)"
+        )

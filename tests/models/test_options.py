@@ -1,0 +1,37 @@
+"""Every model goes with every loss and view that it should: traced, not compiled."""
+
+import jax
+import numpy as np
+import pytest
+from test_contracts import MAX_LEN, NUM_ITEMS, small
+
+from rec_jax.data.datasets import DataConfig
+from rec_jax.experiment import ExperimentConfig, Program
+from rec_jax.mesh import MeshConfig, make_mesh
+from rec_jax.models.registry import MODELS
+from rec_jax.train.augment import AugmentConfig
+from rec_jax.train.contrastive import ContrastiveConfig
+from rec_jax.train.loop import TrainConfig
+from rec_jax.train.losses import LossConfig
+
+
+@pytest.mark.parametrize("config_class", MODELS, ids=lambda config: config.type)
+def test_all_options_at_once(config_class):
+    is_causal = MODELS[config_class].is_causal
+    views = {
+        "augment": AugmentConfig(crop=0.5, reorder=0.5),
+        "contrastive": ContrastiveConfig(weight=0.1, view="augment"),
+    }
+    config = ExperimentConfig(
+        data=DataConfig(max_len=MAX_LEN),
+        model=small(config_class, num_future=2 if is_causal else 1),
+        loss=LossConfig(ips_power=0.5, popularity_discount=0.5, matryoshka=(2, 4)),
+        train=TrainConfig(batch_rows=4, micro_rows=2),
+        **views if is_causal else {},
+    )
+    program = Program(config, NUM_ITEMS, make_mesh(MeshConfig(data=1)), 1, np.ones(NUM_ITEMS + 1))
+    names = ("items", "targets", "segments", "positions", *(["times"] if program.model.reads_times else []))
+    batch = {name: jax.ShapeDtypeStruct((4, MAX_LEN), np.int32) for name in names}
+    state, metrics = jax.eval_shape(program.make_step(), program.abstract_state(), batch)
+    assert metrics["loss"][0].shape == ()
+    assert ("future" in state.params) == is_causal

@@ -1,0 +1,148 @@
+"""The contrastive loss against sums over pairs of histories."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from step_runs import LENGTH, NO_LAYERS, NUM_ITEMS, assert_close, make_batch, reference, run
+
+from rec_jax.experiment import ExperimentConfig
+from rec_jax.hashing import mix
+from rec_jax.models.base import init_model
+from rec_jax.models.bert4rec import BERT4RecConfig
+from rec_jax.models.registry import model_builder
+from rec_jax.models.sasrec import SASRecConfig
+from rec_jax.train.augment import AugmentConfig
+from rec_jax.train.contrastive import ContrastiveConfig, Views, contrastive_sum
+from rec_jax.train.losses import LossConfig
+from rec_jax.train.tables import TableConfig
+
+ROWS = 4
+MODEL, PARAMS = init_model(
+    model_builder(SASRecConfig(width=8, ff_width=8, num_layers=1, dropout=0.3), NUM_ITEMS, LENGTH), seed=0
+)
+BATCH = make_batch(seed=1, rows=ROWS) | {"row_ids": np.arange(ROWS, dtype=np.int32)}
+BATCH["targets"] = (BATCH["targets"] + 3) // 4  # so that histories share targets
+SEED = jnp.uint32(9)
+KEYS = mix(SEED, jnp.arange(ROWS))
+
+
+@jax.jit
+def encode(batch, key_B):
+    return MODEL.bind(PARAMS)(batch, key_B)
+
+
+def loss_of(config):
+    return jax.jit(partial(contrastive_sum, config, encode))
+
+
+def last_tokens(segments_BS):
+    """{(row, segment): its last column}, of a batch or a view."""
+    at = {}
+    for (row, column), segment in np.ndenumerate(np.asarray(segments_BS)):
+        if segment:
+            at[row, int(segment)] = column
+    return at
+
+
+def by_hand(config, first, second):
+    """first, second: (x_BSD, segments) of the two views."""
+    columns = last_tokens(BATCH["segments"])
+    names = [name for name in columns if BATCH["positions"][name[0], columns[name]] > 0]  # two tokens or more
+    z, owner, target = [], [], []
+    for x, segments_BS in (first, second):
+        at = last_tokens(segments_BS)
+        for name in names:
+            vector = np.asarray(x[name[0], at[name]], np.float64)
+            z.append(vector / np.linalg.norm(vector))
+            owner.append(name)
+            target.append(BATCH["targets"][name[0], columns[name]])
+    total = 0.0
+    for i in range(len(z)):
+        scores = {j: z[i] @ z[j] / config.temperature for j in range(len(z)) if j != i}
+        log_sum = np.log(sum(np.exp(s) for s in scores.values()))
+        positives = [
+            j for j in scores if owner[j] == owner[i] or (config.same_target and target[j] == target[i])
+        ]
+        total += np.mean([log_sum - scores[j] for j in positives])
+    assert len(names) >= 4
+    return config.weight * total / 2
+
+
+@pytest.mark.parametrize("same_target", [False, True])
+def test_views_by_dropout(same_target):
+    config = ContrastiveConfig(weight=0.7, temperature=0.5, same_target=same_target)
+    x_BSD = encode(BATCH, KEYS)
+    other = encode(BATCH, mix(KEYS, 1))
+    expected = by_hand(config, *((x, BATCH["segments"]) for x in (x_BSD, other)))
+    assert loss_of(config)(x_BSD, BATCH, KEYS) == pytest.approx(expected, rel=1e-4)
+
+
+def test_views_by_change():
+    config = ContrastiveConfig(weight=1.0, view="augment")
+    batch = jax.jit(Views(AugmentConfig(), config).change)(BATCH, SEED)
+    np.testing.assert_array_equal(batch["items"], BATCH["items"])  # of the model's own loss
+    pairs = []
+    for i in range(2):
+        view = BATCH | {name: batch[f"view_{name}"][:, i] for name in ("items", "segments", "positions")}
+        pairs.append((encode(view, mix(KEYS, 1 + i)), view["segments"]))
+    assert np.any(pairs[0][1] != pairs[1][1])  # cropped in two ways
+    expected = by_hand(config, *pairs)
+    assert loss_of(config)(None, batch, KEYS) == pytest.approx(expected, rel=1e-4)
+
+
+def test_alone_there_is_nothing_to_tell_apart():
+    config, batch = ContrastiveConfig(weight=1.0), jax.tree.map(np.copy, BATCH)
+    is_first = (batch["segments"] == 1) & (np.arange(ROWS)[:, None] == 0)
+    for name in ("items", "targets", "segments", "positions"):
+        batch[name] = np.where(is_first, batch[name], 0)
+    assert batch["positions"].max() > 0
+    assert loss_of(config)(encode(batch, KEYS), batch, KEYS) == pytest.approx(0, abs=1e-5)
+
+
+AUGMENTED = ContrastiveConfig(weight=0.5, view="augment")
+
+
+def test_a_step_adds_it_to_the_loss_with_touched_rows_too():
+    """Of one device and one micro-batch, which is what it is compared within."""
+    dense = run("sampled", steps=2, model=NO_LAYERS, contrastive=AUGMENTED)
+    assert dense[0][0] > reference("sampled", model=NO_LAYERS)[0][0]
+    assert_close(run("sampled", steps=2, model=NO_LAYERS, table="sgd", contrastive=AUGMENTED), dense)
+
+
+def test_it_runs_on_a_mesh():
+    dropout = dataclasses.replace(AUGMENTED, view="dropout", same_target=True)
+    losses, _, norms = run("softmax", 2, 2, steps=1, model=NO_LAYERS, contrastive=dropout)
+    assert np.isfinite(losses + norms).all()
+
+
+@pytest.mark.parametrize(
+    "sections, message",
+    [
+        ({"model": BERT4RecConfig(), "augment": AugmentConfig(mask=0.1)}, "type='bert4rec' masks items"),
+        ({"model": SASRecConfig(dropout=0.0), "contrastive": ContrastiveConfig(weight=1.0)}, "model.dropout"),
+        (
+            {
+                "table": TableConfig(optimizer="sgd", layout="rows", host_dedupe=True),
+                "contrastive": AUGMENTED,
+            },
+            "host_dedupe=True",
+        ),
+    ],
+)
+def test_configs_that_do_not_go_together(sections, message):
+    with pytest.raises(ValueError, match=message):
+        ExperimentConfig(loss=LossConfig(type="bce"), **sections)
+
+
+def test_mistakes():
+    for fields in (
+        {"weight": -1.0},
+        {"temperature": 0.0},
+        {"view": "augment", "augment": AugmentConfig()},
+    ):
+        with pytest.raises(ValueError, match=next(iter(fields))):
+            ContrastiveConfig(**fields)
