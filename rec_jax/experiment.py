@@ -26,10 +26,12 @@ from rec_jax.eval.evaluator import EvalConfig, evaluate
 from rec_jax.mesh import MeshConfig, replicate
 from rec_jax.models.base import define_model, get_table, init_model, with_table, without_table
 from rec_jax.models.baselines import BASELINES
-from rec_jax.models.registry import ModelConfig
+from rec_jax.models.beam import BeamScorer
+from rec_jax.models.registry import MODELS, ModelConfig
 from rec_jax.models.registry import model_builder as registered_builder
 from rec_jax.models.sasrec import SASRecConfig
 from rec_jax.models.scoring import SequenceScorer
+from rec_jax.models.semantic_ids import CodesConfig, load_codes
 from rec_jax.nn.layouts import shardings
 from rec_jax.nn.parallel import partition
 from rec_jax.train import checkpoint
@@ -53,6 +55,7 @@ class ExperimentConfig:
     seed: int = 0
     data: DataConfig = DataConfig()
     model: ModelConfig = SASRecConfig()
+    codes: CodesConfig = CodesConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
@@ -64,6 +67,7 @@ class ExperimentConfig:
 
     def __post_init__(self):
         check_table(self.table, self.loss)
+        _check_generating(self)
         if unknown := set(self.eval.baselines) - set(BASELINES):
             raise ValueError(
                 f"baselines={self.eval.baselines}: there is no {', '.join(sorted(unknown))}; use "
@@ -71,9 +75,27 @@ class ExperimentConfig:
             )
 
 
-def model_builder(config: ExperimentConfig, num_items: int):
-    """rngs -> the module."""
-    return registered_builder(config.model, num_items, config.data.max_len)
+def _check_generating(config: ExperimentConfig) -> None:
+    """Raises ValueError where a model without a table of items meets settings of one."""
+    if not MODELS[type(config.model)].generates:
+        return
+    asked = {
+        "loss.type": (config.loss.type, ("softmax",)),
+        "table.optimizer": (config.table.optimizer, ("dense",)),
+        "table.layout": (config.table.layout, ("auto", "replicated")),
+        "compress": (config.compress, (CompressConfig(),)),
+    }
+    for name, (value, possible) in asked.items():
+        if value not in possible:
+            raise ValueError(
+                f"{name}={value!r} is of a table of items, and model.type={config.model.type!r} has none: "
+                "leave it at its default (ExperimentConfig)"
+            )
+
+
+def model_builder(config: ExperimentConfig, num_items: int, codes=None):
+    """rngs -> the module. codes: of a model that generates; None = meaningless ones."""
+    return registered_builder(config.model, num_items, config.data.max_len, codes)
 
 
 def plan_layouts(config: ExperimentConfig, num_items: int, mesh) -> list[LayoutCost]:
@@ -88,7 +110,7 @@ class Program:
     """What a config computes on a mesh: the model and its training step, without the data.
 
     item_counts: int[V + 1] training events of each item, for popularity samplers and hot rows. teachers,
-    base: see `Compression`.
+    base: see `Compression`. codes: see `model_builder`.
     """
 
     def __init__(
@@ -100,9 +122,10 @@ class Program:
         item_counts,
         teachers=(),
         base=None,
+        codes=None,
     ):
         self.config, self.mesh, self._item_counts = config, mesh, item_counts
-        self._build = model_builder(config, num_items)
+        self._build = model_builder(config, num_items, codes)
         self.model = define_model(self._build)
         self.layout_costs = plan_layouts(config, num_items, mesh)
         self.layout = choose_layout(config.table, self.layout_costs)
@@ -209,7 +232,10 @@ class Experiment:
             self.dataset = dataset or load_dataset(config.data, self.workdir / "data")
         self.histories, self.split = self.dataset.histories, self.dataset.split
         self.config = config = self._with_layout(config)
-        self.model = define_model(model_builder(config, self.histories.num_items))
+        self.codes = None
+        if MODELS[type(config.model)].generates:
+            self.codes = load_codes(config.codes, config.data, self.dataset, self.workdir, config.seed)
+        self.model = define_model(model_builder(config, self.histories.num_items, self.codes))
         if self.model.reads_times and self.histories.times is None:
             raise ValueError(
                 f"model.type={config.model.type!r} reads times, and this log has none: name their column by "
@@ -247,9 +273,11 @@ class Experiment:
         """The mesh and how the table of items lies on it and learns."""
         mesh, table = self.mesh, self.config.table
         platform = mesh.devices.flat[0].platform
+        lies = f"mesh: data={mesh.shape['data']}, model={mesh.shape['model']} ({platform})"
+        if self.codes:
+            return f"{lies}\n{self.codes.report}"
         return (
-            f"mesh: data={mesh.shape['data']}, model={mesh.shape['model']} ({platform}); "
-            f"table of items: {self.histories.num_items + 1:,} rows x {self.config.model.table_dim}, "
+            f"{lies}; table of items: {self.histories.num_items + 1:,} rows x {self.config.model.table_dim}, "
             f"layout {table.layout}, optimizer {table.optimizer}"
         )
 
@@ -304,7 +332,9 @@ class Experiment:
             config = dataclasses.replace(config, compress=compress)
         counts = self.split.train_item_counts(self.histories)
         num_items = self.histories.num_items
-        return Program(config, num_items, self.mesh, total_steps, counts, teachers or (), self._base)
+        return Program(
+            config, num_items, self.mesh, total_steps, counts, teachers or (), self._base, self.codes
+        )
 
     def _teachers(self) -> list:
         """[(model, params)] of compress.distill.teachers.
@@ -324,9 +354,9 @@ class Experiment:
                     f"teachers={workdir}: it reads data.max_len={teacher.config.data.max_len} events, this "
                     f"run {self.config.data.max_len}: set data.max_len to as many at most (DistillConfig)"
                 )
-            if not (teacher.model.is_causal and self.model.is_causal):
+            if not (teacher.model.is_causal and self.model.is_causal) or teacher.model.generates:
                 raise ValueError(
-                    f"teachers={workdir}: only causal models teach and learn from each other "
+                    f"teachers={workdir}: only causal models with tables of items teach and learn "
                     f"({teacher.config.model.type} teaches {self.config.model.type}) (DistillConfig)"
                 )
             params = dequantize_params(teacher.model_params())
@@ -369,6 +399,9 @@ class Experiment:
     def plain_scorer(self, params, layout=None) -> SequenceScorer:
         """params: as the model takes them; layout: of the table of items, if it is spread."""
         max_len = self.config.data.max_len
+        if self.model.generates:
+            num_beams = self.config.model.num_beams
+            return BeamScorer(self.model, params, self.histories, max_len, self.mesh, num_beams)
         return SequenceScorer(self.model, params, self.histories, max_len, self.mesh, layout)
 
     def evaluate(self, score_fn, part: str, *, quick: bool = False) -> dict:

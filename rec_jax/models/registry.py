@@ -9,6 +9,8 @@ from rec_jax.models.gru4rec import GRU4Rec, GRU4RecConfig
 from rec_jax.models.hstu import HSTU, HSTUConfig
 from rec_jax.models.lru import LRUConfig, LRURec
 from rec_jax.models.sasrec import SASRec, SASRecConfig
+from rec_jax.models.semantic_ids import Codes, CodesConfig, numbered_codes
+from rec_jax.models.tiger import Tiger, TigerConfig
 
 MODELS = {
     SASRecConfig: SASRec,
@@ -17,11 +19,15 @@ MODELS = {
     GRU4RecConfig: GRU4Rec,
     HSTUConfig: HSTU,
     LRUConfig: LRURec,
+    TigerConfig: Tiger,
 }
 ModelConfig = functools.reduce(operator.or_, MODELS)
 
 
-def model_builder(config: ModelConfig, num_items: int, max_len: int):
-    """rngs -> the module."""
+def model_builder(config: ModelConfig, num_items: int, max_len: int, codes: Codes | None = None):
+    """rngs -> the module. codes: of a model that generates; None = digits of their numbers."""
     build_module = MODELS[type(config)]
-    return lambda rngs: build_module(config, num_items, max_len, rngs=rngs)
+    more = {}
+    if build_module.generates:
+        more["codes"] = codes or numbered_codes(num_items, CodesConfig())
+    return lambda rngs: build_module(config, num_items, max_len, rngs=rngs, **more)
