@@ -5,6 +5,7 @@
     python -m experiments.benchmark --suite=softmax --output=softmax.json
     python -m experiments.benchmark --suite=embedding --output=embedding.json
     JAX_NUM_CPU_DEVICES=8 python -m experiments.benchmark --suite=sharding --output=sharding.json
+    python -m experiments.benchmark --suite=beam --output=beam.json
 
 Suite "train": real tokens per second of our training step (packed rows on one virtual device a core)
 against a naive padded JAX step with the same maths: SASRec with 50 dims, 2 blocks and 1 head, BCE with one
@@ -21,6 +22,8 @@ with a copy of a large array. What would need more than 12 GiB is not run.
 Suite "sharding": 25,600 lookups, Zipf, in a table of a million rows over eight devices (on a CPU virtual
 ones): bytes sent, counted in the compiled program, and time, by plain indexing, by sums of what each device
 has, and by exchange of distinct ids.
+Suite "beam": the next items of one user with 50 events, out of 10,000 items of 4 codes of 256, by beam
+searches of 10 and 50 beams, against reading the history alone: 3 layers of 128 dims.
 
 What is compared runs in turn, A B A B, and ratios are taken pair by pair, so that other work on the machine
 disturbs both sides alike; printed are medians.
@@ -37,7 +40,7 @@ from experiments.launch import launch
 from rec_jax.report import print_table
 
 _SUITE = flags.DEFINE_enum(
-    "suite", "train", ["train", "softmax", "embedding", "sharding"], "What to measure."
+    "suite", "train", ["train", "softmax", "embedding", "sharding", "beam"], "What to measure."
 )
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the figures.")
 _ONLY = flags.DEFINE_enum("only", "both", ["ml1m", "beauty", "both"], "Lengths, for --suite=train.")
@@ -48,7 +51,13 @@ flags.mark_flag_as_required("output")
 def main():
     from experiments.speed.timing import machine
 
-    suites = {"train": _train, "softmax": _softmax, "embedding": _embedding, "sharding": _sharding}
+    suites = {
+        "train": _train,
+        "softmax": _softmax,
+        "embedding": _embedding,
+        "sharding": _sharding,
+        "beam": _beam,
+    }
     about = {
         "machine": machine(),
         "command": " ".join(["python -m experiments.benchmark", *sys.argv[1:]]),
@@ -134,6 +143,19 @@ def _sharding() -> dict:
         if isinstance(r, dict)
     ]
     print_table(("lookup", "MB sent by a device", "gather / this", "ms"), rows)
+    return result
+
+
+def _beam() -> dict:
+    from experiments.speed.beam import measure_beam
+
+    result = measure_beam(_PAIRS.value)
+    rows = [
+        (name, *(f"{r[key]:.2f}" for key in ("ms", "ms_min", "ms_max")))
+        for name, r in result.items()
+        if isinstance(r, dict)
+    ]
+    print_table((f"{result['items']:,} items", "ms", "from", "to"), rows)
     return result
 
 

@@ -41,7 +41,7 @@ def beam_search(module, batch, at, num_beams: int) -> tuple[jax.Array, jax.Array
         node_NK = jnp.searchsorted(keys, key_NK)
         if level < codes.num_levels - 1:
             own = jax.tree.map(lambda x: x[jnp.arange(len(x))[:, None], parent_NK], own)  # noqa: B023
-            x_NKD, own = module.decode(code_NK, level, positions_N, past, own)
+            x_NKD, own = module.decode(code_NK, node_NK, level, positions_N, past, own)
     return jnp.asarray(trie.items)[node_NK], log_prob_NK
 
 

@@ -84,20 +84,21 @@ class Trie:
     bits: of level q uint8[nodes of q, ceil(C / 8)], the codes that may follow, as np.packbits.
     keys: of level q int32[nodes of q + 1], ascending: parent * C + code, at the place of the child.
     items: int32[nodes of Q], the item at the end of each path.
+    paths_VQ: int32[V + 1, Q], the nodes on the way to each item; row 0 is not read.
     """
 
     def __init__(self, codes: Codes):
         order = np.lexsort(codes.codes_VQ[1:].T[::-1])
         self.items = (order + 1).astype(np.int32)
         node_V = np.zeros(len(order), np.int64)
-        self.bits, self.keys = [], []
-        for code_V in codes.codes_VQ[1:][order].T:
+        self.bits, self.keys, self.paths_VQ = [], [], np.zeros_like(codes.codes_VQ)
+        for level, code_V in enumerate(codes.codes_VQ[1:][order].T):
             keys, child_V = np.unique(node_V * codes.num_codes + code_V, return_inverse=True)
             may_follow = np.zeros((node_V[-1] + 1, codes.num_codes), np.uint8)
             may_follow.reshape(-1)[keys] = 1
             self.bits.append(np.packbits(may_follow, axis=1))
             self.keys.append(keys.astype(np.int32))
-            node_V = child_V
+            self.paths_VQ[self.items, level] = node_V = child_V
 
 
 def numbered_codes(num_items: int, config: CodesConfig) -> Codes:

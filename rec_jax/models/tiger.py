@@ -26,6 +26,7 @@ class TigerConfig(SequenceConfig):
     activation: Literal["relu", "gelu", "silu"] = "gelu"
     norm: Literal["pre", "post", "original"] = "pre"
     tied: bool = True  # codes are foretold by the vectors that stand for them in histories
+    prefixes: bool = False  # a vector for each beginning of codes that items have, besides those of its codes
     num_beams: int = 50  # items found for a history, seen ones among them; all others score -inf
     # As the blocks want to know; nothing is removed from this model.
     head_width: ClassVar[int] = 0
@@ -52,7 +53,8 @@ class Tiger(SequenceModel):
 
     Source: TIGER, Rajput et al., NeurIPS'23 (arXiv 2305.05065).
     Differs: a causal transformer that learns from every item of a history, for an encoder and a decoder; the
-    last code of an item comes with the others; no token of the user.
+    last code of an item comes with the others; no token of the user. prefixes: Singh et al., RecSys'24 (arXiv
+    2306.08121), section 3.3, without hashing; the last of them is a vector of the item.
     """
 
     generates = True
@@ -65,6 +67,10 @@ class Tiger(SequenceModel):
         self.code_table = Embedding(1 + num_places, config.width, rngs=rngs)  # row 0: no item
         if not config.tied:
             self.outputs = Embedding(1 + num_places, config.width, rngs=rngs)
+        if config.prefixes:
+            num_nodes = [len(keys) for keys in codes.trie.keys]
+            self.first_nodes = tuple(1 + sum(num_nodes[:level]) for level in range(codes.num_levels))
+            self.nodes = Embedding(1 + sum(num_nodes), config.width, rngs=rngs)  # row 0: no item
         self.positions = Embedding(max_len, config.width, rngs=rngs)
         self.slots = Embedding(codes.num_levels, config.width, rngs=rngs)
         self.blocks = nnx.List([TransformerBlock(config, rngs=rngs) for _ in range(config.num_layers)])
@@ -116,13 +122,15 @@ class Tiger(SequenceModel):
             past.append((*(y[rows_N] for y in keys_values(block, x)), allowed_NT))
         return x_BTD[rows_N, tokens_N], past
 
-    def decode(self, codes_NK, level: int, positions_N, past, own):
+    def decode(self, codes_NK, nodes_NK, level: int, positions_N, past, own):
         """The outputs x_NKD behind the next item's code of `level`, for K beams of each history.
 
-        positions_N: of the items that the histories end with. own: of earlier levels, None before. Returns
-        (x_NKD, own).
+        nodes_NK: of the trie, where the codes so far lead. positions_N: of the items that the histories end
+        with. own: of earlier levels, None before. Returns (x_NKD, own).
         """
         x_NKD = self.code_table(1 + level * self.codes.num_codes + codes_NK)
+        if self.config.prefixes:
+            x_NKD += self.nodes(self.first_nodes[level] + nodes_NK)
         x_NKD = self._placed(x_NKD, positions_N[:, None], jnp.full((1, 1), level + 1))
         own = own or [None] * len(past)
         for index, block in enumerate(self.blocks):
@@ -132,16 +140,24 @@ class Tiger(SequenceModel):
     def _placed(self, x, positions, slots):
         return x * self.config.width**0.5 + self.positions(positions) + self.slots(slots)
 
-    def _embed(self, batch, following_BS):
-        """x_BTD, T = S * Q tokens. following_BS: the next items, 0 where that is not known."""
-        num_levels = self.codes.num_levels
-        rows_VQ = 1 + np.arange(num_levels) * self.codes.num_codes + self.codes.codes_VQ
-        rows_VQ[0] = 0
-        rows_VQ = jnp.asarray(rows_VQ)
-        whole_BSD = jnp.sum(self.code_table(rows_VQ[batch["items"]]), axis=2)
-        ahead_BSQD = self.code_table(rows_VQ[following_BS][..., :-1])
+    def _vectors(self, items):
+        """What stands for the codes of items, [..., Q, D]."""
+
+        def rows(first_Q, numbers_VQ):
+            rows_VQ = np.asarray(first_Q) + numbers_VQ
+            rows_VQ[0] = 0
+            return jnp.asarray(rows_VQ)[items]
+
+        codes = self.codes
+        x = self.code_table(rows(1 + np.arange(codes.num_levels) * codes.num_codes, codes.codes_VQ))
+        return x + self.nodes(rows(self.first_nodes, codes.trie.paths_VQ)) if self.config.prefixes else x
+
+    def _embed(self, batch, ahead_BS):
+        """x_BTD, T = S * Q tokens. ahead_BS: the next items, 0 where they are not known."""
+        whole_BSD = jnp.sum(self._vectors(batch["items"]), axis=2)
+        ahead_BSQD = self._vectors(ahead_BS)[:, :, :-1]
         x_BSQD = jnp.concatenate([whole_BSD[:, :, None], ahead_BSQD], axis=2)
-        x_BSQD = self._placed(x_BSQD, batch["positions"][..., None], jnp.arange(num_levels))
+        x_BSQD = self._placed(x_BSQD, batch["positions"][..., None], jnp.arange(self.codes.num_levels))
         return x_BSQD.reshape(x_BSQD.shape[0], -1, x_BSQD.shape[-1])
 
     def _encode(self, x_BTD, batch, key_B=None, at=None, hidden=None):

@@ -32,8 +32,8 @@ def some_codes(num_items, seed=0):
 
 
 @functools.cache
-def make(num_items, norm="pre", tied=True):
-    config = dataclasses.replace(SMALL, norm=norm, tied=tied)
+def make(num_items, norm, tied, prefixes):
+    config = dataclasses.replace(SMALL, norm=norm, tied=tied, prefixes=prefixes)
     codes = some_codes(num_items)
     model, params = init_model(lambda rngs: Tiger(config, num_items, MAX_LEN, codes=codes, rngs=rngs), seed=0)
     rng = np.random.default_rng(1)  # far from their start, so that probabilities differ
@@ -49,57 +49,62 @@ def packed():
     }
 
 
-def every_item(model, params, column, num_items):
+@functools.cache
+def losses(*which):
+    model, params = make(*which)
+    return jax.jit(lambda batch: model.bind(params).loss(batch, None)[0])
+
+
+def search(which, columns, num_beams):
+    """What a beam search finds behind these columns, as NumPy arrays."""
+    model, params = make(*which)
+    at = (np.zeros(len(columns), int), np.array(columns))
+    found = jax.jit(lambda batch: beam_search(model.bind(params), batch, at, num_beams))(packed())
+    return tuple(np.asarray(x) for x in found)
+
+
+def every_item(which, column):
     """f32[V]: log p(item | history up to `column`), each by one plain forward pass."""
-    loss = jax.jit(lambda batch: model.bind(params).loss(batch, None)[0])
+    num_items, loss = which[0], losses(*which)
     targets = np.zeros((num_items, 1, MAX_LEN), np.int32)
     targets[:, 0, column] = 1 + np.arange(num_items)
     return -np.array([float(loss(packed() | {"targets": target})) for target in targets])
 
 
-@pytest.mark.parametrize("norm, tied", [("pre", True), ("original", False)])
-def test_a_wide_beam_ranks_like_scoring_every_item(norm, tied):
-    num_items = 20
-    model, params = make(num_items, norm, tied)
-    at = (np.array([0, 0]), np.array([4, 7]))
-    search = jax.jit(lambda batch: beam_search(model.bind(params), batch, at, 100))
-    items_NK, log_prob_NK = (np.asarray(x) for x in search(packed()))
-    assert items_NK.shape == (2, num_items)
+PLAIN = (20, TigerConfig.norm, TigerConfig.tied, TigerConfig.prefixes)
+
+
+@pytest.mark.parametrize("which", [PLAIN, (20, "original", False, True)])
+def test_a_wide_beam_ranks_like_scoring_every_item(which):
+    items_NK, log_prob_NK = search(which, [4, 7], 100)
+    assert items_NK.shape == (2, 20)
     for column, items, log_probs in zip((4, 7), items_NK, log_prob_NK, strict=True):
-        slow = every_item(model, params, column, num_items)
+        slow = every_item(which, column)
         np.testing.assert_array_equal(items, 1 + np.argsort(-slow))
         np.testing.assert_allclose(log_probs, np.sort(slow)[::-1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("num_beams", [1, 3, 6])
-def test_a_narrow_beam_gives_items_that_exist_each_once_and_at_their_own_probability(num_beams):
-    num_items = 20
-    model, params = make(num_items)
-    at = (np.array([0]), np.array([4]))
-    items_NK, log_prob_NK = (np.asarray(x) for x in beam_search(model.bind(params), packed(), at, num_beams))
-    assert len(set(items_NK[0])) == num_beams and items_NK.min() >= 1 and items_NK.max() <= num_items
+def test_a_narrow_beam_gives_items_that_exist_each_once_and_at_their_own_probability():
+    items_NK, log_prob_NK = search(PLAIN, [4], 6)
+    assert len(set(items_NK[0])) == 6 and items_NK.min() >= 1 and items_NK.max() <= 20
     assert np.all(np.diff(log_prob_NK[0]) <= 0)
-    slow = every_item(model, params, 4, num_items)
-    np.testing.assert_allclose(log_prob_NK[0], slow[items_NK[0] - 1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(log_prob_NK[0], every_item(PLAIN, 4)[items_NK[0] - 1], rtol=1e-4, atol=1e-5)
 
 
 def test_the_probabilities_of_all_paths_sum_to_one():
-    model, params = make(NUM_CODES**LEVELS)
-    _, log_prob_NK = beam_search(model.bind(params), packed(), (np.array([0]), np.array([7])), 64)
+    _, log_prob_NK = search((NUM_CODES**LEVELS, *PLAIN[1:]), [7], 64)
     assert log_prob_NK.shape == (1, 64)
     np.testing.assert_allclose(jax.nn.logsumexp(log_prob_NK), 0, atol=1e-5)
 
 
 def test_a_target_is_not_seen_before_it_is_foretold():
     """The same history foretells the same, whatever the targets of its earlier columns and other segments."""
-    model, params = make(20)
-    loss = jax.jit(lambda batch: model.bind(params).loss(batch, None)[0])
 
     def at(**targets):
         row = np.zeros((1, MAX_LEN), np.int32)
         for column, target in targets.items():
             row[0, int(column[1:])] = target
-        return float(loss(packed() | {"targets": row}))
+        return float(losses(*PLAIN)(packed() | {"targets": row}))
 
     # Column 3 really is followed by item 5: with it as the target, nothing new is to be seen at column 4.
     assert at(c3=5, c4=11) == pytest.approx(at(c3=5) + at(c4=11), rel=1e-5)
