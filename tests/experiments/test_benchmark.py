@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.speed import embedding, sharding, softmax, timing, training
+from experiments.speed import beam, embedding, sharding, softmax, timing, training
 from experiments.speed.lengths import LENGTHS, synthetic_histories
 from rec_jax.data.histories import leave_one_out
 
@@ -91,3 +91,13 @@ def test_interleaved_takes_turns_after_a_call_for_compilation():
     secs = timing.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
     assert "".join(calls) == "ab" + "abab"
     assert {name: len(values) for name, values in secs.items()} == {"a": 2, "b": 2}
+
+
+def test_a_search_takes_longer_the_more_beams_and_than_reading_alone(monkeypatch):
+    monkeypatch.setattr(beam, "MODEL", beam.TigerConfig(width=8, ff_width=8, num_heads=1, num_layers=1))
+    monkeypatch.setattr(beam, "LENGTH", 6)
+    monkeypatch.setattr(beam, "BEAMS", (2, 2000))
+    result = beam.measure_beam(repeats=3, num_items=3000)
+    assert result["beams_2000"]["ms_min"] > result["beams_2"]["ms_min"] > 0
+    assert result["beams_2000"]["ms_min"] > result["read"]["ms_min"] > 0
+    assert result["items"] == 3000
