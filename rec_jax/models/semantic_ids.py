@@ -66,7 +66,9 @@ class Codes:
             raise ValueError(f"num_codes={num_codes} times {len(items):,} items must be below 2**31 (Codes)")
 
     def __eq__(self, other):
-        return isinstance(other, Codes) and np.array_equal(self.codes_VQ, other.codes_VQ)
+        if not isinstance(other, Codes) or self.num_codes != other.num_codes:
+            return False
+        return np.array_equal(self.codes_VQ, other.codes_VQ)
 
     def __hash__(self):
         return hash(self.codes_VQ.tobytes())

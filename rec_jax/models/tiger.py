@@ -54,7 +54,7 @@ class Tiger(SequenceModel):
     Source: TIGER, Rajput et al., NeurIPS'23 (arXiv 2305.05065).
     Differs: a causal transformer that learns from every item of a history, for an encoder and a decoder; the
     last code of an item comes with the others; no token of the user. prefixes: Singh et al., RecSys'24 (arXiv
-    2306.08121), section 3.3, without hashing; the last of them is a vector of the item.
+    2306.08121), without hashing; the last of them is a vector of the item.
     """
 
     generates = True
