@@ -10,6 +10,10 @@ Protocol: leave-one-out, full-catalogue ranking (12,101 items) of the 30 items t
 items filtered, picked on validation NDCG@10. Data: `user item item ...` lines.
 
     python -m experiments.train --config=configs/tiger_beauty.py --workdir=runs/tiger_beauty
+
+Not yet measured in full. Of a smaller one (64 dims, dropout 0.1, 20 beams, validation on 2,000 users), after 3
+of 6 epochs, validation NDCG@10 was 0.0190 without prefixes and 0.0259 with them (2026-11-23, 2 cores of an AMD
+EPYC (Zen 4), one seed).
 """
 
 from configs import common
@@ -23,9 +27,9 @@ def get_config(variant=None):
     cfg.codes.content, cfg.codes.max_shared = "beauty/Beauty_item2attributes.json", 0.95
     cfg.codes.method, cfg.codes.num_levels = "kmeans", 2
     cfg.model = to_config_dict(
-        TigerConfig(width=128, ff_width=256, num_heads=4, dropout=0.3, prefixes=True, num_beams=30)
+        TigerConfig(width=128, ff_width=256, num_heads=4, dropout=0.2, prefixes=True, num_beams=30)
     )
-    cfg.optim.learning_rate, cfg.optim.schedule, cfg.optim.warmup_steps = 1e-3, "cosine", 100
+    cfg.optim.learning_rate, cfg.optim.schedule, cfg.optim.warmup_steps = 2e-3, "cosine", 100
     cfg.train.epochs, cfg.train.eval_every_epochs = 30, 3.0
     cfg.train.batch_rows, cfg.train.micro_rows = 32, 8
     if variant == "smoke":  # of a simulated item, its interests are known
