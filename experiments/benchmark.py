@@ -7,6 +7,7 @@
     JAX_NUM_CPU_DEVICES=8 python -m experiments.benchmark --suite=sharding --output=sharding.json
     python -m experiments.benchmark --suite=models --output=models.json
     python -m experiments.benchmark --suite=lengths --output=lengths.json
+    python -m experiments.benchmark --suite=beam --output=beam.json
 
 Suite "train": real tokens per second of our training step (packed rows on one virtual device a core)
 against a naive padded JAX step with the same maths: SASRec with 50 dims, 2 blocks and 1 head, BCE with one
@@ -27,6 +28,8 @@ Suite "models": one training step of every sequence model, 128 wide and 2 layers
 against SASRec's; and the same at equal work, by multiply-adds counted in the program.
 Suite "lengths": a step of the linear recurrence and of SASRec over 8,192 events, in histories of 512 to
 8,192.
+Suite "beam": the next items of one user with 50 events, out of 10,000 items of 4 codes of 256, by beam
+searches of 10 and 50 beams, against reading the history alone: 3 layers of 128 dims.
 
 What is compared runs in turn, A B A B, and ratios are taken pair by pair, so that other work on the machine
 disturbs both sides alike; printed are medians.
@@ -45,7 +48,7 @@ from rec_jax.report import print_table
 _SUITE = flags.DEFINE_enum(
     "suite",
     "train",
-    ["train", "softmax", "embedding", "sharding", "models", "lengths"],
+    ["train", "softmax", "embedding", "sharding", "models", "lengths", "beam"],
     "What to measure.",
 )
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the figures.")
@@ -64,6 +67,7 @@ def main():
         "sharding": _sharding,
         "models": _models,
         "lengths": _lengths,
+        "beam": _beam,
     }
     about = {
         "machine": machine(),
@@ -181,6 +185,19 @@ def _lengths() -> dict:
     print_table(
         ("ms a step", *lengths), [(name, *(f"{r[n]:.0f}" for n in lengths)) for name, r in result.items()]
     )
+    return result
+
+
+def _beam() -> dict:
+    from experiments.speed.beam import measure_beam
+
+    result = measure_beam(_PAIRS.value)
+    rows = [
+        (name, *(f"{r[key]:.2f}" for key in ("ms", "ms_min", "ms_max")))
+        for name, r in result.items()
+        if isinstance(r, dict)
+    ]
+    print_table((f"{result['items']:,} items", "ms", "from", "to"), rows)
     return result
 
 

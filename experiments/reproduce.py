@@ -44,6 +44,7 @@ TABLES = {
     },
     "beauty": {
         "sasrec": Row("sasrec_beauty", 0.0921, 0.0531, _SURVEY),
+        "tiger": Row("tiger_beauty", 0.0648, 0.0384, "TIGER, NeurIPS'23 (arXiv 2305.05065)"),
     },
     # Nothing is published in this protocol.
     "ml100k": {

@@ -27,10 +27,12 @@ from rec_jax.eval.evaluator import EvalConfig, evaluate
 from rec_jax.mesh import MeshConfig, replicate
 from rec_jax.models.base import define_model, get_table, init_model, with_table, without_table
 from rec_jax.models.baselines import BASELINES, nearest_items
-from rec_jax.models.registry import ModelConfig
+from rec_jax.models.beam import BeamScorer
+from rec_jax.models.registry import MODELS, ModelConfig
 from rec_jax.models.registry import model_builder as registered_builder
 from rec_jax.models.sasrec import SASRecConfig
 from rec_jax.models.scoring import SequenceScorer
+from rec_jax.models.semantic_ids import CodesConfig, load_codes
 from rec_jax.nn.layouts import shardings
 from rec_jax.nn.parallel import partition
 from rec_jax.train import checkpoint
@@ -59,6 +61,7 @@ class ExperimentConfig:
     seed: int = 0
     data: DataConfig = DataConfig()
     model: ModelConfig = SASRecConfig()
+    codes: CodesConfig = CodesConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
@@ -72,6 +75,7 @@ class ExperimentConfig:
 
     def __post_init__(self):
         check_table(self.table, self.loss)
+        _check_generating(self)
         check_views(self.augment, self.contrastive, self.model, self.table.host_dedupe)
         check_heads(self.loss, self.model, self.data.max_len, self.compress.distill.teachers)
         if unknown := set(self.eval.baselines) - set(BASELINES):
@@ -87,9 +91,33 @@ class ExperimentConfig:
             )
 
 
-def model_builder(config: ExperimentConfig, num_items: int):
-    """rngs -> the module."""
-    return registered_builder(config.model, num_items, config.data.max_len)
+def _check_generating(config: ExperimentConfig) -> None:
+    """Raises ValueError where a model without a table of items meets settings of one."""
+    if not MODELS[type(config.model)].generates:
+        return
+    asked = {
+        "loss.type": (config.loss.type, ("softmax",)),
+        "table.optimizer": (config.table.optimizer, ("dense",)),
+        "table.layout": (config.table.layout, ("auto", "replicated")),
+        "compress": (config.compress, (CompressConfig(),)),
+        "loss.matryoshka": (config.loss.matryoshka, ((),)),
+        "loss.ips_power": (config.loss.ips_power, (0,)),
+        "loss.popularity_discount": (config.loss.popularity_discount, (0,)),
+        "model.num_future": (config.model.num_future, (1,)),
+        "augment": (config.augment, (AugmentConfig(),)),
+        "contrastive.weight": (config.contrastive.weight, (0,)),
+    }
+    for name, (value, possible) in asked.items():
+        if value not in possible:
+            raise ValueError(
+                f"{name}={value!r} is of a table of items, and model.type={config.model.type!r} has none: "
+                "leave it at its default (ExperimentConfig)"
+            )
+
+
+def model_builder(config: ExperimentConfig, num_items: int, codes=None):
+    """rngs -> the module. codes: of a model that generates; None = meaningless ones."""
+    return registered_builder(config.model, num_items, config.data.max_len, codes)
 
 
 def plan_layouts(config: ExperimentConfig, num_items: int, mesh) -> list[LayoutCost]:
@@ -105,7 +133,7 @@ class Program:
     """What a config computes on a mesh: the model and its training step, without the data.
 
     item_counts: int[V + 1] training events of each item, for popularity samplers and hot rows. teachers,
-    base: see `Compression`.
+    base: see `Compression`. codes: see `model_builder`.
     """
 
     def __init__(
@@ -117,9 +145,10 @@ class Program:
         item_counts,
         teachers=(),
         base=None,
+        codes=None,
     ):
         self.config, self.mesh, self._item_counts = config, mesh, item_counts
-        self._build = model_builder(config, num_items)
+        self._build = model_builder(config, num_items, codes)
         self.model = define_model(self._build)
         self.layout_costs = plan_layouts(config, num_items, mesh)
         self.layout = choose_layout(config.table, self.layout_costs)
@@ -231,7 +260,10 @@ class Experiment:
             self.dataset = dataset or load_dataset(config.data, self.workdir / "data")
         self.histories, self.split = self.dataset.histories, self.dataset.split
         self.config = config = self._with_layout(config)
-        self.model = define_model(model_builder(config, self.histories.num_items))
+        self.codes = None
+        if MODELS[type(config.model)].generates:
+            self.codes = load_codes(config.codes, config.data, self.dataset, self.workdir, config.seed)
+        self.model = define_model(model_builder(config, self.histories.num_items, self.codes))
         if self.model.reads_times and self.histories.times is None:
             raise ValueError(
                 f"model.type={config.model.type!r} reads times, and this log has none: name their column by "
@@ -269,9 +301,11 @@ class Experiment:
         """The mesh and how the table of items lies on it and learns."""
         mesh, table = self.mesh, self.config.table
         platform = mesh.devices.flat[0].platform
+        lies = f"mesh: data={mesh.shape['data']}, model={mesh.shape['model']} ({platform})"
+        if self.codes:
+            return f"{lies}\n{self.codes.report}"
         return (
-            f"mesh: data={mesh.shape['data']}, model={mesh.shape['model']} ({platform}); "
-            f"table of items: {self.histories.num_items + 1:,} rows x {self.config.model.table_dim}, "
+            f"{lies}; table of items: {self.histories.num_items + 1:,} rows x {self.config.model.table_dim}, "
             f"layout {table.layout}, optimizer {table.optimizer}"
         )
 
@@ -326,7 +360,9 @@ class Experiment:
             config = dataclasses.replace(config, compress=compress)
         counts = self.split.train_item_counts(self.histories)
         num_items = self.histories.num_items
-        return Program(config, num_items, self.mesh, total_steps, counts, teachers or (), self._base)
+        return Program(
+            config, num_items, self.mesh, total_steps, counts, teachers or (), self._base, self.codes
+        )
 
     def _neighbours(self):
         """The nearest items of each, where training substitutes them."""
@@ -355,9 +391,9 @@ class Experiment:
                     f"teachers={workdir}: it reads data.max_len={teacher.config.data.max_len} events, this "
                     f"run {self.config.data.max_len}: set data.max_len to as many at most (DistillConfig)"
                 )
-            if not (teacher.model.is_causal and self.model.is_causal):
+            if not (teacher.model.is_causal and self.model.is_causal) or teacher.model.generates:
                 raise ValueError(
-                    f"teachers={workdir}: only causal models teach and learn from each other "
+                    f"teachers={workdir}: only causal models with tables of items teach and learn "
                     f"({teacher.config.model.type} teaches {self.config.model.type}) (DistillConfig)"
                 )
             params = dequantize_params(teacher.model_params())
@@ -405,6 +441,11 @@ class Experiment:
         if dims > (full := self.config.model.table_dim):
             raise ValueError(f"dims={dims}: the vectors of {self.workdir} have {full} (SequenceConfig)")
         max_len = self.config.data.max_len
+        if self.model.generates:
+            if dims:
+                raise ValueError(f"dims={dims}: model.type={self.config.model.type!r} scores no vectors")
+            num_beams = self.config.model.num_beams
+            return BeamScorer(self.model, params, self.histories, max_len, self.mesh, num_beams)
         return SequenceScorer(self.model, params, self.histories, max_len, self.mesh, layout, dims)
 
     def evaluate(self, score_fn, part: str, *, quick: bool = False) -> dict:

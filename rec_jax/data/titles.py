@@ -8,19 +8,20 @@ from rec_jax.data.textfile import TextFile, is_utf8, numbered_lines, where
 _USUAL_NAMES = ("title", "name", "movietitle", "itemname", "itemtitle", "productname")
 
 
-def read_titles(path: Path, ids_path: Path | None = None) -> dict[str, str]:
+def read_titles(path: Path, ids_path: Path | None = None, *, with_genres: bool = False) -> dict[str, str]:
     """Item id -> title.
 
     Args:
       path: MovieLens' `item::title::genres` (UTF-8, or latin-1 as in MovieLens-1M), a RecBole .item file,
         or a csv or tsv file whose header names the item and the title.
       ids_path: a file of `id id_in_path` lines, for logs whose items were renumbered.
+      with_genres: a title of MovieLens ends in ` genres`.
 
     Raises:
       ValueError: a malformed line, or columns that cannot be told.
     """
     _, first = next(numbered_lines(path), (0, ""))
-    titles = _read_dat(path) if "::" in first else _read_table(path)
+    titles = _read_dat(path, with_genres) if "::" in first else _read_table(path)
     if ids_path is None:
         return titles
     file = TextFile(ids_path, " ", ["item", "original"])
@@ -29,7 +30,7 @@ def read_titles(path: Path, ids_path: Path | None = None) -> dict[str, str]:
     return {item: titles[original] for item, original in pairs if original in titles}
 
 
-def _read_dat(path: Path) -> dict[str, str]:
+def _read_dat(path: Path, with_genres: bool) -> dict[str, str]:
     titles = {}
     for number, line in numbered_lines(path):
         if not line:
@@ -39,7 +40,7 @@ def _read_dat(path: Path) -> dict[str, str]:
         item, *rest = line.split("::")
         if not rest:
             raise ValueError(f"{where(path, number, line)}: expected `item::title::...` (titles)")
-        titles[item] = rest[0]
+        titles[item] = " ".join(rest) if with_genres else rest[0]
     return titles
 
 

@@ -71,6 +71,8 @@ class SequenceModel(nnx.Module):
     is_causal = True
     # int32[B, S] `batch["times"]`: seconds since the first event of the segment.
     reads_times = False
+    # Has no table of items, but `codes`, a `loss(batch, key_B)` and a beam search instead.
+    generates = False
 
     def training_batch(self, batch, key_B):
         """The batch as this model learns from it. targets: int32[B, S], 0 where there is nothing to learn."""
@@ -120,8 +122,9 @@ class Model:
 
     graphdef: Any
     abstract_params: Any
-    is_causal: bool = True  # both as of the module's class
+    is_causal: bool = True  # these as of the module's class
     reads_times: bool = False
+    generates: bool = False
 
     def bind(self, params) -> SequenceModel:
         return nnx.merge(self.graphdef, nnx.State(params))
@@ -132,7 +135,7 @@ def define_model(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     graphdef, state = nnx.split(module, nnx.Param)
     abstract_params = jax.tree.map(_abstract, nnx.to_pure_dict(state))
-    return Model(graphdef, abstract_params, module.is_causal, module.reads_times)
+    return Model(graphdef, abstract_params, module.is_causal, module.reads_times, module.generates)
 
 
 def _abstract(leaf) -> jax.ShapeDtypeStruct:

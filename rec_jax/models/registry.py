@@ -11,6 +11,8 @@ from rec_jax.models.gru4rec import GRU4Rec, GRU4RecConfig
 from rec_jax.models.hstu import HSTU, HSTUConfig
 from rec_jax.models.lru import LRUConfig, LRURec
 from rec_jax.models.sasrec import SASRec, SASRecConfig
+from rec_jax.models.semantic_ids import Codes, CodesConfig, numbered_codes
+from rec_jax.models.tiger import Tiger, TigerConfig
 
 MODELS = {
     SASRecConfig: SASRec,
@@ -19,15 +21,20 @@ MODELS = {
     GRU4RecConfig: GRU4Rec,
     HSTUConfig: HSTU,
     LRUConfig: LRURec,
+    TigerConfig: Tiger,
 }
 ModelConfig = functools.reduce(operator.or_, MODELS)
 
 
-def model_builder(config: ModelConfig, num_items: int, max_len: int):
-    """rngs -> the module."""
+def model_builder(config: ModelConfig, num_items: int, max_len: int, codes: Codes | None = None):
+    """rngs -> the module. codes: of a model that generates; None = digits of their numbers."""
+    build_module = MODELS[type(config)]
+    more = {}
+    if build_module.generates:
+        more["codes"] = codes or numbered_codes(num_items, CodesConfig())
 
     def build(rngs):
-        module = MODELS[type(config)](config, num_items, max_len, rngs=rngs)
+        module = build_module(config, num_items, max_len, rngs=rngs, **more)
         if config.num_future > 1:  # made last, so that all others start as without
             heads = [_future_head(config.table_dim, rngs) for _ in range(1, config.num_future)]
             module.future = nnx.List(heads)

@@ -36,6 +36,9 @@ def make_objective(
         module = model.bind(cast_floats(params, precision.compute_dtype))
         key_B = row_keys(context["step_seed"], micro["row_ids"])
         micro = module.training_batch(micro, key_B)
+        if model.generates:
+            loss, tokens = module.loss(micro, key_B)
+            return loss * context["scale"], tokens
         hidden, penalties = [], []
         x_BSD = module(micro, key_B, hidden=hidden, penalties=penalties).astype(precision.output_dtype)
         penalty = sum(map(jnp.sum, penalties))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.speed import embedding, models, sharding, softmax, timing, training
+from experiments.speed import beam, embedding, models, sharding, softmax, timing, training
 from experiments.speed.lengths import LENGTHS, synthetic_histories
 from rec_jax.data.histories import leave_one_out
 
@@ -117,3 +117,13 @@ def test_every_model_is_timed_beside_sasrec(monkeypatch):
     result = models.measure_models(repeats=1)
     assert result["sasrec"]["time_over_sasrec_at_equal_work"] == 1 and result["lru"]["multiply_adds"] > 0
     assert set(models.measure_lengths(1, lengths=(4, 8), tokens=8)["lru"]) == {"4", "8"}
+
+
+def test_a_search_takes_longer_the_more_beams_and_than_reading_alone(monkeypatch):
+    monkeypatch.setattr(beam, "MODEL", beam.TigerConfig(width=8, ff_width=8, num_heads=1, num_layers=1))
+    monkeypatch.setattr(beam, "LENGTH", 6)
+    monkeypatch.setattr(beam, "BEAMS", (2, 2000))
+    result = beam.measure_beam(repeats=3, num_items=3000)
+    assert result["beams_2000"]["ms_min"] > result["beams_2"]["ms_min"] > 0
+    assert result["beams_2000"]["ms_min"] > result["read"]["ms_min"] > 0
+    assert result["items"] == 3000

@@ -13,8 +13,10 @@ from rec_jax.data.packing import fill_rows, plan_packing
 from rec_jax.hashing import row_keys
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch
 from rec_jax.models.base import init_model
+from rec_jax.models.beam import BeamScorer
 from rec_jax.models.registry import MODELS, model_builder
 from rec_jax.models.scoring import SequenceScorer
+from rec_jax.models.semantic_ids import CodesConfig, numbered_codes
 from rec_jax.train.losses import LossConfig
 from rec_jax.train.step import init_state, make_train_step
 
@@ -29,10 +31,14 @@ def small(config_class, **fields):
     return config_class(**{name: x for name, x in fields.items() if hasattr(config_class, name)})
 
 
+def builder(config):
+    return model_builder(config, NUM_ITEMS, MAX_LEN, numbered_codes(NUM_ITEMS, CodesConfig(num_codes=3)))
+
+
 @functools.cache  # tests of one model share its compilation
 def make(config_class):
     config = small(config_class)
-    model, params = init_model(model_builder(config, NUM_ITEMS, MAX_LEN), seed=0)
+    model, params = init_model(builder(config), seed=0)
     # Far from their start, so that scales, biases and gates take part.
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda x: x + jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), params)
@@ -127,7 +133,8 @@ def test_scores_of_many_are_those_of_one(config_class):
     model, params = make(config_class)
     h = histories()
     users = np.arange(len(LENGTHS))
-    many = SequenceScorer(model, params, h, MAX_LEN, make_mesh(MeshConfig(data=2)))
+    make_scorer = functools.partial(BeamScorer, num_beams=5) if model.generates else SequenceScorer
+    many = make_scorer(model, params, h, MAX_LEN, make_mesh(MeshConfig(data=2)))
     scores_BV = np.asarray(many(users, h.offsets[1:]))
     for user in users:
         inside = slice(*h.offsets[user : user + 2])
@@ -137,14 +144,14 @@ def test_scores_of_many_are_those_of_one(config_class):
     earlier = np.asarray(many(users[1:], h.offsets[2:] - 1))
     hidden = Histories(h.items.copy(), h.times, h.offsets, h.user_ids, h.item_ids)
     hidden.items[h.offsets[1:] - 1] = 1
-    without = SequenceScorer(model, params, hidden, MAX_LEN, make_mesh(MeshConfig(data=2)))
+    without = make_scorer(model, params, hidden, MAX_LEN, make_mesh(MeshConfig(data=2)))
     np.testing.assert_array_equal(np.asarray(without(users[1:], h.offsets[2:] - 1)), earlier)
 
 
 @EVERY_MODEL
 def test_a_step_is_the_same_on_every_mesh_and_a_tiny_set_is_learnt(config_class):
     config = small(config_class, width=16, dropout=0.0)
-    model, params = init_model(model_builder(config, NUM_ITEMS, MAX_LEN), seed=0)
+    model, params = init_model(builder(config), seed=0)
     params = jax.device_get(params)  # states are donated
     batch = rows(range(1, len(LENGTHS)), num_rows=8)
     del batch["masked"]

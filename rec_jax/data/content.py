@@ -1,0 +1,126 @@
+"""What items are, whoever touched them, as vectors: from a file, titles, or attributes."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from rec_jax.data.datasets import Dataset, resolve_path
+from rec_jax.data.titles import read_titles
+
+_WAY_OUT = "point codes.content to vectors (.npy, .npz), attributes (.json) or titles (CodesConfig)"
+
+
+def content_vectors(content: str, dims: int, dataset: Dataset, titles_ids: str = "") -> tuple:
+    """(f32[V + 1, F] of length 1, row 0 zeros; a line that says where from).
+
+    An item of which nothing is known is the zero vector, and is counted in the line.
+
+    Args:
+      content: a path, looked up like that of the data:
+        .npy, numbers [V, F] in the order of `histories.item_ids[1:]` (vocabulary.json); or
+        .npz, with arrays `ids` [N] and `vectors` [N, F]; any vectors, for instance those of a trained model;
+        .json, an object {item id: list of attributes};
+        a file of titles as for data.titles, whose genres count as words;
+        or "": the titles of the data set, or the interests of a simulated world.
+      dims: F of what is made from words and attributes, which are hashed.
+      titles_ids: as in DataConfig, for a file of titles.
+
+    Raises:
+      ValueError: another number of rows, unreadable contents, not a single item known.
+    """
+    ids = [str(name) for name in dataset.histories.item_ids[1:]]
+    if not content:
+        tokens, source = _known_tokens(dataset), "the data set"
+        vectors = hashed_tokens([tokens[name] if name in tokens else [] for name in ids], dims)
+    else:
+        path = resolve_path(content, "codes.content")
+        source = path.name
+        if path.suffix in (".npy", ".npz"):
+            vectors = _read_vectors(path, ids)
+        else:
+            tokens = _read_attributes(path) if path.suffix == ".json" else _read_words(path, titles_ids)
+            vectors = hashed_tokens([tokens[name] if name in tokens else [] for name in ids], dims)
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    num_unknown = int((norms == 0).sum())
+    if num_unknown == len(ids):
+        raise ValueError(
+            f"codes.content={content!r}: nothing is known of any item, for instance {ids[0]}: {_WAY_OUT}"
+        )
+    vectors = np.pad(vectors / np.where(norms == 0, 1, norms), ((1, 0), (0, 0))).astype(np.float32)
+    kinds = len(np.unique(vectors[1:], axis=0))
+    text = f"content from {source}: {len(ids):,} items, {kinds:,} different ones, {num_unknown:,} unknown"
+    return vectors, text
+
+
+def hashed_tokens(tokens: list[list[str]], dims: int) -> np.ndarray:
+    """f32[N, dims]: bags of tokens, each weighed by 1 + log(N / items that have it), at a place and with a
+    sign that follow from its hash.
+
+    Source: Weinberger et al., ICML'09 (arXiv 0902.2206), for the sign.
+    """
+    counts = Counter(token for bag in tokens for token in set(bag))
+    places = {token: _place(token, dims) for token in counts}
+    out = np.zeros((len(tokens), dims), np.float32)
+    for row, bag in enumerate(tokens):
+        for token in sorted(set(bag)):
+            place, sign = places[token]
+            out[row, place] += sign * (1 + np.log(len(tokens) / counts[token]))
+    return out
+
+
+def _place(token: str, dims: int) -> tuple[int, int]:
+    number = int.from_bytes(hashlib.blake2b(token.encode(), digest_size=8).digest(), "little")
+    return (number >> 1) % dims, 1 - 2 * (number & 1)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _known_tokens(dataset: Dataset) -> dict[str, list[str]]:
+    if dataset.world is not None:
+        pairs = zip(dataset.world.first_V, dataset.world.second_V, strict=True)
+        return {f"i{item}": [f"first {a}", f"second {b}"] for item, (a, b) in enumerate(pairs)}
+    return {item: _words(title) for item, title in dataset.histories.titles.items()}
+
+
+def _read_words(path: Path, titles_ids: str) -> dict[str, list[str]]:
+    ids_path = resolve_path(titles_ids, "titles_ids") if titles_ids else None
+    return {item: _words(text) for item, text in read_titles(path, ids_path, with_genres=True).items()}
+
+
+def _read_attributes(path: Path) -> dict[str, list[str]]:
+    try:
+        read = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"codes.content={str(path)!r} is no JSON ({error}): {_WAY_OUT}") from error
+    if not isinstance(read, dict) or not all(isinstance(bag, list) for bag in read.values()):
+        raise ValueError(f"codes.content={str(path)!r} must be one object {{item id: list}}: {_WAY_OUT}")
+    return {item: [str(token) for token in bag] for item, bag in read.items()}
+
+
+def _read_vectors(path: Path, ids: list[str]) -> np.ndarray:
+    read = np.load(path)
+    if path.suffix == ".npz":
+        if not {"ids", "vectors"} <= set(read.files):
+            raise ValueError(
+                f"codes.content={str(path)!r} holds {', '.join(read.files)}, not `ids` and `vectors`: "
+                f"{_WAY_OUT}"
+            )
+        vectors, rows = read["vectors"], {str(name): row for row, name in enumerate(read["ids"])}
+        unknown = len(vectors)  # a row of zeros
+        vectors = np.pad(vectors, ((0, 1), (0, 0)))
+        read = vectors[[rows[name] if name in rows else unknown for name in ids]]
+    if read.ndim != 2 or len(read) != len(ids):
+        raise ValueError(
+            f"codes.content={str(path)!r} has shape {list(read.shape)}, but there are {len(ids)} items, in "
+            "the order of vocabulary.json of the prepared data: give one row each, or an .npz with `ids` "
+            "(CodesConfig)"
+        )
+    if not np.isfinite(read).all():
+        raise ValueError(f"codes.content={str(path)!r} holds NaN or infinite numbers: {_WAY_OUT}")
+    return read.astype(np.float32)

@@ -1,0 +1,104 @@
+"""Beam search over the codes of a catalogue, and scores from it for evaluation."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rec_jax.mesh import place_whole_batch, replicate
+from rec_jax.models.base import Model
+from rec_jax.models.scoring import SequenceScorer
+
+_HISTORIES = 32  # searched for at once, over all devices
+
+
+def beam_search(module, batch, at, num_beams: int) -> tuple[jax.Array, jax.Array]:
+    """The likeliest next items of N histories, best first: (items int32[N, K], log-probabilities f32[N, K]).
+
+    Every path is one of an item, and every item comes once; K is num_beams, or the catalogue if that is
+    smaller: as every path leads to an item, K beams never run dry. A history is read once, whatever K.
+
+    batch: packed rows as for the model; at: (rows int[N], columns int[N]) of the last event of each history.
+    """
+    codes, trie = module.codes, module.codes.trie
+    positions_N = batch["positions"][at]
+    x_ND, past = module.prefill(batch, at)
+    x_NKD, own = x_ND[:, None], None
+    node_NK = jnp.zeros((len(x_ND), 1), jnp.int32)  # the root
+    log_prob_NK = jnp.zeros((len(x_ND), 1))
+    for level in range(codes.num_levels):
+        keys, bits = jnp.asarray(trie.keys[level]), jnp.asarray(trie.bits[level])
+        may_follow = jnp.unpackbits(bits[node_NK], axis=-1, count=codes.num_codes)
+        log_prob_NKC = log_prob_NK[..., None] + module.log_probs(x_NKD, level)
+        log_prob_NKC = jnp.where(may_follow, log_prob_NKC, -jnp.inf)
+        width = min(num_beams, len(keys))
+        log_prob_NK, best_NK = jax.lax.top_k(log_prob_NKC.reshape(len(x_ND), -1), width)
+        parent_NK, code_NK = best_NK // codes.num_codes, best_NK % codes.num_codes
+        key_NK = jnp.take_along_axis(node_NK, parent_NK, axis=1) * codes.num_codes + code_NK
+        node_NK = jnp.searchsorted(keys, key_NK)
+        if level < codes.num_levels - 1:
+            own = jax.tree.map(lambda x: x[jnp.arange(len(x))[:, None], parent_NK], own)  # noqa: B023
+            x_NKD, own = module.decode(code_NK, node_NK, level, positions_N, past, own)
+    return jnp.asarray(trie.items)[node_NK], log_prob_NK
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def generate(model: Model, params, batch, last_N, num_beams: int):
+    """`beam_search`, compiled, for one history a row; last_N: int[N], the column of its last event."""
+    return beam_search(model.bind(params), batch, (jnp.arange(len(last_N)), last_N), num_beams)
+
+
+@partial(jax.jit, static_argnums=(0, 4, 5))
+def _generate_on(model: Model, params, batch, last_N, num_beams: int, mesh: Mesh):
+    def part(params, batch, last_N):
+        return generate(model, params, batch, last_N, num_beams)
+
+    specs = (P(), P("data"), P("data"))
+    found = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=False)
+    return jax.lax.with_sharding_constraint(found(params, batch, last_N), NamedSharding(mesh, P()))
+
+
+class BeamScorer(SequenceScorer):
+    """Scores by a model that generates: log-probabilities of the items that a beam search finds, -inf for all
+    others.
+
+    An evaluator ranks what is at -inf behind, level with its own, as if at random. Seen items take beams like
+    others: ask for as many beams as the longest list and a usual history together.
+    """
+
+    def __init__(self, model: Model, params, histories, max_len: int, mesh: Mesh, num_beams: int):
+        self._model, self._histories, self._max_len, self._mesh = model, histories, max_len, mesh
+        self._params, self._num_beams = replicate(params, mesh), num_beams
+        num_devices = mesh.shape["data"]
+        self._rows = -(-_HISTORIES // num_devices) * num_devices
+
+    def _score(self, items, ends, lengths, times=None):
+        """Searches for blocks of histories of about a length, each length of block compiled once."""
+        if np.any(lengths < 1):
+            raise ValueError(f"history {int(np.argmin(lengths))} of the batch is empty: nothing to encode")
+        lengths = np.minimum(lengths, self._max_len)
+        scores_BV = np.full((len(ends), self._histories.num_items + 1), -np.inf, np.float32)
+        by_length = np.argsort(lengths, kind="stable")
+        for first in range(0, len(ends), self._rows):
+            block = by_length[first : first + self._rows]
+            longest = min(self._max_len, max(8, 1 << int(lengths[block].max() - 1).bit_length()))
+            places_NS = ends[block, None] - lengths[block, None] + np.arange(longest)
+            real_NS = np.arange(longest) < lengths[block, None]
+            batch = {
+                "items": np.where(real_NS, items[np.where(real_NS, places_NS, 0)], 0).astype(np.int32),
+                "segments": real_NS.astype(np.int32),
+                "positions": np.where(real_NS, np.arange(longest), 0).astype(np.int32),
+                "last": np.asarray(lengths[block] - 1, np.int32),
+            }
+            behind = self._rows - len(block)
+            batch = {name: np.pad(x, [(0, behind)] + [(0, 0)] * (x.ndim - 1)) for name, x in batch.items()}
+            batch = place_whole_batch(batch, self._mesh)
+            last_N = batch.pop("last")
+            found = _generate_on(self._model, self._params, batch, last_N, self._num_beams, self._mesh)
+            items_NK, log_prob_NK = (np.asarray(x)[: len(block)] for x in found)
+            scores_BV[block[:, None], items_NK] = log_prob_NK
+        scores_BV[:, 0] = -np.inf
+        return jnp.asarray(scores_BV)

@@ -1,0 +1,202 @@
+"""Semantic ids: every item as a path of codes, made once a run from what the item is."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from rec_jax import processes
+from rec_jax.data.content import content_vectors
+from rec_jax.data.datasets import DataConfig, Dataset
+from rec_jax.models.quantizers import residual_kmeans, rqvae
+
+_FILE = "codes.npz"
+
+
+@dataclass(frozen=True)
+class CodesConfig:
+    """How items become codes, for models that generate them; no other model reads this.
+
+    content: see `data.content.content_vectors`. Items that share all codes are told apart by one more, last
+    level, which counts them, the most frequent in training first.
+    """
+
+    content: str = ""
+    content_dims: int = 512  # that words and attributes are hashed to
+    method: Literal["rqvae", "kmeans"] = "rqvae"
+    num_levels: int = 3  # before the one that counts
+    num_codes: int = 256  # of each level
+    epochs: int = 60  # rqvae
+    width: int = 256  # rqvae: hidden units of encoder and decoder
+    latent: int = 32  # rqvae: dims that are quantised
+    min_used: float = 0.5  # an error, if fewer of a level's codes stand for an item
+    max_shared: float = 0.5  # an error, if more of the items share their codes before the last level
+
+    def __post_init__(self):
+        for name in ("content_dims", "num_levels", "epochs", "width", "latent"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1 (CodesConfig)")
+        if self.num_codes < 2:
+            raise ValueError(f"num_codes={self.num_codes} must be at least 2 (CodesConfig)")
+        for name in ("min_used", "max_shared"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1] (CodesConfig)")
+
+
+class Codes:
+    """The codes of a catalogue, and their trie; a constant of a module, compared by value.
+
+    codes_VQ: int32[V + 1, Q] of 0..num_codes - 1, no two items alike; row 0 is padding and is not read.
+    report: a line about them.
+    """
+
+    def __init__(self, codes_VQ: np.ndarray, num_codes: int, report: str = ""):
+        self.codes_VQ, self.num_codes = np.ascontiguousarray(codes_VQ, np.int32), num_codes
+        self.num_levels, self.report = codes_VQ.shape[1], report
+        items = self.codes_VQ[1:]
+        if items.min() < 0 or items.max() >= num_codes or len(np.unique(items, axis=0)) < len(items):
+            raise ValueError(f"items need codes in 0..{num_codes - 1}, no two of them the same (Codes)")
+        if len(items) * num_codes >= 2**31:
+            raise ValueError(f"num_codes={num_codes} times {len(items):,} items must be below 2**31 (Codes)")
+
+    def __eq__(self, other):
+        if not isinstance(other, Codes) or self.num_codes != other.num_codes:
+            return False
+        return np.array_equal(self.codes_VQ, other.codes_VQ)
+
+    def __hash__(self):
+        return hash(self.codes_VQ.tobytes())
+
+    @functools.cached_property
+    def trie(self) -> "Trie":
+        return Trie(self)
+
+
+class Trie:
+    """Which codes may follow which, in memory linear in the number of items.
+
+    The nodes of a level are numbered in the order of their paths; level 0 has the root alone.
+
+    bits: of level q uint8[nodes of q, ceil(C / 8)], the codes that may follow, as np.packbits.
+    keys: of level q int32[nodes of q + 1], ascending: parent * C + code, at the place of the child.
+    items: int32[nodes of Q], the item at the end of each path.
+    paths_VQ: int32[V + 1, Q], the nodes on the way to each item; row 0 is not read.
+    """
+
+    def __init__(self, codes: Codes):
+        order = np.lexsort(codes.codes_VQ[1:].T[::-1])
+        self.items = (order + 1).astype(np.int32)
+        node_V = np.zeros(len(order), np.int64)
+        self.bits, self.keys, self.paths_VQ = [], [], np.zeros_like(codes.codes_VQ)
+        for level, code_V in enumerate(codes.codes_VQ[1:][order].T):
+            keys, child_V = np.unique(node_V * codes.num_codes + code_V, return_inverse=True)
+            may_follow = np.zeros((node_V[-1] + 1, codes.num_codes), np.uint8)
+            may_follow.reshape(-1)[keys] = 1
+            self.bits.append(np.packbits(may_follow, axis=1))
+            self.keys.append(keys.astype(np.int32))
+            self.paths_VQ[self.items, level] = node_V = child_V
+
+
+def numbered_codes(num_items: int, config: CodesConfig) -> Codes:
+    """Codes that say nothing: the digits of the item's number. For plans and tests without data."""
+    num_levels = 1
+    while config.num_codes**num_levels < num_items:
+        num_levels += 1
+    num_levels = max(num_levels, config.num_levels + 1)
+    powers = config.num_codes ** np.arange(num_levels - 1, -1, -1, dtype=np.int64)
+    digits_VQ = np.arange(num_items)[:, None] // powers % config.num_codes
+    return Codes(np.pad(digits_VQ, ((1, 0), (0, 0))), config.num_codes, "codes are numbers of items")
+
+
+def make_codes(vectors_VF: np.ndarray, config: CodesConfig, counts_V: np.ndarray, seed: int) -> Codes:
+    """vectors_VF: f32[V + 1, F] of the items, row 0 not read; counts_V: training events of each.
+
+    Raises ValueError if codes lie idle or too many items share theirs.
+    """
+    x_NF, sizes = vectors_VF[1:], (config.num_levels, config.num_codes)
+    if config.method == "kmeans":
+        codes_NQ = residual_kmeans(x_NF, *sizes, seed)[0]
+    else:
+        codes_NQ = rqvae(x_NF, *sizes, seed, epochs=config.epochs, width=config.width, latent=config.latent)
+    used = [len(np.unique(codes_N)) / config.num_codes for codes_N in codes_NQ.T]
+    place_N, group_N = count_within(codes_NQ, counts_V[1:])
+    shared, largest = float(np.mean(group_N > 1)), int(group_N.max())
+    _check(config, used, shared, largest)
+    codes_NQ = np.column_stack([codes_NQ, place_N])
+    report = (
+        f"codes by {config.method}: used {', '.join(f'{x:.0%}' for x in used)} of {config.num_codes} a "
+        f"level; {shared:.1%} of the items share theirs, {largest} at most, and are counted by the last level"
+    )
+    return Codes(np.pad(codes_NQ, ((1, 0), (0, 0))), config.num_codes, report)
+
+
+def count_within(codes_NQ: np.ndarray, counts_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(place int[N] of each item among those that share its codes, how many these are int[N]).
+
+    Places count from 0, the largest of `counts_N` first: the last code alone then tells the frequent from the
+    rare. Source: TIGER, section 3.1, which leaves their order open.
+    """
+    group_N = np.unique(codes_NQ, axis=0, return_inverse=True)[1].reshape(-1)
+    order = np.lexsort((-counts_N, group_N))
+    sizes = np.bincount(group_N)
+    place_N = np.empty(len(order), np.int64)
+    place_N[order] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return place_N, sizes[group_N]
+
+
+def _check(config: CodesConfig, used: list[float], shared: float, largest: int) -> None:
+    for level, share in enumerate(used):
+        if share < config.min_used:
+            raise ValueError(
+                f"codes.min_used={config.min_used}: of level {level} only {share:.3f} of the "
+                f"{config.num_codes} codes are used: lower num_codes or num_levels, use method='kmeans', or "
+                "lower min_used (CodesConfig)"
+            )
+    if shared > config.max_shared:
+        raise ValueError(
+            f"codes.max_shared={config.max_shared}: {shared:.3f} of the items share their codes, up to "
+            f"{largest}: raise num_codes or num_levels, give content that tells them apart, or raise "
+            "max_shared (CodesConfig)"
+        )
+    if largest > config.num_codes:
+        raise ValueError(
+            f"codes.num_codes={config.num_codes}: {largest} items share their codes, which the last level "
+            "cannot count: raise num_codes or num_levels, or give content that tells them apart (CodesConfig)"
+        )
+
+
+def load_codes(config: CodesConfig, data: DataConfig, dataset: Dataset, workdir: Path, seed: int) -> Codes:
+    """The codes of a run, made unless they are in its workdir; says on stdout what they are like.
+
+    Raises ValueError for codes that were made from another config or catalogue.
+    """
+    path = Path(workdir) / _FILE
+    ids = "\n".join(str(name) for name in dataset.histories.item_ids)
+    made_from = json.dumps(
+        {
+            "config": dataclasses.asdict(config),
+            "seed": seed,
+            "items": hashlib.sha256(ids.encode()).hexdigest(),
+        }
+    )
+    with processes.first_before_others():
+        if not path.exists():
+            vectors, text = content_vectors(config.content, config.content_dims, dataset, data.titles_ids)
+            counts_V = dataset.split.train_item_counts(dataset.histories)
+            codes = make_codes(vectors, config, counts_V, seed)
+            partial = path.with_suffix(".partial.npz")
+            np.savez(partial, codes=codes.codes_VQ, report=f"{text}\n{codes.report}", made_from=made_from)
+            os.replace(partial, path)
+    with np.load(path) as file:
+        if str(file["made_from"]) != made_from:
+            raise ValueError(
+                f"{path} was made from {file['made_from']}, this run asks for {made_from}: use another "
+                "workdir (CodesConfig)"
+            )
+        return Codes(file["codes"], config.num_codes, str(file["report"]))

@@ -1,0 +1,185 @@
+"""Generative retrieval: a causal transformer that writes the codes of the next item one by one."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from rec_jax.models.base import SequenceConfig, SequenceModel
+from rec_jax.models.semantic_ids import Codes
+from rec_jax.nn.blocks import TransformerBlock, tensor_parallel
+from rec_jax.nn.decoding import decode_block, keys_values
+from rec_jax.nn.dropout import dropout
+from rec_jax.nn.embedding import Embedding
+from rec_jax.nn.norm import LayerNorm
+
+
+@dataclass(frozen=True, kw_only=True)
+class TigerConfig(SequenceConfig):
+    type: Literal["tiger"] = "tiger"
+    num_heads: int = 2
+    ff_width: int = 256
+    activation: Literal["relu", "gelu", "silu"] = "gelu"
+    norm: Literal["pre", "post", "original"] = "pre"
+    tied: bool = True  # codes are foretold by the vectors that stand for them in histories
+    prefixes: bool = False  # a vector for each beginning of codes that items have, besides those of its codes
+    num_beams: int = 50  # items found for a history, seen ones among them; all others score -inf
+    # As the blocks want to know; nothing is removed from this model.
+    head_width: ClassVar[int] = 0
+    full_width: ClassVar[int] = 0
+    num_experts: ClassVar[int] = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(num_heads=1, ff_width=1, num_beams=1)
+        if self.width % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} does not divide width={self.width} (TigerConfig)")
+        if self.l2_normalize:
+            raise ValueError("l2_normalize=True needs a table of items, which there is none of (TigerConfig)")
+
+    def tensor_parallel(self, parts: int) -> dict[str, P]:
+        return tensor_parallel(self.num_heads, self.ff_width, parts)
+
+
+class Tiger(SequenceModel):
+    """Every item is Q tokens: its codes but for the last, and then the whole item, the sum of all its codes.
+
+    So from the token of a whole item on, Q tokens foretell the Q codes of the next item: the item itself, and
+    the next item's codes but for the last. The transformer sees S * Q tokens, of which those at s * Q stand
+    for whole items; `__call__` returns these.
+
+    Source: TIGER, Rajput et al., NeurIPS'23 (arXiv 2305.05065).
+    Differs: a causal transformer that learns from every item of a history, for an encoder and a decoder; the
+    last code of an item comes with the others; no token of the user. prefixes: Singh et al., RecSys'24 (arXiv
+    2306.08121), without hashing; the last of them is a vector of the item.
+    """
+
+    generates = True
+
+    def __init__(self, config: TigerConfig, num_items: int, max_len: int, *, codes: Codes, rngs: nnx.Rngs):
+        self.config, self.codes = config, codes
+        if len(codes.codes_VQ) != num_items + 1:
+            raise ValueError(f"there are codes of {len(codes.codes_VQ) - 1} items, and {num_items} items")
+        num_places = codes.num_levels * codes.num_codes
+        self.code_table = Embedding(1 + num_places, config.width, rngs=rngs)  # row 0: no item
+        if not config.tied:
+            self.outputs = Embedding(1 + num_places, config.width, rngs=rngs)
+        if config.prefixes:
+            num_nodes = [len(keys) for keys in codes.trie.keys]
+            self.first_nodes = tuple(1 + sum(num_nodes[:level]) for level in range(codes.num_levels))
+            self.nodes = Embedding(1 + sum(num_nodes), config.width, rngs=rngs)  # row 0: no item
+        self.positions = Embedding(max_len, config.width, rngs=rngs)
+        self.slots = Embedding(codes.num_levels, config.width, rngs=rngs)
+        self.blocks = nnx.List([TransformerBlock(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.final_norm = LayerNorm(config.width)
+
+    def __call__(self, batch, key_B=None, at=None, hidden=None):
+        """See SequenceModel."""
+        x_BTD = self._embed(batch, _following(batch))
+        num_levels = self.codes.num_levels
+        if at is not None:
+            at = at[0], at[1] * num_levels
+        x = self._encode(x_BTD, batch, key_B, at, hidden)
+        return x if at is not None else x[:, ::num_levels]
+
+    def loss(self, batch, key_B):
+        """(sum over targets of -log p(item), number of targets): p is the product over its codes."""
+        targets_BS = batch["targets"]
+        ahead_BS = jnp.where(targets_BS > 0, targets_BS, _following(batch))
+        x_BTD = self._encode(self._embed(batch, ahead_BS), batch, key_B)
+        x_BSQD = x_BTD.reshape(*targets_BS.shape, self.codes.num_levels, -1)
+        codes_BSQ = jnp.asarray(self.codes.codes_VQ)[targets_BS]
+        real_BS = targets_BS > 0
+        loss = 0.0
+        for level in range(self.codes.num_levels):
+            log_probs_BSC = self.log_probs(x_BSQD[:, :, level], level)
+            chosen_BS = jnp.take_along_axis(log_probs_BSC, codes_BSQ[..., level, None], axis=-1)[..., 0]
+            loss -= jnp.sum(jnp.where(real_BS, chosen_BS, 0))
+        return loss, jnp.sum(real_BS, dtype=jnp.float32)
+
+    def log_probs(self, x, level: int):
+        """f32[..., C] of the codes of a level, from the outputs x [..., D] of the tokens before them."""
+        table = self.code_table if self.config.tied else self.outputs
+        first = 1 + level * self.codes.num_codes
+        table_CD = table.embedding[...][first : first + self.codes.num_codes]
+        logits = jnp.matmul(self.queries(x), table_CD.T.astype(x.dtype), preferred_element_type=jnp.float32)
+        return jax.nn.log_softmax(logits, axis=-1)
+
+    def prefill(self, batch, at):
+        """What beams start from: the outputs x_ND at the asked items, and `past` of `decode`."""
+        rows_N, columns_N = at
+        tokens_N = columns_N * self.codes.num_levels
+        inputs = [self._embed(batch, _following(batch))]
+        x_BTD = self._encode(inputs[0], batch, hidden=inputs)
+        segments_BT = jnp.repeat(batch["segments"], self.codes.num_levels, axis=1)
+        allowed_NT = segments_BT[rows_N] == segments_BT[rows_N, tokens_N][:, None]
+        allowed_NT &= jnp.arange(segments_BT.shape[1]) <= tokens_N[:, None]
+        past = []
+        for block, x in zip(self.blocks, inputs, strict=False):
+            past.append((*(y[rows_N] for y in keys_values(block, x)), allowed_NT))
+        return x_BTD[rows_N, tokens_N], past
+
+    def decode(self, codes_NK, nodes_NK, level: int, positions_N, past, own):
+        """The outputs x_NKD behind the next item's code of `level`, for K beams of each history.
+
+        nodes_NK: of the trie, where the codes so far lead. positions_N: of the items that the histories end
+        with. own: of earlier levels, None before. Returns (x_NKD, own).
+        """
+        x_NKD = self.code_table(1 + level * self.codes.num_codes + codes_NK)
+        if self.config.prefixes:
+            x_NKD += self.nodes(self.first_nodes[level] + nodes_NK)
+        x_NKD = self._placed(x_NKD, positions_N[:, None], jnp.full((1, 1), level + 1))
+        own = own or [None] * len(past)
+        for index, block in enumerate(self.blocks):
+            x_NKD, own[index] = decode_block(block, x_NKD, past[index], own[index])
+        return self.final_norm(x_NKD), own
+
+    def _placed(self, x, positions, slots):
+        return x * self.config.width**0.5 + self.positions(positions) + self.slots(slots)
+
+    def _vectors(self, items):
+        """What stands for the codes of items, [..., Q, D]."""
+
+        def rows(first_Q, numbers_VQ):
+            rows_VQ = np.asarray(first_Q) + numbers_VQ
+            rows_VQ[0] = 0
+            return jnp.asarray(rows_VQ)[items]
+
+        codes = self.codes
+        x = self.code_table(rows(1 + np.arange(codes.num_levels) * codes.num_codes, codes.codes_VQ))
+        return x + self.nodes(rows(self.first_nodes, codes.trie.paths_VQ)) if self.config.prefixes else x
+
+    def _embed(self, batch, ahead_BS):
+        """x_BTD, T = S * Q tokens. ahead_BS: the next items, 0 where they are not known."""
+        whole_BSD = jnp.sum(self._vectors(batch["items"]), axis=2)
+        ahead_BSQD = self._vectors(ahead_BS)[:, :, :-1]
+        x_BSQD = jnp.concatenate([whole_BSD[:, :, None], ahead_BSQD], axis=2)
+        x_BSQD = self._placed(x_BSQD, batch["positions"][..., None], jnp.arange(self.codes.num_levels))
+        return x_BSQD.reshape(x_BSQD.shape[0], -1, x_BSQD.shape[-1])
+
+    def _encode(self, x_BTD, batch, key_B=None, at=None, hidden=None):
+        rate = self.config.dropout
+        if key_B is not None and rate:
+            x_BTD = dropout(x_BTD, key_B, 0, rate)
+        segments_BT = jnp.repeat(batch["segments"], self.codes.num_levels, axis=1)
+        for index, block in enumerate(self.blocks):
+            last = index == len(self.blocks) - 1
+            x_BTD = block(x_BTD, segments_BT, None, key_B, index, at if last else None)
+            if hidden is not None:
+                hidden.append(x_BTD)
+        if at is not None and not len(self.blocks):
+            x_BTD = x_BTD[at]
+        return self.final_norm(x_BTD)
+
+
+def _following(batch):
+    """The next item of each token's segment, 0 at its end."""
+
+    def shift(x_BS):
+        return jnp.pad(x_BS[:, 1:], ((0, 0), (0, 1)))
+
+    return jnp.where(shift(batch["segments"]) == batch["segments"], shift(batch["items"]), 0)

@@ -1,0 +1,77 @@
+"""Content of items: the same vectors from every kind of file, and mistakes that are named."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rec_jax.data.content import content_vectors, hashed_tokens
+from rec_jax.data.datasets import Dataset
+from rec_jax.data.histories import Histories
+
+
+def dataset(titles=None):
+    histories = Histories(
+        items=np.array([1, 2, 3], np.int32),
+        times=None,
+        offsets=np.array([0, 3]),
+        user_ids=np.array(["u"]),
+        item_ids=np.array(["", "a", "b", "c"], object),
+        titles=titles or {},
+    )
+    return Dataset(histories, None, [], None)
+
+
+def test_bags_are_weighed_by_rarity():
+    x = hashed_tokens([["x", "rare"], ["x"], ["x", "x"], []], dims=1000)
+    assert sorted(np.abs(x[0])[x[0] != 0]) == pytest.approx(sorted([1 + np.log(4 / 3), 1 + np.log(4)]))
+    np.testing.assert_array_equal(x[1], x[2])
+    assert not x[3].any() and x.shape == (4, 1000)
+
+
+def test_attributes_and_titles_make_the_same_vectors(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps({"a": ["red", "old"], "c": ["red"], "other": ["old"]}))
+    vectors, text = content_vectors(str(tmp_path / "x.json"), 64, dataset())
+    assert vectors.shape == (4, 64) and vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), [0, 1, 0, 1], rtol=1e-6)
+    assert "3 items" in text and "1 unknown" in text
+    titles, _ = content_vectors("", 64, dataset({"a": "Old red", "c": "Red!"}))
+    np.testing.assert_allclose(titles, vectors)
+    (tmp_path / "x.dat").write_text("a::Old::Red\nc::Red::\n")
+    from_file, _ = content_vectors(str(tmp_path / "x.dat"), 64, dataset())
+    np.testing.assert_allclose(from_file, vectors)
+
+
+def test_vectors_in_order_or_by_id(tmp_path):
+    x = np.array([[3, 4], [0, 2], [0, 0]])
+    np.save(tmp_path / "x.npy", x)
+    np.savez(tmp_path / "x.npz", ids=["b", "z", "a"], vectors=x[[1, 1, 0]])
+    in_order, _ = content_vectors(str(tmp_path / "x.npy"), 64, dataset())
+    by_id, text = content_vectors(str(tmp_path / "x.npz"), 64, dataset())
+    np.testing.assert_allclose(in_order, [[0, 0], [0.6, 0.8], [0, 1], [0, 0]], rtol=1e-6)
+    np.testing.assert_array_equal(in_order, by_id)
+    assert "1 unknown" in text
+
+
+@pytest.mark.parametrize(
+    "name, write, message",
+    [
+        ("x.npy", lambda path: np.save(path, np.ones((2, 5))), r"shape \[2, 5\], but there are 3 items"),
+        ("x.npy", lambda path: np.save(path, np.full((3, 5), np.nan)), "NaN"),
+        ("x.npz", lambda path: np.savez(path, x=np.ones(3)), "not `ids` and `vectors`"),
+        ("x.json", lambda path: path.write_text("[1]"), "one object"),
+        ("x.json", lambda path: path.write_text("{"), "is no JSON"),
+        ("x.json", lambda path: path.write_text('{"q": [1]}'), "nothing is known of any item"),
+    ],
+)
+def test_mistakes_in_content_are_named(tmp_path, name, write, message):
+    write(tmp_path / name)
+    with pytest.raises(ValueError, match=message):
+        content_vectors(str(tmp_path / name), 64, dataset())
+
+
+def test_missing_content_is_named(tmp_path):
+    with pytest.raises(ValueError, match="codes.content='nowhere.json' does not exist"):
+        content_vectors("nowhere.json", 64, dataset())
+    with pytest.raises(ValueError, match="point codes.content to"):
+        content_vectors("", 64, dataset())

@@ -1,0 +1,118 @@
+"""Codes: quantizers find planted structure, every item gets a path of its own, bad codes stop the run."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from rec_jax.data.datasets import DataConfig, load_dataset
+from rec_jax.data.simulator import SimulatorConfig
+from rec_jax.models.quantizers import kmeans, residual_kmeans, rqvae
+from rec_jax.models.semantic_ids import Codes, CodesConfig, count_within, load_codes, make_codes
+
+SMALL = CodesConfig(num_levels=2, num_codes=4, epochs=3, width=8, latent=4, max_shared=1.0, min_used=0.0)
+
+
+def planted(seed=0):
+    """(f32[161, 6], int[160, 2]): 4 far groups of 4 near ones of 10 vectors; row 0 is padding."""
+    rng = np.random.default_rng(seed)
+    far, near = 10 * np.eye(4, 6), np.pad(np.eye(2)[:, ::-1], ((0, 2), (4, 0))) * 2
+    near[2:] = -near[:2]
+    groups = np.stack(np.divmod(np.repeat(np.arange(16), 10), 4), axis=1)
+    x_NF = far[groups[:, 0]] + near[groups[:, 1]] + 0.01 * rng.normal(size=(160, 6))
+    return np.pad(x_NF, ((1, 0), (0, 0))).astype(np.float32), groups
+
+
+def same_partition(a, b) -> bool:
+    pairs = {(tuple(x), tuple(y)) for x, y in zip(a, b, strict=True)}
+    return len(pairs) == len({x for x, _ in pairs}) == len({y for _, y in pairs})
+
+
+def test_residual_kmeans_finds_groups_within_groups():
+    x_VF, groups = planted()
+    codes, centres = residual_kmeans(x_VF[1:], 2, 4, seed=0)
+    assert same_partition(codes[:, :1], groups[:, :1]) and same_partition(codes, groups)
+    rebuilt = centres[0][codes[:, 0]] + centres[1][codes[:, 1]]
+    assert np.abs(rebuilt - x_VF[1:]).max() < 0.1
+
+
+def test_a_centre_that_loses_its_vectors_moves():
+    # Few different vectors, mostly of one kind: every one must get a centre.
+    x_NF = np.repeat(np.eye(5, dtype=np.float32), [100, 1, 1, 1, 1], axis=0)
+    centres = kmeans(x_NF, 5, np.random.default_rng(0))
+    assert {tuple(c) for c in centres} == {tuple(x) for x in np.eye(5)}
+
+
+def test_the_autoencoder_tells_groups_apart_and_follows_from_its_seed():
+    x_VF, groups = planted()
+
+    def run():
+        return rqvae(x_VF[1:] / 10, 2, 8, seed=0, epochs=100, width=16, latent=4)
+
+    codes = run()
+    np.testing.assert_array_equal(codes, run())
+    assert len(np.unique(codes, axis=0)) >= 8
+    together = np.unique(np.column_stack([groups[:, :1], codes]), axis=0)
+    assert len(together) == len(np.unique(codes, axis=0))  # no codes stand for two of the far groups
+
+
+def test_items_with_the_same_codes_are_counted_the_frequent_first():
+    codes_NQ = np.array([[1, 1], [0, 2], [1, 1], [1, 1], [0, 1]])
+    place, size = count_within(codes_NQ, np.array([5, 9, 7, 5, 1]))
+    np.testing.assert_array_equal(place, [1, 0, 0, 2, 0])
+    np.testing.assert_array_equal(size, [3, 1, 3, 3, 1])
+
+
+def test_the_trie_by_hand():
+    # Paths, sorted: 00 (item 2), 02 (item 3), 21 (item 1).
+    trie = Codes(np.array([[0, 0], [2, 1], [0, 0], [0, 2]]), num_codes=3).trie
+    np.testing.assert_array_equal(trie.items, [2, 3, 1])
+    unpacked = [np.unpackbits(bits, axis=1, count=3) for bits in trie.bits]
+    np.testing.assert_array_equal(unpacked[0], [[1, 0, 1]])
+    np.testing.assert_array_equal(unpacked[1], [[1, 0, 1], [0, 1, 0]])
+    np.testing.assert_array_equal(trie.keys[0], [0, 2])
+    np.testing.assert_array_equal(trie.keys[1], [0, 2, 4])
+    np.testing.assert_array_equal(trie.paths_VQ[1:], [[1, 2], [0, 0], [0, 1]])
+
+
+def test_codes_of_two_items_must_differ():
+    with pytest.raises(ValueError, match="no two of them the same"):
+        Codes(np.array([[0, 0], [1, 1], [1, 1]]), num_codes=2)
+    with pytest.raises(ValueError, match=r"0\.\.1"):
+        Codes(np.array([[0, 0], [1, 2]]), num_codes=2)
+
+
+@pytest.mark.parametrize(
+    "fields, repeats, message",
+    [
+        ({"min_used": 0.9, "num_codes": 16}, 1, "min_used=0.9: of level 1 only 0.062"),
+        ({"max_shared": 0.5}, 1, "max_shared=0.5: 1.000 of the items"),
+        ({"num_codes": 4}, 30, "num_codes=4: [0-9]+ items share"),
+    ],
+)
+def test_bad_codes_stop_the_run(fields, repeats, message):
+    x_VF, _ = planted()
+    x_VF = np.round(np.concatenate([x_VF, np.tile(x_VF[1], (repeats, 1))]))  # nothing left for level 1
+    config = dataclasses.replace(SMALL, method="kmeans", **fields)
+    with pytest.raises(ValueError, match=message):
+        make_codes(x_VF, config, np.ones(len(x_VF)), seed=0)
+
+
+@pytest.mark.parametrize("fields", [{"num_codes": 1}, {"min_used": 1.5}, {"epochs": 0}])
+def test_bad_configs_of_codes_are_refused(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        CodesConfig(**fields)
+
+
+def test_codes_are_made_once_a_run(tmp_path):
+    sim = SimulatorConfig(num_items=40, num_users=30, num_interests=4, mean_len=8)
+    data = DataConfig(format="simulator", sim=sim)
+    dataset = load_dataset(data, tmp_path / "data")
+    config = dataclasses.replace(SMALL, method="kmeans", num_codes=16)
+    codes = load_codes(config, data, dataset, tmp_path, seed=0)
+    written = (tmp_path / "codes.npz").stat().st_mtime_ns
+    again = load_codes(config, data, dataset, tmp_path, seed=0)
+    assert again == codes and (tmp_path / "codes.npz").stat().st_mtime_ns == written
+    assert "40 items" in again.report
+    with pytest.raises(ValueError, match="was made from .* use another workdir"):
+        load_codes(dataclasses.replace(config, num_levels=1), data, dataset, tmp_path, seed=0)

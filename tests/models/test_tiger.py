@@ -1,0 +1,155 @@
+"""Generative retrieval: the search finds what scoring every item finds, and nothing that is no item."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rec_jax.compress.config import CompressConfig
+from rec_jax.config import build
+from rec_jax.data.datasets import DataConfig
+from rec_jax.experiment import ExperimentConfig, Program
+from rec_jax.mesh import MeshConfig, make_mesh, place_batch
+from rec_jax.models.base import init_model
+from rec_jax.models.beam import beam_search
+from rec_jax.models.semantic_ids import Codes, CodesConfig, numbered_codes
+from rec_jax.models.tiger import Tiger, TigerConfig
+from rec_jax.train.losses import LossConfig
+from rec_jax.train.tables import TableConfig
+
+NUM_CODES, LEVELS, MAX_LEN = 4, 3, 8
+SMALL = TigerConfig(width=8, ff_width=12, num_heads=2, num_layers=2, dropout=0.0)
+
+
+def some_codes(num_items, seed=0):
+    """`num_items` of the 64 paths, in any order."""
+    paths = np.stack(np.unravel_index(np.arange(NUM_CODES**LEVELS), (NUM_CODES,) * LEVELS), axis=1)
+    chosen = np.random.default_rng(seed).permutation(paths)[:num_items]
+    return Codes(np.pad(chosen, ((1, 0), (0, 0))), NUM_CODES)
+
+
+@functools.cache
+def make(num_items, norm, tied, prefixes):
+    config = dataclasses.replace(SMALL, norm=norm, tied=tied, prefixes=prefixes)
+    codes = some_codes(num_items)
+    model, params = init_model(lambda rngs: Tiger(config, num_items, MAX_LEN, codes=codes, rngs=rngs), seed=0)
+    rng = np.random.default_rng(1)  # far from their start, so that probabilities differ
+    return model, jax.tree.map(lambda x: x + jnp.asarray(0.4 * rng.normal(size=x.shape), jnp.float32), params)
+
+
+def packed():
+    """One row of two histories, of 5 and 3 events; the last of each are at columns 4 and 7."""
+    return {
+        "items": np.array([[3, 1, 7, 2, 5, 9, 4, 1]], np.int32),
+        "segments": np.array([[1, 1, 1, 1, 1, 2, 2, 2]], np.int32),
+        "positions": np.array([[0, 1, 2, 3, 4, 0, 1, 2]], np.int32),
+    }
+
+
+@functools.cache
+def losses(*which):
+    model, params = make(*which)
+    return jax.jit(lambda batch: model.bind(params).loss(batch, None)[0])
+
+
+def search(which, columns, num_beams):
+    """What a beam search finds behind these columns, as NumPy arrays."""
+    model, params = make(*which)
+    at = (np.zeros(len(columns), int), np.array(columns))
+    found = jax.jit(lambda batch: beam_search(model.bind(params), batch, at, num_beams))(packed())
+    return tuple(np.asarray(x) for x in found)
+
+
+def every_item(which, column):
+    """f32[V]: log p(item | history up to `column`), each by one plain forward pass."""
+    num_items, loss = which[0], losses(*which)
+    targets = np.zeros((num_items, 1, MAX_LEN), np.int32)
+    targets[:, 0, column] = 1 + np.arange(num_items)
+    return -np.array([float(loss(packed() | {"targets": target})) for target in targets])
+
+
+PLAIN = (20, TigerConfig.norm, TigerConfig.tied, TigerConfig.prefixes)
+
+
+# The second catalogue has every path there is, so that probabilities sum to one.
+@pytest.mark.parametrize("which", [PLAIN, (NUM_CODES**LEVELS, "original", False, True)])
+def test_a_wide_beam_ranks_like_scoring_every_item(which):
+    items_NK, log_prob_NK = search(which, [4, 7], 100)
+    assert items_NK.shape == (2, which[0])
+    for column, items, log_probs in zip((4, 7), items_NK, log_prob_NK, strict=True):
+        slow = every_item(which, column)
+        np.testing.assert_array_equal(items, 1 + np.argsort(-slow))
+        np.testing.assert_allclose(log_probs, np.sort(slow)[::-1], rtol=1e-4, atol=1e-5)
+    sums_N = np.exp(log_prob_NK).sum(axis=1)
+    if which[0] == NUM_CODES**LEVELS:
+        np.testing.assert_allclose(sums_N, 1, atol=1e-5)
+    else:
+        assert np.all(sums_N < 1)
+
+
+def test_a_narrow_beam_gives_items_that_exist_each_once_and_at_their_own_probability():
+    items_NK, log_prob_NK = search(PLAIN, [4], 6)
+    assert len(set(items_NK[0])) == 6 and items_NK.min() >= 1 and items_NK.max() <= 20
+    assert np.all(np.diff(log_prob_NK[0]) <= 0)
+    np.testing.assert_allclose(log_prob_NK[0], every_item(PLAIN, 4)[items_NK[0] - 1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_target_is_not_seen_before_it_is_foretold():
+    """The same history foretells the same, whatever the targets of its earlier columns and other segments."""
+
+    def at(**targets):
+        row = np.zeros((1, MAX_LEN), np.int32)
+        for column, target in targets.items():
+            row[0, int(column[1:])] = target
+        return float(losses(*PLAIN)(packed() | {"targets": row}))
+
+    # Column 3 really is followed by item 5: with it as the target, nothing new is to be seen at column 4.
+    assert at(c3=5, c4=11) == pytest.approx(at(c3=5) + at(c4=11), rel=1e-5)
+    assert at(c4=11, c5=8) == pytest.approx(at(c4=11) + at(c5=8), rel=1e-5)
+
+
+def run_steps(**mesh):
+    codes = numbered_codes(20, CodesConfig(num_codes=NUM_CODES, num_levels=2))
+    config = ExperimentConfig(
+        data=DataConfig(max_len=MAX_LEN),
+        model=dataclasses.replace(SMALL, num_layers=1, dropout=0.3),
+        mesh=MeshConfig(**mesh),
+    )
+    program = Program(config, 20, make_mesh(config.mesh), 3, np.arange(21), codes=codes)
+    batch = {name: np.repeat(x, 4, axis=0) for name, x in packed().items()}
+    batch["targets"] = 1 + (batch["items"] + np.arange(4)[:, None]) % 20
+    state, step = program.init_state(), program.make_step()
+    for _ in range(3):
+        state, metrics = step(state, place_batch(batch, program.mesh))
+        yield [float(metrics[name][0]) for name in ("loss", "grad_norm", "tokens")]
+
+
+def test_a_step_is_the_same_when_heads_and_channels_are_split():
+    alone, split = list(run_steps(data=1)), list(run_steps(data=2, model=2))
+    np.testing.assert_allclose(split, alone, rtol=1e-4)
+    assert alone[0][2] == 32
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"loss": LossConfig(type="bce")}, "loss.type='bce'"),
+        ({"table": TableConfig(layout="rows")}, "table.layout='rows'"),
+        ({"compress": CompressConfig(recipe="int8")}, "compress="),
+    ],
+)
+def test_settings_of_a_table_of_items_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ExperimentConfig(model=SMALL, **fields)
+
+
+def test_bad_models_are_refused():
+    with pytest.raises(ValueError, match="num_heads=3"):
+        build(TigerConfig, {"type": "tiger", "width": 8, "num_heads": 3})
+    with pytest.raises(ValueError, match="l2_normalize"):
+        TigerConfig(l2_normalize=True)
+    with pytest.raises(ValueError, match="codes of 20 items, and 21"):
+        init_model(lambda rngs: Tiger(SMALL, 21, MAX_LEN, codes=some_codes(20), rngs=rngs), seed=0)
