@@ -32,6 +32,13 @@ def get_config(variant=None):
     cfg.model = to_config_dict(_BY_TYPE[name](width=64, dropout=0.3))
     if "num_heads" in cfg.model:
         cfg.model.num_heads = 2
+    if name == "tiger":
+        cfg.model.prefixes, cfg.model.num_beams = True, 100
+        cfg.codes.content = "ml-100k/ml-100k.item"  # words of titles and genres
+        cfg.codes.num_levels, cfg.codes.num_codes = 2, 128
+        if smoke:
+            cfg.codes.content, cfg.codes.num_codes, cfg.codes.content_dims = "", 8, 16
+            cfg.codes.max_shared = 1.0
     cfg.optim.schedule, cfg.optim.warmup_steps = "cosine", 50
     cfg.train.epochs, cfg.train.eval_every_epochs = 20, 2.0
     cfg.train.batch_rows, cfg.train.micro_rows = 16, 4

@@ -48,7 +48,8 @@ TABLES = {
     },
     # Nothing is published in this protocol.
     "ml100k": {
-        name: Row(f"ml100k:{name}") for name in ("gru4rec", "bert4rec", "sasrec", "esasrec", "lru", "hstu")
+        name: Row(f"ml100k:{name}")
+        for name in ("gru4rec", "bert4rec", "sasrec", "esasrec", "lru", "hstu", "tiger")
     },
 }
 
