@@ -7,7 +7,11 @@ validation NDCG@10, ties in expectation. Data: the SASRec version of MovieLens-1
 
     python -m experiments.train --config=configs/esasrec_ml1m.py --workdir=runs/esasrec --config.seed=0
 
-Settings are those of configs/sasrec_ml1m.py where they apply; no search of its own yet.
+Measured 2026-11-23 on 2 busy cores of an AMD EPYC (Zen 4), seed 0: test HR@10 0.3116, NDCG@10 0.1804 (95 %
+interval 0.1728 to 0.1889); unfiltered 0.2563 / 0.1327; validation NDCG@10 0.1876 at epoch 22 of 24. One
+seed.
+
+Settings are those of configs/sasrec_ml1m.py, and cosine scores; the search has hardly begun.
 """
 
 from configs import common

@@ -15,7 +15,7 @@ from rec_jax.models.registry import MODELS
 
 NUM_ITEMS = 3_416
 SIZES = {"width": 128, "ff_width": 128, "num_layers": 2, "num_heads": 2, "dropout": 0.3}
-ROWS, LENGTH = 8, 200
+ROWS, LENGTH = 32, 200
 LENGTHS, TOKENS = (512, 1024, 2048, 4096, 8192), 8192
 
 
@@ -62,7 +62,9 @@ def _make_step(config_class, length: int, rows: int, sizes: dict, sampled: bool 
     if "time_bias" in cfg.model:
         cfg.model.time_bias = False
     cfg.loss.type = "sampled_softmax" if sampled else "softmax"
-    cfg.train.batch_rows, cfg.train.micro_rows = rows, max(1, min(rows, 800 // length))
+    # As in the configs: what fits a cache, but all rows for GRU4Rec, whose products are of one token a row.
+    micro_rows = rows if config_class.type == "gru4rec" else max(1, min(rows, 800 // length))
+    cfg.train.batch_rows, cfg.train.micro_rows = rows, micro_rows
     mesh = make_mesh(MeshConfig(data=1))
     config = build(ExperimentConfig, cfg)
     program = Program(config, NUM_ITEMS, mesh, 1, np.ones(NUM_ITEMS + 1))

@@ -9,13 +9,16 @@ from rec_jax.data.datasets import DataConfig
 from rec_jax.experiment import ExperimentConfig, Program
 from rec_jax.mesh import MeshConfig, make_mesh
 from rec_jax.models.registry import MODELS
+from rec_jax.models.tiger import TigerConfig
 from rec_jax.train.augment import AugmentConfig
 from rec_jax.train.contrastive import ContrastiveConfig
 from rec_jax.train.loop import TrainConfig
 from rec_jax.train.losses import LossConfig
 
 
-@pytest.mark.parametrize("config_class", MODELS, ids=lambda config: config.type)
+@pytest.mark.parametrize(
+    "config_class", [x for x in MODELS if not MODELS[x].generates], ids=lambda config: config.type
+)
 def test_all_options_at_once(config_class):
     is_causal = MODELS[config_class].is_causal
     views = {
@@ -35,3 +38,20 @@ def test_all_options_at_once(config_class):
     state, metrics = jax.eval_shape(program.make_step(), program.abstract_state(), batch)
     assert metrics["loss"][0].shape == ()
     assert ("future" in state.params) == is_causal
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": LossConfig(matryoshka=(2,))},
+        {"loss": LossConfig(ips_power=0.5)},
+        {"loss": LossConfig(popularity_discount=0.5)},
+        {"loss": LossConfig(type="bce")},
+        {"augment": AugmentConfig(crop=0.5)},
+        {"contrastive": ContrastiveConfig(weight=0.1)},
+        {"model": TigerConfig(num_future=2)},
+    ],
+)
+def test_a_model_that_writes_codes_has_a_loss_of_its_own(options):
+    with pytest.raises(ValueError, match="has none: leave it at its default"):
+        ExperimentConfig(**{"model": TigerConfig(), **options})
