@@ -11,10 +11,10 @@ items filtered, picked on validation NDCG@10. Data: `user item item ...` lines.
 
     python -m experiments.train --config=configs/tiger_beauty.py --workdir=runs/tiger_beauty
 
-A training step takes 1.41 times that of SASRec at equal multiply-adds (`experiments.benchmark --suite=models`,
-2026-11-23, 2 cores of an AMD EPYC (Zen 4)): there are Q tokens an item, so of attention's softmax Q * Q times as
-much, which no multiply-add counts. A search of 50 beams for the next items of a history of 50, in 10,000 items,
-takes 7.4 ms (`--suite=beam`, same day).
+A training step takes 1.41 times that of SASRec at equal multiply-adds (`experiments.benchmark
+--suite=models`, 2026-11-23, 2 cores of an AMD EPYC (Zen 4)): there are Q tokens an item, so of attention's
+softmax Q * Q times as much, which no multiply-add counts. A search of 50 beams for the next items of a
+history of 50, in 10,000 items, takes 7.4 ms (`--suite=beam`, same day).
 
 Not yet measured in full. Of a smaller one (width 64, dropout 0.1, 20 beams, 2,000 users of validation), after
 3 of 6 epochs, validation NDCG@10 was 0.0190 without prefixes and 0.0259 with them; 2026-11-23, 2 cores of an
