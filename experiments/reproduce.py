@@ -31,6 +31,7 @@ class Row:
 
 _SURVEY = "eSASRec study (github.com/blondered/transformer_benchmark)"
 _QUOTED = "Klenitskiy & Vasilev, RecSys'23, as quoted by generative-recommenders"
+_AUTHORS = "github.com/facebookresearch/generative-recommenders, without a validation part"
 TABLES = {
     "ml1m": {
         "gru4rec": Row("gru4rec_ml1m", 0.2811, 0.1648, _QUOTED),
@@ -41,6 +42,7 @@ TABLES = {
         "lru": Row("lru_ml1m"),
         "moe": Row("sasrec_moe_ml1m"),
         "hstu": Row("hstu_ml1m", 0.3037, 0.1719, _SURVEY),
+        "hstu_large": Row("hstu_large_ml1m", 0.3294, 0.1893, _AUTHORS),
     },
     "beauty": {
         "sasrec": Row("sasrec_beauty", 0.0921, 0.0531, _SURVEY),
