@@ -53,15 +53,14 @@ def _compare(experiment, ensemble, scorers: dict) -> dict[str, dict]:
     config, seed = experiment.config.eval, experiment.config.seed
 
     def values(scorer):
-        return per_example(scorer, experiment.histories, experiment.split, _SPLIT.value, config, seed)[
-            "ndcg@10"
-        ]
+        found = per_example(scorer, experiment.histories, experiment.split, _SPLIT.value, config, seed)
+        return found["ndcg@10"], found["users"]
 
-    ours, over, rows = values(ensemble), {}, []
+    (ours, users), over, rows = values(ensemble), {}, []
     for name, scorer in scorers.items():
-        theirs = values(scorer)
-        ratio, (low, high) = bootstrap_ratio(ours, theirs, 1000, seed)
-        p = paired_test(ours, theirs, 2000, seed)
+        theirs, _ = values(scorer)
+        ratio, (low, high) = bootstrap_ratio(ours, theirs, 1000, seed, users=users)
+        p = paired_test(ours, theirs, 2000, seed, users)
         over[name] = {"ratio": ratio, "ratio_ci": [low, high], "p": p}
         rows.append((name, f"{ratio:.3f}", f"{low:.3f}..{high:.3f}", f"{p:.4f}"))
     print_table(("ndcg@10 of the ensemble over", "times", "95 % interval", "p"), rows)

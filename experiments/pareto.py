@@ -28,15 +28,16 @@ def measure(parent, runs: dict) -> dict[str, dict]:
     everything = {PARENT: parent, **runs}
     params = {name: jax.device_put(run.model_params(), jax.devices()[0]) for name, run in everything.items()}
     quality = {name: _per_example(parent, run) for name, run in everything.items()}
+    users = quality[PARENT]["users"]
     times = _latencies(everything, params, parent)
     stored = {name: _disk_bytes(parent, params[name], run) for name, run in everything.items()}
     rows = {}
     for name, run in everything.items():
         work = multiply_adds(run.config.model, run.histories.num_items, run.config.data.max_len)
-        row = {key: float(values.mean()) for key, values in quality[name].items()}
+        row = {key: float(quality[name][key].mean()) for key in ("ndcg@10", "hr@10")}
         for key, kept in (("ndcg@10", "ndcg_kept"), ("hr@10", "hr_kept")):
             row[kept], row[f"{kept}_ci"] = bootstrap_ratio(
-                quality[name][key], quality[PARENT][key], num=1000, seed=parent.config.seed
+                quality[name][key], quality[PARENT][key], 1000, parent.config.seed, users=users
             )
         row |= {
             "params": num_params(run.model.abstract_params),
@@ -54,16 +55,16 @@ def measure(parent, runs: dict) -> dict[str, dict]:
         row["params_ratio"] = row["params"] / first["params"]
     if {"distill25", "alone25"} <= set(rows):
         taught, alone = quality["distill25"]["ndcg@10"], quality["alone25"]["ndcg@10"]
-        ratio, interval = bootstrap_ratio(taught, alone, num=1000, seed=parent.config.seed)
+        ratio, interval = bootstrap_ratio(taught, alone, 1000, parent.config.seed, users=users)
         rows["distill25"] |= {"ndcg_over_alone25": ratio, "ndcg_over_alone25_ci": interval}
     return rows
 
 
 def _per_example(parent, run) -> dict[str, np.ndarray]:
-    """NDCG@10 and HR@10 of each example of the test part."""
+    """NDCG@10, HR@10 and user of each example of the test part."""
     config = parent.config
     values = per_example(run.best_scorer(), parent.histories, parent.split, "test", config.eval, config.seed)
-    return {name: values[name] for name in ("ndcg@10", "hr@10")}
+    return {name: values[name] for name in ("ndcg@10", "hr@10", "users")}
 
 
 def _disk_bytes(parent, params, run) -> int:

@@ -109,7 +109,7 @@ def _measure(workdir: Path) -> dict:
     values = per_example(run.best_scorer(), run.histories, run.split, "test", config.eval, config.seed)
     result = json.loads((workdir / "result.json").read_text())
     return {
-        "values": {name: values[name] for name in _KEYS},
+        "values": {name: values[name] for name in (*_KEYS, "users")},
         "test": result["test"],
         "baselines": result["baselines"],
         "params": result["params"],
@@ -126,6 +126,8 @@ def summarise(rows: dict[str, Row], found: dict[str, list[dict]]) -> dict[str, d
     """{name: figures}, best NDCG@10 first; each compared, user by user, with the one below it."""
     from rec_jax.eval.metrics import bootstrap_interval, paired_test
 
+    _check_same_protocol(found)
+    users = next(iter(found.values()))[0]["values"]["users"]
     figures, means = {}, {}
     for name, runs in found.items():
         row, figure = rows[name], {"seeds": len(runs)}
@@ -136,7 +138,7 @@ def summarise(rows: dict[str, Row], found: dict[str, list[dict]]) -> dict[str, d
                 key: float(np.mean(of_seeds)),
                 f"{key}_std": float(np.std(of_seeds, ddof=1)) if len(runs) > 1 else None,
                 f"{key}_of_seeds": of_seeds,
-                f"{key}_ci": bootstrap_interval(mean_E, 1000, seed=0),
+                f"{key}_ci": bootstrap_interval(mean_E, 1000, seed=0, users=users),
                 f"{key}_published": published,
             }
         means[name] = mean_E
@@ -151,9 +153,20 @@ def summarise(rows: dict[str, Row], found: dict[str, list[dict]]) -> dict[str, d
     ordered = sorted(figures, key=lambda name: -figures[name]["ndcg@10"])
     for name, below in zip(ordered, ordered[1:], strict=False):
         figures[name]["next_best"] = below
-        if len(means[name]) == len(means[below]):
-            figures[name]["p_over_next_best"] = paired_test(means[name], means[below], 2000, seed=0)
+        figures[name]["p_over_next_best"] = paired_test(means[name], means[below], 2000, 0, users)
     return {name: figures[name] for name in ordered}
+
+
+def _check_same_protocol(found: dict[str, list[dict]]) -> None:
+    """Raises ValueError for runs that cannot stand in one table."""
+    (first, of_first), *others = [(name, run) for name, runs in found.items() for run in runs]
+    for name, run in others:
+        for key in ("split", "num_items", "filter_seen"):
+            if run[key] != of_first[key]:
+                raise ValueError(
+                    f"{key}={run[key]!r} of {name}, and {of_first[key]!r} of {first}: remove the one that is "
+                    "not of this table from --output, or use another --output"
+                )
 
 
 def _write(rows: dict[str, Row], found: dict[str, list[dict]], output: Path) -> None:
@@ -206,7 +219,8 @@ def format_markdown(figures: dict[str, dict], baselines: dict[str, dict]) -> str
         f"{any_row['num_items']:,} items, {seen} those of the user's own history; ties in expectation; the "
         "model of the best validation NDCG@10 is tested once. ± is the standard deviation over seeds; the "
         "interval is a bootstrap over users of the mean of the seeds; p is of a paired randomization test, "
-        "user by user. Training is seconds of steps, without evaluations.",
+        "user by user, of the means over seeds: it knows nothing of how seeds scatter. Training is seconds "
+        "of steps, without evaluations.",
         "",
     ]
     for name, row in figures.items():

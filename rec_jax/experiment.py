@@ -276,7 +276,9 @@ class Experiment:
         if config.table.layout != "auto":
             return config
         path = self.workdir / "config.json"
-        if path.exists():
+        if MODELS[type(config.model)].generates:
+            layout = "replicated"  # there is no table of items to be spread
+        elif path.exists():
             layout = json.loads(path.read_text())["table"]["layout"]
         else:
             layout = choose_layout(config.table, plan_layouts(config, self.histories.num_items, self.mesh))
@@ -343,7 +345,7 @@ class Experiment:
             config=config.train,
             steps_per_epoch=source.steps_per_epoch,
             workdir=self.workdir,
-            run_info={"config": config_json, "split": self.split.checksum},
+            run_info={"config": config_json, "split": self.split.checksum} | self._codes_info(),
             place=lambda batch: mesh_lib.place_batch(batch, self.mesh),
             describe_batch=lambda step: _name_users(self.histories, source.users(step)),
             before_eval=program.make_catch_up(),
@@ -363,6 +365,10 @@ class Experiment:
         return Program(
             config, num_items, self.mesh, total_steps, counts, teachers or (), self._base, self.codes
         )
+
+    def _codes_info(self) -> dict[str, str]:
+        """What ties checkpoints to the codes that they were trained with."""
+        return {} if self.codes is None else {"codes": self.codes.digest}
 
     def _neighbours(self):
         """The nearest items of each, where training substitutes them."""

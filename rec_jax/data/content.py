@@ -56,6 +56,13 @@ def content_vectors(content: str, dims: int, dataset: Dataset, titles_ids: str =
     return vectors, text
 
 
+def content_digest(content: str, dataset: Dataset) -> str:
+    """A digest of what `content_vectors` would read."""
+    if content:
+        return hashlib.sha256(resolve_path(content, "codes.content").read_bytes()).hexdigest()
+    return hashlib.sha256(json.dumps(dataset.histories.titles, sort_keys=True).encode()).hexdigest()
+
+
 def hashed_tokens(tokens: list[list[str]], dims: int) -> np.ndarray:
     """f32[N, dims]: bags of tokens, each weighed by 1 + log(N / items that have it), at a place and with a
     sign that follow from its hash.

@@ -50,8 +50,14 @@ def _standardised(scores_BV):
 
 def check_same_split(experiments) -> None:
     """Raises ValueError for runs that were trained on different splits, which may have seen each other's test
-    part."""
+    part, and for one that does not score every item."""
     first = experiments[0]
+    for experiment in experiments:
+        if experiment.model.generates:
+            raise ValueError(
+                f"--workdir: {experiment.workdir} (model.type={experiment.config.model.type!r}) scores only "
+                "what its search finds, which has no mean with others: leave it out"
+            )
     for other in experiments[1:]:
         if other.split.checksum != first.split.checksum:
             raise ValueError(

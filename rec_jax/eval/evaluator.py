@@ -239,7 +239,7 @@ def evaluate(score_fn: ScoreFn, histories, split, part: str, config: EvalConfig,
     result = {key: float(value.mean()) for key, value in values.items()} | result
     if config.bootstrap:
         for name in ("hr@10", "ndcg@10"):
-            result[f"{name}_ci"] = M.bootstrap_interval(values[name], config.bootstrap, seed)
+            result[f"{name}_ci"] = M.bootstrap_interval(values[name], config.bootstrap, seed, users=ex.users)
     counts = split.train_item_counts(histories)
     shown = np.bincount(ranks.top_EK[:, :10].reshape(-1), minlength=histories.num_items + 1)
     result |= M.recommendation_metrics(shown[1:], counts[1:], 10)
@@ -264,13 +264,14 @@ def evaluate(score_fn: ScoreFn, histories, split, part: str, config: EvalConfig,
 def per_example(
     score_fn: ScoreFn, histories, split, part: str, config: EvalConfig, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """{metric: f64[E]} over all examples of a part, by the policy of `config.filter_seen`: what paired
-    comparisons of models need."""
-    ranks = rank_examples(score_fn, histories, examples(histories, split, part), config, seed)
+    """{metric: f64[E], "users": int[E]} of all examples of a part, by the policy of `config.filter_seen`:
+    what paired comparisons of models need."""
+    ex = examples(histories, split, part)
+    ranks = rank_examples(score_fn, histories, ex, config, seed)
     places = (ranks.greater, ranks.equal)
     if not config.filter_seen:
         places = (ranks.greater_unfiltered, ranks.equal_unfiltered)
-    return M.rank_metrics(*places, config.ks, histories.num_items)
+    return {**M.rank_metrics(*places, config.ks, histories.num_items), "users": ex.users}
 
 
 def _breakdown(values: dict, by: np.ndarray, bounds) -> dict[str, dict]:

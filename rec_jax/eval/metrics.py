@@ -75,51 +75,67 @@ class Mean:
         return self.total / self.count if self.count else float("nan")
 
 
-def bootstrap_interval(values: np.ndarray, num: int, seed: int, level: float = 0.95) -> list[float]:
-    """Percentile bootstrap interval of the mean over examples, [low, high].
-
-    values: f64[E]. num: resamples. Source: Efron 1979.
-    """
+def _of_users(values, users) -> np.ndarray:
+    """f64[U]: sums over the examples of each user, whose events are not independent of each other. users:
+    int[E], or None where each example is another user's."""
     values = np.asarray(values, np.float64)
+    if users is None or len(np.unique(users)) == len(values):
+        return values
+    return np.bincount(np.unique(users, return_inverse=True)[1], values)
+
+
+def bootstrap_interval(
+    values: np.ndarray, num: int, seed: int, level: float = 0.95, users=None
+) -> list[float]:
+    """Percentile bootstrap interval of the mean over examples, [low, high]; users are drawn, each with all
+    of its examples.
+
+    values: f64[E]. num: resamples. users: int[E], whose the examples are; None = all different.
+    Source: Efron 1979.
+    """
+    sums_U, counts_U = _of_users(values, users), _of_users(np.ones(len(values)), users)
     rng = np.random.default_rng(seed)
     means = np.empty(num)
     for i in range(num):
-        means[i] = values[rng.integers(0, len(values), len(values))].mean()
+        drawn = rng.integers(0, len(sums_U), len(sums_U))
+        means[i] = sums_U[drawn].sum() / counts_U[drawn].sum()
     tail = (1 - level) / 2
     return [float(x) for x in np.quantile(means, [tail, 1 - tail])]
 
 
-def bootstrap_ratio(values, reference, num: int, seed: int, level: float = 0.95) -> tuple[float, list[float]]:
+def bootstrap_ratio(
+    values, reference, num: int, seed: int, level: float = 0.95, users=None
+) -> tuple[float, list[float]]:
     """(mean of values / mean of reference, its percentile bootstrap interval). Pairs are drawn together, so
     that what is hard for both does not widen the interval.
 
-    values, reference: f64[E], of the same examples.
+    values, reference: f64[E], of the same examples. users: as in `bootstrap_interval`.
     """
-    values, reference = np.asarray(values, np.float64), np.asarray(reference, np.float64)
+    sums_U, others_U = _of_users(values, users), _of_users(reference, users)
     rng = np.random.default_rng(seed)
     ratios = np.empty(num)
     for i in range(num):
-        drawn = rng.integers(0, len(values), len(values))
-        ratios[i] = values[drawn].mean() / max(reference[drawn].mean(), 1e-12)
+        drawn = rng.integers(0, len(sums_U), len(sums_U))
+        ratios[i] = sums_U[drawn].mean() / max(others_U[drawn].mean(), 1e-12)
     tail = (1 - level) / 2
     interval = [float(x) for x in np.quantile(ratios, [tail, 1 - tail])]
-    return float(values.mean() / max(reference.mean(), 1e-12)), interval
+    return float(sums_U.mean() / max(others_U.mean(), 1e-12)), interval
 
 
-def paired_test(values, others, num: int, seed: int) -> float:
-    """Two-sided p of the mean difference under random swaps of each pair: how often chance alone would set
-    two equal models so far apart.
+def paired_test(values, others, num: int, seed: int, users=None) -> float:
+    """Two-sided p of the mean difference under random swaps of the two models, user by user: how often
+    chance in which users there are would set two equal models so far apart. It knows nothing of seeds.
 
-    values, others: f64[E], of the same examples. num: random swaps of all pairs. Source: Fisher's
-    randomization test, as in Smucker, Allan & Carterette, CIKM'07.
+    values, others: f64[E], of the same examples. num: random swaps of all pairs. users: as in
+    `bootstrap_interval`. Source: Fisher's randomization test, as in Smucker, Allan & Carterette, CIKM'07.
     """
-    difference = np.asarray(values, np.float64) - np.asarray(others, np.float64)
-    observed = abs(difference.mean())
+    difference_U = _of_users(np.subtract(values, others, dtype=np.float64), users)
+    observed = abs(difference_U.sum()) * (1 - 1e-9)  # what is equal but for rounding is as far
     rng = np.random.default_rng(seed)
     num_as_far = 0
     for _ in range(num):
-        signs = rng.integers(0, 2, len(difference)) * 2 - 1
-        num_as_far += abs((signs * difference).mean()) >= observed
+        signs = rng.integers(0, 2, len(difference_U)) * 2 - 1
+        num_as_far += abs((signs * difference_U).sum()) >= observed
     return (num_as_far + 1) / (num + 1)
 
 

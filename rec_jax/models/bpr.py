@@ -64,7 +64,7 @@ def _init(num_users: int, num_rows: int, width: int, seed: int) -> dict:
 def make_negatives(users, positives, num_items: int) -> Callable:
     """rng -> a uniform item that the user has not in training, for each event.
 
-    A user who has all items gets the positive itself, which gives no gradient.
+    A user who has all items gets the positive itself, from which there is nothing to learn.
     """
     users, rows = users.astype(np.int64), num_items + 1
     own = np.unique(users * rows + positives)

@@ -30,7 +30,8 @@ def kmeans(x_NF: np.ndarray, num_codes: int, rng: np.random.Generator, iteration
         used, starts, counts = np.unique(codes_N[order], return_index=True, return_counts=True)
         centres[used] = np.add.reduceat(x_NF[order], starts) / counts[:, None]
         lost = np.setdiff1d(np.arange(num_codes), used)
-        centres[lost] = x_NF[np.argsort(-distance_N, kind="stable")[: len(lost)]]
+        far = np.argsort(-distance_N, kind="stable")[: len(lost)]  # fewer, where there are fewer vectors
+        centres[lost[: len(far)]] = x_NF[far]
     return centres
 
 

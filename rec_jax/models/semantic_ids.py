@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from rec_jax import processes
-from rec_jax.data.content import content_vectors
+from rec_jax.data.content import content_digest, content_vectors
 from rec_jax.data.datasets import DataConfig, Dataset
 from rec_jax.models.quantizers import residual_kmeans, rqvae
 
@@ -72,6 +72,10 @@ class Codes:
 
     def __hash__(self):
         return hash(self.codes_VQ.tobytes())
+
+    @functools.cached_property
+    def digest(self) -> str:
+        return hashlib.sha256(self.codes_VQ.tobytes()).hexdigest()
 
     @functools.cached_property
     def trie(self) -> "Trie":
@@ -172,17 +176,25 @@ def _check(config: CodesConfig, used: list[float], shared: float, largest: int) 
 
 
 def load_codes(config: CodesConfig, data: DataConfig, dataset: Dataset, workdir: Path, seed: int) -> Codes:
-    """The codes of a run, made unless they are in its workdir; says on stdout what they are like.
+    """The codes of a run, made unless they are in its workdir.
 
-    Raises ValueError for codes that were made from another config or catalogue.
+    Raises ValueError for codes that were made from another config, log, split or content, and where a trained
+    model has lost its codes.
     """
     path = Path(workdir) / _FILE
+    if not path.exists() and (Path(workdir) / "checkpoints").exists():
+        raise ValueError(
+            f"{path} is missing, and the model in {workdir} can only be read with it: bring it back, or "
+            "train in another workdir"
+        )
     ids = "\n".join(str(name) for name in dataset.histories.item_ids)
     made_from = json.dumps(
         {
             "config": dataclasses.asdict(config),
             "seed": seed,
             "items": hashlib.sha256(ids.encode()).hexdigest(),
+            "split": dataset.split.checksum,
+            "content": content_digest(config.content, dataset),
         }
     )
     with processes.first_before_others():

@@ -22,7 +22,8 @@ class ContrastiveConfig:
     view: "dropout" is a second pass with other masks (one more pass); "augment" changes the history twice, as
     the section `augment` here says (two more). same_target: histories with the same next item are views of
     each other, too. The other histories are those of one device's micro-batch: train.micro_rows is part of
-    what is learnt, and so is the number of devices where it cuts that short.
+    what is learnt, and so is the number of devices where it cuts that short. All pairs are compared, at half
+    a micro-batch's tokens each way: 32 rows of 200 take half a gigabyte, 128 rows 8.
     """
 
     weight: float = 0.0

@@ -41,8 +41,22 @@ def test_scales_do_not_vote_and_constants_say_nothing():
     np.testing.assert_allclose(alone[:, 1:], standardised(FIRST) / 2, rtol=1e-4, atol=1e-5)
 
 
+def made_up_run(checksum, generates=False):
+    return SimpleNamespace(
+        workdir=f"run{checksum}",
+        split=SimpleNamespace(checksum=checksum),
+        model=SimpleNamespace(generates=generates),
+        config=SimpleNamespace(model=SimpleNamespace(type="tiger")),
+    )
+
+
+def test_a_run_that_does_not_score_every_item_is_refused():
+    with pytest.raises(ValueError, match="type='tiger'.* leave it out"):
+        check_same_split([made_up_run("a"), made_up_run("a", generates=True)])
+
+
 def test_runs_of_other_splits_are_refused():
-    runs = [SimpleNamespace(workdir=f"run{c}", split=SimpleNamespace(checksum=c)) for c in "aab"]
+    runs = [made_up_run(checksum) for checksum in "aab"]
     check_same_split(runs[:2])
     with pytest.raises(ValueError, match="runb learnt from split b, runa from a"):
         check_same_split(runs)

@@ -78,3 +78,15 @@ def test_a_paired_test_counts_swaps_that_part_as_far():
     rng = np.random.default_rng(0)
     noise = rng.normal(size=2_000)
     assert M.paired_test(noise + 0.2 + 0.5 * rng.normal(size=2_000), noise, num=500, seed=0) < 0.01
+
+
+def test_events_of_one_user_are_drawn_and_swapped_together():
+    # Three users, one of them with 100 events: as if there were three examples, of these weights.
+    users, values = np.repeat([7, 8, 9], [100, 1, 1]), np.repeat([1.0, 0.0, 0.5], [100, 1, 1])
+    p = M.paired_test(values, np.zeros(102), num=20_000, seed=0, users=users)
+    assert p == pytest.approx(4 / 8, abs=0.015)  # the signs of the first and the last user decide
+    low, high = M.bootstrap_interval(values, 2000, seed=0, users=users)
+    assert low < 0.3 and high == 1  # the first user is not drawn in 8 of 27 times
+    assert M.bootstrap_interval(values, 2000, seed=0)[0] > 0.95
+    ratio, (low, high) = M.bootstrap_ratio(values, 2 * values, 200, seed=0, users=users)
+    assert ratio == 0.5

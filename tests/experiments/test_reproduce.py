@@ -11,7 +11,7 @@ from rec_jax.models.registry import MODELS
 
 
 def made_up(ndcg_E, seed):
-    values = {"ndcg@10": np.asarray(ndcg_E, float), "hr@10": np.ceil(ndcg_E)}
+    values = {"ndcg@10": np.asarray(ndcg_E, float), "hr@10": np.ceil(ndcg_E), "users": np.arange(len(ndcg_E))}
     test = {"unfiltered/hr@10": 0.2, "unfiltered/ndcg@10": 0.1}
     return {
         "values": values, "test": test, "baselines": {}, "params": 10, "train_secs": 5.0 + seed,
@@ -37,6 +37,12 @@ def test_means_spreads_and_pairs_by_hand():
     assert "| a | 0.5000 / - | 0.8750 ± 0.1768 | 0.6250 ± 0.1768 |" in text
     assert "| b | - / - | 0.5000 | 0.2500 |" in text and "checksum 12" in text
     assert "python -m x --config.seed=0" in text and "Published: a paper" in text
+
+
+def test_runs_of_two_splits_are_no_table():
+    other = {**made_up([1, 0], 1), "split": "leave_one_out, checksum 34"}
+    with pytest.raises(ValueError, match="split='leave_one_out, checksum 34' of b"):
+        summarise({"a": Row("a"), "b": Row("b")}, {"a": [made_up([1, 0], 0)], "b": [other]})
 
 
 def test_a_table_is_made_and_what_is_there_is_used_again(tmp_path):

@@ -43,6 +43,12 @@ def test_a_centre_that_loses_its_vectors_moves():
     assert {tuple(c) for c in centres} == {tuple(x) for x in np.eye(5)}
 
 
+def test_fewer_vectors_than_codes():
+    x_NF = np.eye(3, dtype=np.float32)
+    codes_NQ = residual_kmeans(x_NF, 1, 8, seed=0)[0]
+    assert len(np.unique(codes_NQ)) == 3
+
+
 def test_the_autoencoder_tells_groups_apart_and_follows_from_its_seed():
     x_VF, groups = planted()
 
@@ -116,3 +122,15 @@ def test_codes_are_made_once_a_run(tmp_path):
     assert "40 items" in again.report
     with pytest.raises(ValueError, match="was made from .* use another workdir"):
         load_codes(dataclasses.replace(config, num_levels=1), data, dataset, tmp_path, seed=0)
+    content = tmp_path / "content.json"
+    content.write_text('{"i1": ["red"], "i2": ["blue"]}')
+    from_file = dataclasses.replace(config, content=str(content), min_used=0.0, max_shared=1.0, num_codes=64)
+    (tmp_path / "other").mkdir()
+    load_codes(from_file, data, dataset, tmp_path / "other", seed=0)
+    content.write_text('{"i1": ["blue"], "i2": ["blue"]}')
+    with pytest.raises(ValueError, match="was made from .* use another workdir"):
+        load_codes(from_file, data, dataset, tmp_path / "other", seed=0)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "codes.npz").unlink()
+    with pytest.raises(ValueError, match="codes.npz is missing, and the model"):
+        load_codes(config, data, dataset, tmp_path, seed=0)
