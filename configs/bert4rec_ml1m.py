@@ -7,6 +7,11 @@ Protocol: leave-one-out, full-catalogue ranking (3,416 items), seen items filter
 validation NDCG@10, ties in expectation. Data: the SASRec version of MovieLens-1M, `user item` lines.
 
     python -m experiments.train --config=configs/bert4rec_ml1m.py --workdir=runs/bert4rec --config.seed=0
+
+Measured 2026-11-23 on 2 busy cores of an AMD EPYC (Zen 4), seed 0, with model.l2_normalize=True and
+model.temperature=0.05: test HR@10 0.2404, NDCG@10 0.1281 (95 % interval 0.1218 to 0.1348), far below the
+study's: validation was still rising (0.1386 at the last of 60 epochs). Dot products, as here, were not run
+in full.
 """
 
 from configs import common
