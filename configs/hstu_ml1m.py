@@ -9,8 +9,8 @@ validation NDCG@10, ties in expectation. Data: the SASRec version of MovieLens-1
 
 Measured 2026-11-23 on 2 busy cores of an AMD EPYC (Zen 4), seeds 0 and 1: test HR@10 0.3288 and 0.3306,
 mean 0.3297; NDCG@10 0.1922 and 0.1896, mean 0.1909 (95 % intervals over users 0.1843 to 0.2005 and
-0.1819 to 0.1977); unfiltered 0.2589 / 0.1377 and 0.2522 / 0.1346; validation NDCG@10 0.1970 and 0.1966. Seed 1: 729 s of
-training steps.
+0.1819 to 0.1977); unfiltered 0.2589 / 0.1377 and 0.2522 / 0.1346; validation NDCG@10 0.1970 and 0.1966.
+Seed 1: 729 s of training steps.
 
 Settings are those of configs/sasrec_ml1m.py but for l2_normalize and temperature, which the paper's code has
 and this model, without a last norm, needs.
