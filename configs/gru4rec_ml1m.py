@@ -8,8 +8,8 @@ validation NDCG@10, ties in expectation. Data: the SASRec version of MovieLens-1
     python -m experiments.train --config=configs/gru4rec_ml1m.py --workdir=runs/gru4rec --config.seed=0
 
 Measured 2026-11-23 on 2 busy cores of an AMD EPYC (Zen 4), seed 0: test HR@10 0.3134, NDCG@10 0.1849 (95 %
-interval 0.1772 to 0.1932); unfiltered 0.2651 / 0.1542, the best of all models here: it has learnt that
-seen items do not come back. One seed.
+interval 0.1772 to 0.1932); unfiltered 0.2651 / 0.1542, the best of all models here: it seems to have
+learnt that seen items do not come back. One seed.
 
 Settings are those of configs/sasrec_ml1m.py where they apply, and cosine scores.
 """
