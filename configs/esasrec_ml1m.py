@@ -14,19 +14,14 @@ seed.
 Settings are those of configs/sasrec_ml1m.py, and cosine scores; the search has hardly begun.
 """
 
-from configs import common
+from configs import common, sasrec_ml1m
 from rec_jax.config import to_config_dict
 from rec_jax.models.esasrec import ESASRecConfig
 
 
 def get_config(variant=None):
-    cfg = common.base()
-    cfg.data.path, cfg.data.max_len = "ml-1m/ml-1m.txt", 200
+    cfg = sasrec_ml1m.get_config()
     cfg.model = to_config_dict(
         ESASRecConfig(width=128, ff_width=128, num_heads=2, dropout=0.3, l2_normalize=True, temperature=0.05)
     )
-    cfg.optim.learning_rate, cfg.optim.schedule, cfg.optim.warmup_steps = 1.5e-3, "cosine", 200
-    cfg.train.epochs, cfg.train.eval_every_epochs = 24, 2.0
-    cfg.train.batch_rows, cfg.train.micro_rows = 64, 4
-    cfg.train.all_windows = True
     return common.apply_variant(cfg, variant)

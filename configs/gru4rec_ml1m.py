@@ -14,19 +14,15 @@ learnt that seen items do not come back. One seed.
 Settings are those of configs/sasrec_ml1m.py where they apply, and cosine scores.
 """
 
-from configs import common
+from configs import common, sasrec_ml1m
 from rec_jax.config import to_config_dict
 from rec_jax.models.gru4rec import GRU4RecConfig
 
 
 def get_config(variant=None):
-    cfg = common.base()
-    cfg.data.path, cfg.data.max_len = "ml-1m/ml-1m.txt", 200
+    cfg = sasrec_ml1m.get_config()
     cfg.model = to_config_dict(
         GRU4RecConfig(width=128, hidden_width=256, dropout=0.3, l2_normalize=True, temperature=0.05)
     )
-    cfg.optim.learning_rate, cfg.optim.schedule, cfg.optim.warmup_steps = 1.5e-3, "cosine", 200
-    cfg.train.epochs, cfg.train.eval_every_epochs = 24, 2.0
-    cfg.train.batch_rows, cfg.train.micro_rows = 64, 32
-    cfg.train.all_windows = True
+    cfg.train.micro_rows = 32
     return common.apply_variant(cfg, variant)

@@ -16,19 +16,14 @@ Settings are those of configs/sasrec_ml1m.py but for l2_normalize and temperatur
 and this model, without a last norm, needs.
 """
 
-from configs import common
+from configs import common, sasrec_ml1m
 from rec_jax.config import to_config_dict
 from rec_jax.models.hstu import HSTUConfig
 
 
 def get_config(variant=None):
-    cfg = common.base()
-    cfg.data.path, cfg.data.max_len = "ml-1m/ml-1m.txt", 200
+    cfg = sasrec_ml1m.get_config()
     cfg.model = to_config_dict(
         HSTUConfig(width=128, num_heads=2, dropout=0.3, time_bias=False, l2_normalize=True, temperature=0.05)
     )
-    cfg.optim.learning_rate, cfg.optim.schedule, cfg.optim.warmup_steps = 1.5e-3, "cosine", 200
-    cfg.train.epochs, cfg.train.eval_every_epochs = 24, 2.0
-    cfg.train.batch_rows, cfg.train.micro_rows = 64, 4
-    cfg.train.all_windows = True
     return common.apply_variant(cfg, variant)

@@ -7,22 +7,17 @@ validation NDCG@10, ties in expectation. Data: the SASRec version of MovieLens-1
 
     python -m experiments.train --config=configs/lru_ml1m.py --workdir=runs/lru --config.seed=0
 
-Settings are those of configs/sasrec_ml1m.py where they apply; no search of its own yet.
+Settings are those of configs/sasrec_ml1m.py where they apply, and cosine scores; not trained in full yet.
 """
 
-from configs import common
+from configs import common, sasrec_ml1m
 from rec_jax.config import to_config_dict
 from rec_jax.models.lru import LRUConfig
 
 
 def get_config(variant=None):
-    cfg = common.base()
-    cfg.data.path, cfg.data.max_len = "ml-1m/ml-1m.txt", 200
+    cfg = sasrec_ml1m.get_config()
     cfg.model = to_config_dict(
         LRUConfig(width=128, ff_width=128, dropout=0.3, l2_normalize=True, temperature=0.05)
     )
-    cfg.optim.learning_rate, cfg.optim.schedule, cfg.optim.warmup_steps = 1.5e-3, "cosine", 200
-    cfg.train.epochs, cfg.train.eval_every_epochs = 24, 2.0
-    cfg.train.batch_rows, cfg.train.micro_rows = 64, 4
-    cfg.train.all_windows = True
     return common.apply_variant(cfg, variant)
