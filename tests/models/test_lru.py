@@ -1,12 +1,13 @@
 """LRURec against its formulas in plain NumPy, and the promises of packed rows."""
 
-from functools import cache, partial
+from functools import cache
 
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from packed_rows import ROW_LEN, encode, pack, places
 
 from rec_jax.config import build
 from rec_jax.experiment import ExperimentConfig
@@ -16,7 +17,7 @@ from rec_jax.models.lru import FIRST_DECAYS, CausalConv, LRUConfig
 from rec_jax.models.registry import model_builder
 from rec_jax.nn.dropout import dropout
 
-NUM_ITEMS, ROW_LEN, WIDTH = 20, 12, 6
+NUM_ITEMS, WIDTH = 20, 6
 ROWS = [[[3, 7, 7, 1], [20], [5, 6, 2, 9, 11]], [[8, 1, 4, 4, 15, 16, 17, 2]]]
 
 
@@ -33,31 +34,6 @@ def make(**kwargs):
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda x: np.asarray(x + 0.3 * rng.normal(size=x.shape), np.float32), params)
     return config, model, params
-
-
-def pack(rows):
-    """Each row holds its histories in order, then padding."""
-    batch = {name: np.zeros((len(rows), ROW_LEN), np.int32) for name in ("items", "segments", "positions")}
-    for row, histories in enumerate(rows):
-        for segment, (inside, history) in enumerate(zip(places(histories), histories, strict=True), 1):
-            batch["items"][row, inside] = history
-            batch["segments"][row, inside] = segment
-            batch["positions"][row, inside] = np.arange(len(history))
-    return batch
-
-
-def places(histories):
-    ends = np.cumsum([len(history) for history in histories])
-    return [slice(end - len(history), end) for end, history in zip(ends, histories, strict=True)]
-
-
-@partial(jax.jit, static_argnums=0)
-def _encode(model, params, batch, key_B):
-    return model.bind(params)(batch, key_B)
-
-
-def encode(model, params, rows, key_B=None):
-    return np.asarray(_encode(model, params, pack(rows), key_B))
 
 
 def sigmoid(x):
