@@ -30,18 +30,15 @@ def beam_search(module, batch, at, num_beams: int) -> tuple[jax.Array, jax.Array
     node_NK = jnp.zeros((len(x_ND), 1), jnp.int32)  # the root
     log_prob_NK = jnp.zeros((len(x_ND), 1))
     for level in range(codes.num_levels):
-        keys, bits = jnp.asarray(trie.keys[level]), jnp.asarray(trie.bits[level])
-        may_follow = jnp.unpackbits(bits[node_NK], axis=-1, count=codes.num_codes)
-        log_prob_NKC = log_prob_NK[..., None] + module.log_probs(x_NKD, level)
-        log_prob_NKC = jnp.where(may_follow, log_prob_NKC, -jnp.inf)
-        width = min(num_beams, len(keys))
-        log_prob_NK, best_NK = jax.lax.top_k(log_prob_NKC.reshape(len(x_ND), -1), width)
-        parent_NK, code_NK = best_NK // codes.num_codes, best_NK % codes.num_codes
-        key_NK = jnp.take_along_axis(node_NK, parent_NK, axis=1) * codes.num_codes + code_NK
-        node_NK = jnp.searchsorted(keys, key_NK)
+        first, code_of = jnp.asarray(trie.first[level]), jnp.asarray(trie.codes[level])
+        log_prob_NKM = log_prob_NK[..., None] + module.log_probs(x_NKD, node_NK, level)
+        width = min(num_beams, len(code_of))
+        log_prob_NK, best_NK = jax.lax.top_k(log_prob_NKM.reshape(len(x_ND), -1), width)
+        parent_NK, place_NK = best_NK // trie.most[level], best_NK % trie.most[level]
+        node_NK = first[jnp.take_along_axis(node_NK, parent_NK, axis=1)] + place_NK
         if level < codes.num_levels - 1:
             own = jax.tree.map(lambda x: x[jnp.arange(len(x))[:, None], parent_NK], own)  # noqa: B023
-            x_NKD, own = module.decode(code_NK, node_NK, level, positions_N, past, own)
+            x_NKD, own = module.decode(code_of[node_NK], node_NK, level, positions_N, past, own)
     return jnp.asarray(trie.items)[node_NK], log_prob_NK
 
 

@@ -85,10 +85,12 @@ class Codes:
 class Trie:
     """Which codes may follow which, in memory linear in the number of items.
 
-    The nodes of a level are numbered in the order of their paths; level 0 has the root alone.
+    The nodes of a level are numbered in the order of their paths, so the children of a node are neighbours;
+    level 0 has the root alone, level Q the items.
 
-    bits: of level q uint8[nodes of q, ceil(C / 8)], the codes that may follow, as np.packbits.
-    keys: of level q int32[nodes of q + 1], ascending: parent * C + code, at the place of the child.
+    first: of level q int32[nodes of q, and 1], the first child of each node, and behind the last one's.
+    codes: of level q int32[nodes of level q + 1], the code that leads to each.
+    most: of level q the most children that a node has.
     items: int32[nodes of Q], the item at the end of each path.
     paths_VQ: int32[V + 1, Q], the nodes on the way to each item; row 0 is not read.
     """
@@ -97,13 +99,14 @@ class Trie:
         order = np.lexsort(codes.codes_VQ[1:].T[::-1])
         self.items = (order + 1).astype(np.int32)
         node_V = np.zeros(len(order), np.int64)
-        self.bits, self.keys, self.paths_VQ = [], [], np.zeros_like(codes.codes_VQ)
+        self.first, self.codes, self.most = [], [], []
+        self.paths_VQ = np.zeros_like(codes.codes_VQ)
         for level, code_V in enumerate(codes.codes_VQ[1:][order].T):
             keys, child_V = np.unique(node_V * codes.num_codes + code_V, return_inverse=True)
-            may_follow = np.zeros((node_V[-1] + 1, codes.num_codes), np.uint8)
-            may_follow.reshape(-1)[keys] = 1
-            self.bits.append(np.packbits(may_follow, axis=1))
-            self.keys.append(keys.astype(np.int32))
+            num_children = np.bincount(keys // codes.num_codes)
+            self.first.append(np.concatenate([[0], np.cumsum(num_children)]).astype(np.int32))
+            self.codes.append((keys % codes.num_codes).astype(np.int32))
+            self.most.append(int(num_children.max()))
             self.paths_VQ[self.items, level] = node_V = child_V
 
 

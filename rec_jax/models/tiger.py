@@ -25,7 +25,6 @@ class TigerConfig(SequenceConfig):
     ff_width: int = 256
     activation: Literal["relu", "gelu", "silu"] = "gelu"
     norm: Literal["pre", "post", "original"] = "pre"
-    tied: bool = True  # codes are foretold by the vectors that stand for them in histories
     prefixes: bool = False  # a vector for each beginning of codes that items have, besides those of its codes
     num_beams: int = 50  # items found for a history, seen ones among them; all others score -inf
     # As the blocks want to know; nothing is removed from this model.
@@ -54,8 +53,9 @@ class Tiger(SequenceModel):
 
     Source: TIGER, Rajput et al., NeurIPS'23 (arXiv 2305.05065).
     Differs: a causal transformer that learns from every item of a history, for an encoder and a decoder; the
-    last code of an item comes with the others; no token of the user. prefixes: Singh et al., RecSys'24 (arXiv
-    2306.08121), without hashing; the last of them is a vector of the item.
+    last code of an item comes with the others; no token of the user; a softmax is over the codes that may
+    follow. prefixes: Singh et al., RecSys'24 (arXiv 2306.08121), without hashing, and on both sides; the last
+    of them is a vector of the item.
     """
 
     generates = True
@@ -66,10 +66,8 @@ class Tiger(SequenceModel):
             raise ValueError(f"there are codes of {len(codes.codes_VQ) - 1} items, and {num_items} items")
         num_places = codes.num_levels * codes.num_codes
         self.code_table = Embedding(1 + num_places, config.width, rngs=rngs)  # row 0: no item
-        if not config.tied:
-            self.outputs = Embedding(1 + num_places, config.width, rngs=rngs)
         if config.prefixes:
-            num_nodes = [len(keys) for keys in codes.trie.keys]
+            num_nodes = [len(codes_of) for codes_of in codes.trie.codes]
             self.first_nodes = tuple(1 + sum(num_nodes[:level]) for level in range(codes.num_levels))
             self.nodes = Embedding(1 + sum(num_nodes), config.width, rngs=rngs)  # row 0: no item
         self.positions = Embedding(max_len, config.width, rngs=rngs)
@@ -92,22 +90,45 @@ class Tiger(SequenceModel):
         ahead_BS = jnp.where(targets_BS > 0, targets_BS, _following(batch))
         x_BTD = self._encode(self._embed(batch, ahead_BS), batch, key_B)
         x_BSQD = x_BTD.reshape(*targets_BS.shape, self.codes.num_levels, -1)
-        codes_BSQ = jnp.asarray(self.codes.codes_VQ)[targets_BS]
+        paths_BSQ = jnp.asarray(self.codes.trie.paths_VQ)[targets_BS]
         real_BS = targets_BS > 0
-        loss = 0.0
+        loss, node_BS = 0.0, jnp.zeros_like(targets_BS)
         for level in range(self.codes.num_levels):
-            log_probs_BSC = self.log_probs(x_BSQD[:, :, level], level)
-            chosen_BS = jnp.take_along_axis(log_probs_BSC, codes_BSQ[..., level, None], axis=-1)[..., 0]
+            log_probs_BSM = self.log_probs(x_BSQD[:, :, level], node_BS, level)
+            child_BS = paths_BSQ[..., level]
+            place_BS = child_BS - jnp.asarray(self.codes.trie.first[level])[node_BS]
+            chosen_BS = jnp.take_along_axis(log_probs_BSM, place_BS[..., None], axis=-1)[..., 0]
             loss -= jnp.sum(jnp.where(real_BS, chosen_BS, 0))
+            node_BS = child_BS
         return loss, jnp.sum(real_BS, dtype=jnp.float32)
 
-    def log_probs(self, x, level: int):
-        """f32[..., C] of the codes of a level, from the outputs x [..., D] of the tokens before them."""
-        table = self.code_table if self.config.tied else self.outputs
-        first = 1 + level * self.codes.num_codes
-        table_CD = table.embedding[...][first : first + self.codes.num_codes]
-        logits = jnp.matmul(self.queries(x), table_CD.T.astype(x.dtype), preferred_element_type=jnp.float32)
-        return jax.nn.log_softmax(logits, axis=-1)
+    def log_probs(self, x, nodes, level: int):
+        """f32[..., M] of the children of `nodes` [...], in their order, -inf behind the last of them.
+
+        x: [..., D], the outputs of the tokens before. A child is scored by the vector of its code, and by its
+        own, if prefixes have vectors; the sum is over the codes that may follow, so over all items
+        probabilities sum to 1.
+        """
+        trie, first = self.codes.trie, jnp.asarray(self.codes.trie.first[level])
+        children = first[nodes][..., None] + jnp.arange(trie.most[level])
+        is_child = children < first[nodes + 1][..., None]
+        children = jnp.where(is_child, children, 0)
+        x = self.queries(x)
+
+        def scores(vectors_XD):
+            return jnp.matmul(x, vectors_XD.T.astype(x.dtype), preferred_element_type=jnp.float32)
+
+        start = 1 + level * self.codes.num_codes
+        of_codes = scores(self.code_table.embedding[...][start : start + self.codes.num_codes])
+        logits = jnp.take_along_axis(of_codes, jnp.asarray(trie.codes[level])[children], axis=-1)
+        if self.config.prefixes:
+            start, vectors = self.first_nodes[level], self.nodes.embedding[...]
+            if level == 0:  # all have the same parent
+                logits += scores(vectors[start : start + trie.most[0]])
+            else:
+                of_children = vectors[start + children].astype(x.dtype)
+                logits += jnp.einsum("...d,...md->...m", x, of_children, preferred_element_type=jnp.float32)
+        return jax.nn.log_softmax(jnp.where(is_child, logits, -jnp.inf), axis=-1)
 
     def prefill(self, batch, at):
         """What beams start from: the outputs x_ND at the asked items, and `past` of `decode`."""

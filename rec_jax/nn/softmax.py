@@ -5,7 +5,8 @@ the tests.
 
 * Small catalogue: tiles of tokens x all items. The loss is linear in its per-token terms, so the
   gradients are formed in the forward pass while a tile of probabilities is in cache, and the backward
-  pass only scales them: 6*N*V*D multiply-adds and one exponential a logit, like the naive formula.
+  pass only scales them: 6*N*V*D multiply-adds and one exponential a logit, like the naive formula. Only
+  tokens of a weight are work: the others, most of them where few tokens are masked, are left out.
 * Large catalogue: all tokens x tiles of items with a running maximum and sum, recomputed in the
   backward pass: 8*N*V*D, two exponentials a logit, and temporary memory that does not grow with V.
   The same where the rows of the table are spread over a mesh.
@@ -67,7 +68,17 @@ def _token_tiles_fwd(h_TD, table_VD, targets_T, weights_T):
     num_tiles = -(-num_tokens * num_rows // TILE_ELEMENTS)
     size = -(-num_tokens // num_tiles)
 
+    # Tokens of weight 0 go last, so that whole tiles of them can be skipped.
+    order_T = jnp.argsort(weights_T == 0, stable=True)
+    xs = h_TD[order_T], targets_T[order_T], weights_T[order_T]
+
     def tile(carry, xs):
+        return jax.lax.cond(xs[2][0] != 0, add_tile, skip_tile, carry, xs)
+
+    def skip_tile(carry, xs):
+        return carry, jnp.zeros(xs[0].shape, jnp.float32)
+
+    def add_tile(carry, xs):
         loss, dtable_VD = carry
         h_tD, targets_t, weights_t = xs
         logits_tV = dot_f32(h_tD, table_VD).at[:, 0].set(_MASKED)
@@ -81,12 +92,12 @@ def _token_tiles_fwd(h_TD, table_VD, targets_T, weights_T):
         return (loss, dtable_VD + dot_t_f32(dlogits_tV, h_tD)), dh_tD
 
     init = (jnp.zeros((), jnp.float32), jnp.zeros(table_VD.shape, jnp.float32))
-    xs = tuple(tiled(x, num_tiles, size) for x in (h_TD, targets_T, weights_T))
+    xs = tuple(tiled(x, num_tiles, size) for x in xs)
     if num_tiles == 1:
         (loss, dtable_VD), dh_TD = tile(init, tuple(x[0] for x in xs))
     else:
         (loss, dtable_VD), dh_TD = jax.lax.scan(tile, init, xs)
-    dh_TD = dh_TD.reshape(-1, h_TD.shape[1])[:num_tokens]
+    dh_TD = dh_TD.reshape(-1, h_TD.shape[1])[jnp.argsort(order_T)]
     dh_TD -= weights_T[:, None] * table_VD[targets_T]
     dtable_VD = dtable_VD.at[targets_T].add(-weights_T[:, None] * h_TD)
     # Zero-size arrays carry the dtypes that the gradients are cast to.

@@ -73,11 +73,11 @@ def test_the_trie_by_hand():
     # Paths, sorted: 00 (item 2), 02 (item 3), 21 (item 1).
     trie = Codes(np.array([[0, 0], [2, 1], [0, 0], [0, 2]]), num_codes=3).trie
     np.testing.assert_array_equal(trie.items, [2, 3, 1])
-    unpacked = [np.unpackbits(bits, axis=1, count=3) for bits in trie.bits]
-    np.testing.assert_array_equal(unpacked[0], [[1, 0, 1]])
-    np.testing.assert_array_equal(unpacked[1], [[1, 0, 1], [0, 1, 0]])
-    np.testing.assert_array_equal(trie.keys[0], [0, 2])
-    np.testing.assert_array_equal(trie.keys[1], [0, 2, 4])
+    np.testing.assert_array_equal(trie.first[0], [0, 2])
+    np.testing.assert_array_equal(trie.first[1], [0, 2, 3])
+    np.testing.assert_array_equal(trie.codes[0], [0, 2])
+    np.testing.assert_array_equal(trie.codes[1], [0, 2, 1])
+    assert trie.most == [2, 2]
     np.testing.assert_array_equal(trie.paths_VQ[1:], [[1, 2], [0, 0], [0, 1]])
 
 
