@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from rec_jax.models.sasrec import SASRec, SASRecConfig
 from rec_jax.nn.attention import SelfAttention
+from rec_jax.nn.convolution import CausalConv
 from rec_jax.nn.dense import Dense, dense
 from rec_jax.nn.dropout import dropout
 from rec_jax.nn.experts import Experts, feed_forward
@@ -22,6 +23,11 @@ class ESASRecConfig(SASRecConfig):
     type: Literal["esasrec"] = "esasrec"
     activation: Literal["silu"] = "silu"  # of the gate in the feed-forward
     norm: Literal["pre"] = "pre"
+    conv_width: int = 0  # tokens that a convolution before the attention sees; 0 = no convolution
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(conv_width=0)
 
     def tensor_parallel(self, parts: int) -> dict[str, P]:
         split = super().tensor_parallel(parts)
@@ -61,8 +67,14 @@ class LiGRBlock(nnx.Module):
         head_width = config.head_width or config.width // config.num_heads
         init = nnx.initializers.xavier_uniform()
         self.attention_norm = LayerNorm(config.width, config.full_width)
+        self.conv = CausalConv(config.width, config.conv_width, rngs=rngs) if config.conv_width else None
         self.attention = SelfAttention(
-            config.width, config.num_heads, head_width, is_causal=is_causal, rngs=rngs
+            config.width,
+            config.num_heads,
+            head_width,
+            is_causal=is_causal,
+            is_rotary=config.position == "rotary",
+            rngs=rngs,
         )
         self.attention_gate = Dense(config.width, config.width, kernel_init=init, rngs=rngs)
         self.ff_norm = LayerNorm(config.width, config.full_width)
@@ -83,6 +95,8 @@ class LiGRBlock(nnx.Module):
             return x + y
 
         normed = self.attention_norm(x_BSD)
+        if self.conv is not None:
+            normed += self.conv(normed, positions_BS)
         attended = self.attention(normed, normed, segments_BS, positions_BS)
         x_BSD = add(x_BSD, attended, self.attention_gate, 1)
         x = x_BSD if at is None else x_BSD[at]  # the rest of the block looks at one token at a time

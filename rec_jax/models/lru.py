@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from rec_jax.models.base import SequenceConfig, SequenceModel
 from rec_jax.nn.blocks import FeedForward
+from rec_jax.nn.convolution import CausalConv
 from rec_jax.nn.dense import Dense
 from rec_jax.nn.dropout import dropout
 from rec_jax.nn.embedding import Embedding
@@ -33,26 +34,6 @@ class LRUConfig(SequenceConfig):
     def __post_init__(self):
         super().__post_init__()
         self.at_least(ff_width=1, conv_width=0)
-
-
-class CausalConv(nnx.Module):
-    """Each channel's own weighted sum of a token and those before it in its segment, with a bias.
-
-    taps: [W, D], that of the token itself first.
-    """
-
-    def __init__(self, width: int, conv_width: int, *, rngs: nnx.Rngs):
-        taps = jax.random.normal(rngs.params(), (conv_width, width)) * conv_width**-0.5
-        self.taps, self.bias = nnx.Param(taps), nnx.Param(jnp.zeros(width))
-
-    def __call__(self, x_BSD, positions_BS):
-        """positions_BS: int32, of each token in its segment, so how many tokens there are before it."""
-        taps_WD = self.taps[...]
-        y_BSD = x_BSD * taps_WD[0] + self.bias[...]
-        for back in range(1, min(len(taps_WD), x_BSD.shape[1])):
-            earlier = jnp.pad(x_BSD[:, :-back], ((0, 0), (back, 0), (0, 0)))
-            y_BSD += jnp.where(positions_BS[..., None] >= back, earlier, 0) * taps_WD[back]
-        return y_BSD
 
 
 class GatedRecurrence(nnx.Module):

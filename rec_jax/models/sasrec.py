@@ -128,12 +128,13 @@ class SASRec(SequenceModel):
             x_BSD = x_BSD + self.positions(batch["positions"])
         if key_B is not None and config.dropout:
             x_BSD = dropout(x_BSD, key_B, 0, config.dropout)
-        rotary_BS = batch["positions"] if config.position == "rotary" else None
         for index in range(config.num_layers):
             block = self.blocks[0 if config.share_layers else index]
             last = index == config.num_layers - 1
             asked = at if last else None
-            x_BSD = block(x_BSD, batch["segments"], rotary_BS, key_B, index, asked, penalties)
+            x_BSD = block(
+                x_BSD, batch["segments"], batch["positions"], key_B, index, asked, penalties
+            )
             if hidden is not None:
                 hidden.append(x_BSD)
         if at is not None and not config.num_layers:

@@ -28,6 +28,7 @@ class TigerConfig(SequenceConfig):
     prefixes: bool = False  # a vector for each beginning of codes that items have, besides those of its codes
     num_beams: int = 50  # items found for a history, seen ones among them; all others score -inf
     # As the blocks want to know; nothing is removed from this model.
+    position: ClassVar[str] = "learned"
     head_width: ClassVar[int] = 0
     full_width: ClassVar[int] = 0
     num_experts: ClassVar[int] = 0

@@ -101,19 +101,26 @@ class SelfAttention(nnx.Module):
     """Multi-head self-attention. The heads together may be narrower than the input, [D, N * H] and back."""
 
     def __init__(
-        self, width: int, num_heads: int, head_width: int, *, is_causal: bool = True, rngs: nnx.Rngs
+        self,
+        width: int,
+        num_heads: int,
+        head_width: int,
+        *,
+        is_causal: bool = True,
+        is_rotary: bool = False,
+        rngs: nnx.Rngs,
     ):
         init = nnx.initializers.xavier_uniform()
-        self.head_width, self.is_causal = head_width, is_causal
+        self.head_width, self.is_causal, self.is_rotary = head_width, is_causal, is_rotary
         inner = num_heads * head_width
         self.query = Dense(width, inner, kernel_init=init, rngs=rngs)
         self.key_value = nnx.LinearGeneral(width, (2, inner), kernel_init=init, rngs=rngs)
         self.out = Dense(inner, width, kernel_init=init, rngs=rngs)
 
-    def __call__(self, x_BSD, memory_BSD, segments_BS, positions_BS=None):
+    def __call__(self, x_BSD, memory_BSD, segments_BS, positions_BS):
         """Queries from `x_BSD`, keys and values from `memory_BSD`, usually the same array.
 
-        positions_BS: given for rotary positions, None where positions are in the input already.
+        positions_BS: read if is_rotary; else they are in the input already.
         """
         batch, length, width = x_BSD.shape
         is_split = self.query.kernel.shape[1] < self.query.out_features  # over "model", by heads
@@ -125,7 +132,7 @@ class SelfAttention(nnx.Module):
         q = self.query(x_BSD.reshape(-1, width)).reshape(heads)
         both = dense(memory_TD, self.key_value.kernel[...], self.key_value.bias[...])
         k, v = (x.reshape(heads) for x in jnp.split(both, 2, axis=-1))
-        if positions_BS is not None:
+        if self.is_rotary:
             q, k = rotary(q, positions_BS), rotary(k, positions_BS)
         out_TD = segment_attention(q, k, v, segments_BS, QUERY_BLOCK, self.is_causal).reshape(
             batch * length, -1

@@ -39,7 +39,12 @@ class TransformerBlock(nnx.Module):
         head_width = config.head_width or config.width // config.num_heads
         self.attention_norm = LayerNorm(config.width, config.full_width)
         self.attention = SelfAttention(
-            config.width, config.num_heads, head_width, is_causal=is_causal, rngs=rngs
+            config.width,
+            config.num_heads,
+            head_width,
+            is_causal=is_causal,
+            is_rotary=config.position == "rotary",
+            rngs=rngs,
         )
         self.ff_norm = LayerNorm(config.width, config.full_width)
         if config.num_experts:

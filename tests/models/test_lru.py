@@ -2,7 +2,6 @@
 
 from functools import cache
 
-import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +12,7 @@ from rec_jax.config import build
 from rec_jax.experiment import ExperimentConfig
 from rec_jax.hashing import row_keys
 from rec_jax.models.base import init_model
-from rec_jax.models.lru import FIRST_DECAYS, CausalConv, LRUConfig
+from rec_jax.models.lru import FIRST_DECAYS, LRUConfig
 from rec_jax.models.registry import model_builder
 from rec_jax.nn.dropout import dropout
 
@@ -113,17 +112,6 @@ def test_packed_rows_equal_the_reference_of_each_history(kwargs):
     x_BSD = encode(model, params, ROWS)
     assert x_BSD.shape == (2, ROW_LEN, WIDTH) and np.isfinite(x_BSD).all()
     assert_equals_reference(x_BSD, config, params)
-
-
-def test_the_convolution_by_hand():
-    """Two segments in a row, and a row shorter than the convolution."""
-    conv = CausalConv(1, 4, rngs=nnx.Rngs(0))
-    conv.taps[...] = jnp.array([[1.0], [10.0], [100.0], [1000.0]])
-    conv.bias[...] = jnp.array([0.5])
-    y = conv(jnp.array([[[1.0], [2.0], [3.0], [4.0], [5.0]]]), jnp.array([[0, 1, 2, 0, 1]]))
-    np.testing.assert_array_equal(y[0, :, 0], [1.5, 12.5, 123.5, 4.5, 45.5])
-    y = conv(jnp.array([[[1.0], [2.0]]]), jnp.array([[0, 1]]))
-    np.testing.assert_array_equal(y[0, :, 0], [1.5, 12.5])
 
 
 @pytest.mark.parametrize("kwargs", [{"num_layers": 2}, {"num_layers": 0}], ids=str)
