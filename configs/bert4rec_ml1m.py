@@ -21,6 +21,10 @@ from rec_jax.models.bert4rec import BERT4RecConfig
 
 def get_config(variant=None):
     cfg = sasrec_ml1m.get_config()
-    cfg.model = to_config_dict(BERT4RecConfig(width=128, ff_width=128, num_heads=2, dropout=0.2))
-    cfg.train.epochs, cfg.train.eval_every_epochs = 60, 5.0
+    cfg.model = to_config_dict(
+        BERT4RecConfig(width=128, ff_width=128, num_heads=2, dropout=0.2, l2_normalize=True, temperature=0.05)
+    )
+    cfg.model.position, cfg.model.mask_share = "rotary", 0.4
+    cfg.train.epochs, cfg.train.eval_every_epochs = 24, 4.0
+    cfg.train.batch_rows, cfg.train.micro_rows = 32, 16
     return common.apply_variant(cfg, variant)

@@ -20,4 +20,5 @@ def get_config(variant=None):
     cfg.model = to_config_dict(
         LRUConfig(width=128, ff_width=128, dropout=0.3, l2_normalize=True, temperature=0.05)
     )
+    cfg.train.epochs, cfg.train.batch_rows = 16, 32
     return common.apply_variant(cfg, variant)

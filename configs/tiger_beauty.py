@@ -39,8 +39,8 @@ def get_config(variant=None):
         TigerConfig(width=128, ff_width=256, num_heads=4, dropout=0.2, prefixes=True, num_beams=30)
     )
     cfg.optim.learning_rate, cfg.optim.schedule, cfg.optim.warmup_steps = 2e-3, "cosine", 100
-    cfg.train.epochs, cfg.train.eval_every_epochs = 30, 3.0
-    cfg.train.batch_rows, cfg.train.micro_rows = 32, 8
+    cfg.train.epochs, cfg.train.eval_every_epochs = 12, 3.0
+    cfg.train.batch_rows, cfg.train.micro_rows = 32, 2
     if variant == "smoke":  # of a simulated item, its interests are known
         cfg.codes.content, cfg.codes.method, cfg.codes.num_codes = "", "rqvae", 8
         cfg.codes.content_dims = cfg.codes.width = cfg.codes.latent = 16

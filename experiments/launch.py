@@ -59,4 +59,18 @@ def _parse(argv):
         if "REC_JAX_TRACEBACK" in os.environ:
             raise
         text = str(error).replace("\\n", ": ").replace("\\'", "").strip("'")  # it comes quoted twice
-        sys.exit(f"error: unknown key of the config, {text}")
+        sys.exit(f"error: unknown key of the config, {text}{_models_with(argv, text)}")
+
+
+def _models_with(argv, text: str) -> str:
+    """Which models have the key, if it is one of another model than the config's."""
+    from dataclasses import fields
+
+    from rec_jax.models.registry import MODELS
+
+    for arg in argv:
+        key = arg.split("=")[0].removeprefix("--config.model.")
+        types = [config.type for config in MODELS if key in {field.name for field in fields(config)}]
+        if arg.startswith("--config.model.") and key in text and types:
+            return f": model.{key} is a key of the models {', '.join(types)}, not of this config's"
+    return ""

@@ -175,7 +175,10 @@ def _write(rows: dict[str, Row], found: dict[str, list[dict]], output: Path) -> 
     figures = summarise(rows, found)
     baselines = next(iter(found.values()))[0]["baselines"]
     write_json(output / "table.json", {"models": figures, "baselines": baselines})
-    (output / "table.md").write_text(format_markdown(figures, baselines))
+    text = format_markdown(figures, baselines)
+    if _SMOKE.value:
+        text = f"Smoke runs: small models of simulated data. No published number compares.\n\n{text}"
+    (output / "table.md").write_text(text)
     _plot(figures, baselines, output / "table.png")
 
 

@@ -43,7 +43,11 @@ def build(cls, cfg: Mapping, name: str = ""):
     for key, field in fields.items():
         if key not in values and _has_no_default(field):
             raise ValueError(f"{_join(name, key)} is missing ({cls.__name__}) and has no default")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as error:  # it names its field, which here has the name of its flag
+        field = str(error).partition("=")[0]
+        raise ValueError(_join(name, str(error)) if field in fields else str(error)) from error
 
 
 def to_config_dict(config) -> ConfigDict:

@@ -80,7 +80,7 @@ class ExperimentConfig:
         check_heads(self.loss, self.model, self.data.max_len, self.compress.distill.teachers)
         if unknown := set(self.eval.baselines) - set(BASELINES):
             raise ValueError(
-                f"baselines={self.eval.baselines}: there is no {', '.join(sorted(unknown))}; use "
+                f"eval.baselines={self.eval.baselines}: there is no {', '.join(sorted(unknown))}; use "
                 f"{', '.join(BASELINES)} (EvalConfig)"
             )
         num_experts = getattr(self.model, "num_experts", 0)
@@ -106,6 +106,7 @@ def _check_generating(config: ExperimentConfig) -> None:
         "model.num_future": (config.model.num_future, (1,)),
         "augment": (config.augment, (AugmentConfig(),)),
         "contrastive.weight": (config.contrastive.weight, (0,)),
+        "precision.output": (config.precision.output, ("",)),
     }
     for name, (value, possible) in asked.items():
         if value not in possible:

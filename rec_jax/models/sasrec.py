@@ -132,9 +132,7 @@ class SASRec(SequenceModel):
             block = self.blocks[0 if config.share_layers else index]
             last = index == config.num_layers - 1
             asked = at if last else None
-            x_BSD = block(
-                x_BSD, batch["segments"], batch["positions"], key_B, index, asked, penalties
-            )
+            x_BSD = block(x_BSD, batch["segments"], batch["positions"], key_B, index, asked, penalties)
             if hidden is not None:
                 hidden.append(x_BSD)
         if at is not None and not config.num_layers:

@@ -54,6 +54,7 @@ def test_a_table_is_made_and_what_is_there_is_used_again(tmp_path):
     table = json.loads((tmp_path / "table.json").read_text())
     figures = table["models"]["sasrec"]
     assert figures["seeds"] == 2 and "| sasrec |" in output and "| popularity |" in output
+    assert "Smoke runs" in output
     each = [json.loads((tmp_path / f"runs/sasrec-{seed}/result.json").read_text()) for seed in (0, 1)]
     assert figures["ndcg@10"] == pytest.approx(np.mean([x["test"]["ndcg@10"] for x in each]))
     assert figures["ndcg@10"] > table["baselines"]["popularity"]["ndcg@10"]

@@ -1,5 +1,7 @@
 """eSASRec against its formulas in plain NumPy. What every model promises is in test_contracts.py."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -14,8 +16,9 @@ NUM_ITEMS, MAX_LEN = 20, 9
 CONFIG = ESASRecConfig(width=8, ff_width=12, num_heads=2, dropout=0.0)
 
 
-def make():
-    model, params = init_model(lambda rngs: ESASRec(CONFIG, NUM_ITEMS, MAX_LEN, rngs=rngs), seed=0)
+def make(**kwargs):
+    config = dataclasses.replace(CONFIG, **kwargs)
+    model, params = init_model(lambda rngs: ESASRec(config, NUM_ITEMS, MAX_LEN, rngs=rngs), seed=0)
     rng = np.random.default_rng(1)  # far from their start, so that every gate, scale and bias takes part
     return model, jax.tree.map(lambda x: np.asarray(x + 0.3 * rng.normal(size=x.shape), np.float32), params)
 
@@ -34,8 +37,21 @@ def reference(params, history):
     def sigmoid(x):
         return 1 / (1 + np.exp(-x))
 
+    def conv(x, p):
+        earlier = [np.pad(x, ((back, 0), (0, 0)))[: len(x)] for back in range(len(p["taps"]))]
+        return sum(y * taps for y, taps in zip(earlier, p["taps"], strict=True)) + p["bias"]
+
+    def rotate(x):
+        """Each pair (i, i + 2) of the four dims of a head as a complex number, turned by its position."""
+        angle = np.arange(len(x))[:, None] * 10_000.0 ** (-np.arange(2) / 2)
+        turned = (x[:, :2] + 1j * x[:, 2:]) * np.exp(1j * angle)
+        return np.concatenate([turned.real, turned.imag], axis=1)
+
     def attention(x, p):
         q, kv = linear(x, p["query"]), linear(x, p["key_value"])
+        if "positions" not in params:
+            for head in (slice(0, 4), slice(4, 8)):
+                q[:, head], kv[:, 0, head] = rotate(q[:, head]), rotate(kv[:, 0, head])
         out = np.zeros_like(q)
         for head in (slice(0, 4), slice(4, 8)):
             for s in range(len(x)):
@@ -49,16 +65,22 @@ def reference(params, history):
         gate, up = both[:, 0], both[:, 1]
         return linear(gate * sigmoid(gate) * up, p["down"])
 
-    x = p["items"]["embedding"][history] * np.sqrt(8) + p["positions"]["embedding"][: len(history)]
+    x = p["items"]["embedding"][history] * np.sqrt(8)
+    if "positions" in p:
+        x = x + p["positions"]["embedding"][: len(history)]
     for block in p["blocks"].values():
         gate = sigmoid(linear(x, block["attention_gate"]))
-        x = x + gate * attention(norm(x, block["attention_norm"]), block["attention"])
+        normed = norm(x, block["attention_norm"])
+        if "conv" in block:
+            normed = normed + conv(normed, block["conv"])
+        x = x + gate * attention(normed, block["attention"])
         x = x + sigmoid(linear(x, block["ff_gate"])) * swiglu(norm(x, block["ff_norm"]), block["ff"])
     return norm(x, p["final_norm"])
 
 
-def test_equals_the_reference():
-    model, params = make()
+@pytest.mark.parametrize("kwargs", [{}, {"position": "rotary", "conv_width": 3}], ids=str)
+def test_equals_the_reference(kwargs):
+    model, params = make(**kwargs)
     history = np.array([3, 7, 7, 1, 20])
     pad = (0, MAX_LEN - len(history))
     batch = {

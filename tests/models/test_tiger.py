@@ -85,6 +85,30 @@ def test_a_wide_beam_ranks_like_scoring_every_item(which):
     np.testing.assert_allclose(np.exp(log_prob_NK).sum(axis=1), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("prefixes", [False, True])
+def test_children_are_scored_by_their_codes_and_themselves(prefixes):
+    """Against one node at a time, in NumPy."""
+    model, params = make(20, "pre", prefixes)
+    x_ND = np.random.default_rng(2).normal(size=(3, SMALL.width)).astype(np.float32)
+    codes_VQ = model.bind(params).codes.codes_VQ
+    beginnings = np.unique(codes_VQ[1:, :1], axis=0)[:3]  # nodes 0, 1 and 2 of level 1
+    found = jax.jit(lambda x: model.bind(params).log_probs(x, jnp.arange(3), level=1))(x_ND)
+    table = np.asarray(params["code_table"]["embedding"])
+    paths = np.unique(codes_VQ[1:, :2], axis=0)
+    for x_D, beginning, log_prob_M in zip(x_ND, beginnings, np.asarray(found), strict=True):
+        scores = []
+        for place, path in enumerate(paths):
+            if path[0] == beginning[0]:
+                vector = table[1 + NUM_CODES + path[1]]
+                if prefixes:
+                    num_first = len(np.unique(codes_VQ[1:, 0]))
+                    vector = vector + params["nodes"]["embedding"][1 + num_first + place]
+                scores.append(float(x_D @ vector))
+        expected = np.array(scores) - np.log(np.exp(scores).sum())
+        np.testing.assert_allclose(log_prob_M[: len(expected)], expected, rtol=1e-4, atol=1e-5)
+        assert np.all(np.isneginf(log_prob_M[len(expected) :]))
+
+
 def test_a_narrow_beam_gives_items_that_exist_each_once_and_at_their_own_probability():
     items_NK, log_prob_NK = search(PLAIN, [4], 6)
     assert len(set(items_NK[0])) == 6 and items_NK.min() >= 1 and items_NK.max() <= 20
