@@ -51,19 +51,19 @@ def check(config: LossConfig, model: SequenceConfig, max_len: int, teachers: tup
     """Raises ValueError for configs that do not go together."""
     if config.matryoshka and config.matryoshka[-1] >= model.table_dim:
         raise ValueError(
-            f"loss.matryoshka={config.matryoshka} must be below the {model.table_dim} dims of the vectors, which "
-            "are always there (LossConfig)"
+            f"loss.matryoshka={config.matryoshka} must be below the {model.table_dim} dims of the vectors, "
+            "which are always there (LossConfig)"
         )
     name = type(model).__name__
     if model.num_future > 1 and not MODELS[type(model)].is_causal:
         raise ValueError(
-            f"model.num_future={model.num_future}: type={model.type!r} foretells masked items, of which none is "
-            f"further ahead; set num_future=1, or use a causal model ({name})"
+            f"model.num_future={model.num_future}: type={model.type!r} foretells masked items, of which none "
+            f"is further ahead; set num_future=1, or use a causal model ({name})"
         )
     if model.num_future > max_len:
         raise ValueError(
-            f"model.num_future={model.num_future} must be at most data.max_len={max_len}, for there is nothing "
-            f"further ahead ({name})"
+            f"model.num_future={model.num_future} must be at most data.max_len={max_len}, for there is "
+            f"nothing further ahead ({name})"
         )
     asked = {
         "loss.matryoshka": config.matryoshka,
