@@ -24,6 +24,5 @@ def get_config(variant=None):
     cfg.model = to_config_dict(
         ESASRecConfig(width=128, ff_width=128, num_heads=2, dropout=0.3, l2_normalize=True, temperature=0.05)
     )
-    cfg.model.position, cfg.model.conv_width = "rotary", 4
     cfg.train.epochs, cfg.train.batch_rows = 16, 32
     return common.apply_variant(cfg, variant)

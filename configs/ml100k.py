@@ -32,8 +32,10 @@ def get_config(variant=None):
     cfg.model = to_config_dict(_BY_TYPE[name](width=64, dropout=0.3))
     if "num_heads" in cfg.model:
         cfg.model.num_heads = 2
+    if name == "bert4rec":  # as in configs/bert4rec_ml1m.py
+        cfg.model.position, cfg.model.mask_share = "rotary", 0.4
     if name == "tiger":
-        cfg.model.prefixes, cfg.model.num_beams = True, 100
+        cfg.model.prefixes, cfg.model.num_beams = True, 300
         cfg.codes.content = "ml-100k/ml-100k.item"  # words of titles and genres
         cfg.codes.num_levels, cfg.codes.num_codes = 2, 128
         if smoke:
