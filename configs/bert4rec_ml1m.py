@@ -11,7 +11,7 @@ validation NDCG@10, ties in expectation. Data: the SASRec version of MovieLens-1
 Measured 2026-11-27 on one core of an Intel Xeon (AVX-512), seed 0: test HR@10 0.3012, NDCG@10 0.1708 (95 %
 interval 0.1639 to 0.1787); unfiltered 0.2152 / 0.1056; validation NDCG@10 0.1732 at the last of 24 epochs;
 1,166 s of training steps. One seed. With learned positions, a fifth of the items masked and twice the rows a
-step, 60 epochs reached 0.2404 / 0.1281 (2026-11-23): rotary positions learn several times as fast (LOG.md).
+step, 60 epochs reached 0.2404 / 0.1281 (2026-11-23); the search is in LOG.md.
 """
 
 from configs import common, sasrec_ml1m

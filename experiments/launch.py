@@ -1,6 +1,7 @@
 """What every entry point does first and last."""
 
 import os
+import re
 import sys
 import traceback
 
@@ -68,9 +69,9 @@ def _models_with(argv, text: str) -> str:
 
     from rec_jax.models.registry import MODELS
 
-    for arg in argv:
-        key = arg.split("=")[0].removeprefix("--config.model.")
-        types = [config.type for config in MODELS if key in {field.name for field in fields(config)}]
-        if arg.startswith("--config.model.") and key in text and types:
-            return f": model.{key} is a key of the models {', '.join(types)}, not of this config's"
-    return ""
+    key = re.search(r"\w+", text)[0]
+    asked = {arg.split("=")[0] for arg in argv if re.match(rf"--config\..*\.{key}(=|$)", arg)}
+    types = [config.type for config in MODELS if key in {field.name for field in fields(config)}]
+    if asked != {f"--config.model.{key}"} or not types:
+        return ""
+    return f": model.{key} is a key of the models {', '.join(types)}, not of this config's"

@@ -73,7 +73,7 @@ def main():
     values["path"] = values.pop("input")
     output = pathlib.Path(values.pop("output"))
     del values["audit"]
-    dataset, _ = prepare_dataset(build(DataConfig, values, "data"), output)
+    dataset, _ = prepare_dataset(build(DataConfig, values), output)
     print("\n\n".join(dataset.report))
     if _AUDIT.value:
         write_audit(dataset, output)

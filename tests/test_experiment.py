@@ -18,7 +18,7 @@ BASE = ExperimentConfig()
         ({"table": TableConfig(optimizer="sgd")}, "optimizer='sgd'.*loss.type='softmax'.*sampled loss"),
         (
             {"table": TableConfig(layout="rows"), "loss": dataclasses.replace(BASE.loss, type="bce")},
-            "layout='rows' with optimizer='dense'.*not 'bce'",
+            "layout='rows' with table.optimizer='dense'.*not 'bce'",
         ),
         ({"eval": dataclasses.replace(BASE.eval, baselines=("popularity", "knn"))}, "no knn; use popularity"),
         (

@@ -112,8 +112,7 @@ class ESASRec(SASRec):
 
     Source: Tikhonovich et al., "eSASRec: Enhancing Transformer-based Recommendations in a Modular Fashion",
     RecSys'25 (arXiv 2508.06450). Differs: rotary positions and a short convolution in front of the attention,
-    which learn what follows what several times as fast (LOG.md, 2026-11-27); what SASRec here differs in; the
-    loss is chosen by the config.
+    which score better (LOG.md, 2026-11-27); what SASRec here differs in; the loss is chosen by the config.
     """
 
     block = LiGRBlock

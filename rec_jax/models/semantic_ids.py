@@ -62,8 +62,6 @@ class Codes:
         items = self.codes_VQ[1:]
         if items.min() < 0 or items.max() >= num_codes or len(np.unique(items, axis=0)) < len(items):
             raise ValueError(f"items need codes in 0..{num_codes - 1}, no two of them the same (Codes)")
-        if len(items) * num_codes >= 2**31:
-            raise ValueError(f"num_codes={num_codes} times {len(items):,} items must be below 2**31 (Codes)")
 
     def __eq__(self, other):
         if not isinstance(other, Codes) or self.num_codes != other.num_codes:
@@ -92,7 +90,7 @@ class Trie:
     codes: of level q int32[nodes of level q + 1], the code that leads to each.
     most: of level q the most children that a node has.
     items: int32[nodes of Q], the item at the end of each path.
-    paths_VQ: int32[V + 1, Q], the nodes on the way to each item; row 0 is not read.
+    paths_VQ: int32[V + 1, Q], the nodes on the way to each item; row 0, of padding, is 0.
     """
 
     def __init__(self, codes: Codes):

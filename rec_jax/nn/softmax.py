@@ -5,8 +5,8 @@ the tests.
 
 * Small catalogue: tiles of tokens x all items. The loss is linear in its per-token terms, so the
   gradients are formed in the forward pass while a tile of probabilities is in cache, and the backward
-  pass only scales them: 6*N*V*D multiply-adds and one exponential a logit, like the naive formula. Only
-  tokens of a weight are work: the others, most of them where few tokens are masked, are left out.
+  pass only scales them: 6*N*V*D multiply-adds and one exponential a logit, like the naive formula. Tiles
+  of tokens without a weight are skipped: most of them, where a model asks for few masked tokens.
 * Large catalogue: all tokens x tiles of items with a running maximum and sum, recomputed in the
   backward pass: 8*N*V*D, two exponentials a logit, and temporary memory that does not grow with V.
   The same where the rows of the table are spread over a mesh.

@@ -141,11 +141,11 @@ def check(augment: AugmentConfig, contrastive: ContrastiveConfig, model: Sequenc
             )
     if contrastive.weight and contrastive.view == "dropout" and not model.dropout:
         raise ValueError(
-            "view='dropout' needs model.dropout above 0, without which both views are the same: set it, or "
-            "view='augment' (ContrastiveConfig)"
+            "contrastive.view='dropout' needs model.dropout above 0, without which both views are the same: set "
+            "it, or contrastive.view='augment' (ContrastiveConfig)"
         )
     if host_dedupe and (augment.is_on or contrastive.augments):
         raise ValueError(
-            "host_dedupe=True finds the ids of a batch before it is changed: turn it off, or augment and "
-            "contrastive.view='augment' (TableConfig)"
+            "table.host_dedupe=True finds the ids of a batch before it is changed: turn it off, or augment "
+            "and contrastive.view='augment' (TableConfig)"
         )

@@ -66,13 +66,13 @@ def check(config: TableConfig, loss: LossConfig) -> None:
     """Raises ValueError for configs that do not go together."""
     if config.optimizer != "dense" and loss.type == "softmax":
         raise ValueError(
-            f"optimizer={config.optimizer!r} touches the rows of a batch only, but loss.type='softmax' reads "
-            "the whole catalogue: use a sampled loss, or optimizer='dense' (TableConfig)"
+            f"table.optimizer={config.optimizer!r} touches the rows of a batch only, but loss.type='softmax' "
+            "reads the whole catalogue: use a sampled loss, or table.optimizer='dense' (TableConfig)"
         )
     if config.optimizer == "dense" and config.layout == "rows" and loss.type != "softmax":
         raise ValueError(
-            f"layout='rows' with optimizer='dense' is for loss.type='softmax', not {loss.type!r}: a sampled "
-            "loss goes with an optimizer of touched rows (TableConfig)"
+            f"table.layout='rows' with table.optimizer='dense' is for loss.type='softmax', not "
+            f"{loss.type!r}: a sampled loss goes with an optimizer of touched rows (TableConfig)"
         )
 
 

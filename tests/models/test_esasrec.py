@@ -93,6 +93,11 @@ def test_equals_the_reference(kwargs):
     np.testing.assert_allclose(x_SD, reference(params, history), rtol=2e-4, atol=2e-5)
 
 
+def test_a_convolution_of_less_than_nothing_is_refused():
+    with pytest.raises(ValueError, match="conv_width=-1 must be at least 0"):
+        ESASRecConfig(conv_width=-1)
+
+
 def test_channels_of_the_feed_forward_lie_over_the_mesh():
     model, _ = make()
     mesh = make_mesh(MeshConfig(data=2, model=4))

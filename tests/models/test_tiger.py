@@ -18,6 +18,7 @@ from rec_jax.models.beam import beam_search
 from rec_jax.models.semantic_ids import Codes, CodesConfig, numbered_codes
 from rec_jax.models.tiger import Tiger, TigerConfig
 from rec_jax.train.losses import LossConfig
+from rec_jax.train.precision import PrecisionConfig
 from rec_jax.train.tables import TableConfig
 
 NUM_CODES, LEVELS, MAX_LEN = 4, 3, 8
@@ -109,11 +110,12 @@ def test_children_are_scored_by_their_codes_and_themselves(prefixes):
         assert np.all(np.isneginf(log_prob_M[len(expected) :]))
 
 
-def test_a_narrow_beam_gives_items_that_exist_each_once_and_at_their_own_probability():
-    items_NK, log_prob_NK = search(PLAIN, [4], 6)
+@pytest.mark.parametrize("which", [PLAIN, (20, "pre", True)])
+def test_a_narrow_beam_gives_items_that_exist_each_once_and_at_their_own_probability(which):
+    items_NK, log_prob_NK = search(which, [4], 6)
     assert len(set(items_NK[0])) == 6 and items_NK.min() >= 1 and items_NK.max() <= 20
     assert np.all(np.diff(log_prob_NK[0]) <= 0)
-    np.testing.assert_allclose(log_prob_NK[0], every_item(PLAIN, 4)[items_NK[0] - 1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(log_prob_NK[0], every_item(which, 4)[items_NK[0] - 1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_target_is_not_seen_before_it_is_foretold():
@@ -158,6 +160,7 @@ def test_a_step_is_the_same_when_heads_and_channels_are_split():
         ({"loss": LossConfig(type="bce")}, "loss.type='bce'"),
         ({"table": TableConfig(layout="rows")}, "table.layout='rows'"),
         ({"compress": CompressConfig(recipe="int8")}, "compress="),
+        ({"precision": PrecisionConfig(output="f32")}, "precision.output='f32'"),
     ],
 )
 def test_settings_of_a_table_of_items_are_refused(fields, message):

@@ -87,6 +87,16 @@ def test_tokens_of_weight_zero_add_nothing(schedule):
     assert np.all(np.asarray(dh[::2]) == 0) and np.all(np.asarray(dtable[0]) == 0)
 
 
+@pytest.mark.parametrize("asked", [0, 1, 8, 9, 40])
+def test_tiles_without_a_weight_are_skipped(schedule, monkeypatch, asked):
+    """40 tokens in 5 tiles of 8, and only some, anywhere, have a weight."""
+    monkeypatch.setattr(softmax, "TILE_ELEMENTS", 2048)
+    h, table, targets, _ = inputs(40, 256)
+    weights = np.zeros(40, np.float32)
+    weights[np.random.default_rng(1).permutation(40)[:asked]] = 2.0
+    check((h, table, targets, jnp.asarray(weights)))
+
+
 def test_bf16_inputs_get_bf16_gradients(schedule):
     h, table, targets, weights = inputs(32, 300)
     h, table = h.astype(jnp.bfloat16), table.astype(jnp.bfloat16)
