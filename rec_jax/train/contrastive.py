@@ -141,8 +141,8 @@ def check(augment: AugmentConfig, contrastive: ContrastiveConfig, model: Sequenc
             )
     if contrastive.weight and contrastive.view == "dropout" and not model.dropout:
         raise ValueError(
-            "contrastive.view='dropout' needs model.dropout above 0, without which both views are the same: set "
-            "it, or contrastive.view='augment' (ContrastiveConfig)"
+            "contrastive.view='dropout' needs model.dropout above 0, without which both views are the same: "
+            "set it, or contrastive.view='augment' (ContrastiveConfig)"
         )
     if host_dedupe and (augment.is_on or contrastive.augments):
         raise ValueError(
