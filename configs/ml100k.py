@@ -9,8 +9,8 @@ Data: a RecBole .inter file, with times, which HSTU's bias reads.
     python -m experiments.train --config=configs/ml100k.py:hstu --workdir=runs/hstu --config.seed=0
     python -m experiments.reproduce --table=ml100k --output=runs/ml100k
 
-The variant names the model (MODEL-smoke on simulated data). Settings are the same for all, and none was
-searched for: SASRec's validation score is flat after 16 epochs of 40.
+The variant names the model (MODEL-smoke on simulated data). Rates, sizes and epochs are the same for all, and
+none was searched for: SASRec's validation score is flat after 16 epochs of 40.
 """
 
 from configs import common
@@ -32,7 +32,7 @@ def get_config(variant=None):
     cfg.model = to_config_dict(_BY_TYPE[name](width=64, dropout=0.3))
     if "num_heads" in cfg.model:
         cfg.model.num_heads = 2
-    if name == "bert4rec":  # as in configs/bert4rec_ml1m.py
+    if name == "bert4rec":  # positions and masks of configs/bert4rec_ml1m.py
         cfg.model.position, cfg.model.mask_share = "rotary", 0.4
     if name == "tiger":
         cfg.model.prefixes, cfg.model.num_beams = True, 300

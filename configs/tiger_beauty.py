@@ -5,24 +5,24 @@ Differs: codes are made of the brand and category of an item alone (`Beauty_item
 embeds title, price, brand and category by Sentence-T5), in two levels by residual k-means; that leaves 92 %
 of the items with the codes of others, up to 202, which the last level counts, the most frequent in training
 first. So that these can be told apart, each beginning of codes has a vector of its own (`model.prefixes`),
-the last of them one of the item. A causal transformer; see rec_jax/models/tiger.py.
+read and scored, the last of them one of the item. A causal transformer; see rec_jax/models/tiger.py.
 Protocol: leave-one-out, full-catalogue ranking (12,101 items) of the 30 items that a beam search finds, seen
 items filtered, picked on validation NDCG@10. Data: `user item item ...` lines.
 
     python -m experiments.train --config=configs/tiger_beauty.py --workdir=runs/tiger_beauty
 
-A training step takes 1.41 times that of SASRec at equal multiply-adds (`experiments.benchmark
---suite=models`, 2026-11-23, 2 cores of an AMD EPYC (Zen 4)): there are Q tokens an item, so of attention's
-softmax Q * Q times as much, which no multiply-add counts. A search of 50 beams for the next items of a
-history of 50, in 10,000 items, takes 7.4 ms (`--suite=beam`, same day).
+There are Q tokens an item, so of attention's softmax Q * Q times as much as SASRec has, which no multiply-add
+counts: a training step takes STEP times SASRec's at equal multiply-adds (`experiments.benchmark
+--suite=models`). A search of 50 beams for the next items of a history of 50, in 10,000 items, takes BEAM ms
+(`--suite=beam`; both 2026-11-27, 2 cores of an Intel Xeon).
 
-Measured 2026-11-23 on 2 busy cores of an AMD EPYC (Zen 4), seed 0: test HR@10 0.0619, NDCG@10 0.0351 (95 %
-interval 0.0331 to 0.0372); unfiltered 0.0576 / 0.0315; validation NDCG@10 0.0494 at epoch 9 of 30, 0.049
-until the end; 317 s of training steps. One seed, short of the paper's figures.
+Measured 2026-11-27 on one busy core of an Intel Xeon (AVX-512), seeds 0 and 1: test HR@10 0.0777 and 0.0769,
+mean 0.0773; NDCG@10 0.0440 and 0.0445, mean 0.0443 (95 % intervals 0.0421 to 0.0464 and 0.0423 to 0.0468);
+unfiltered 0.0691 / 0.0365 and 0.0681 / 0.0376; validation NDCG@10 0.0597 and 0.0610. Seed 0: 238 s of training
+steps, 233 s of evaluations. The seed also draws the codes.
 
-Of a smaller one (width 64, dropout 0.1, 20 beams, 2,000 users of validation), after
-3 of 6 epochs, validation NDCG@10 was 0.0190 without prefixes and 0.0259 with them; 2026-11-23, 2 cores of an
-AMD EPYC (Zen 4), one seed.
+Before prefixes scored as well, and codes competed only with those that may follow, seed 0 reached 0.0619 /
+0.0351 (2026-11-23).
 """
 
 from configs import common

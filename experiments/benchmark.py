@@ -30,7 +30,7 @@ against SASRec's; and the same at equal work, by multiply-adds counted in the pr
 Suite "lengths": a step of the linear recurrence and of SASRec over 8,192 events, in histories of 512 to
 8,192.
 Suite "beam": the next items of one user with 50 events, out of 10,000 items of 4 codes of 256, by beam
-searches of 10 and 50 beams, against reading the history alone: 3 layers of 128 dims.
+searches of 10 and 50 beams, against reading the history alone: 3 layers of 128 dims, with prefix vectors.
 
 What is compared runs in turn, A B A B, and ratios are taken pair by pair, so that other work on the machine
 disturbs both sides alike; printed are medians.

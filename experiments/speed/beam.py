@@ -14,7 +14,7 @@ from rec_jax.models.tiger import Tiger, TigerConfig
 
 NUM_CODES, NUM_LEVELS = 256, 4
 LENGTH = 50  # events of the history
-MODEL = TigerConfig(width=128, ff_width=256, num_heads=4, num_layers=3)
+MODEL = TigerConfig(width=128, ff_width=256, num_heads=4, num_layers=3, prefixes=True)
 BEAMS = (10, 50)
 
 
