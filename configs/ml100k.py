@@ -35,7 +35,7 @@ def get_config(variant=None):
     if name == "bert4rec":  # positions and masks of configs/bert4rec_ml1m.py
         cfg.model.position, cfg.model.mask_share = "rotary", 0.4
     if name == "tiger":
-        cfg.model.prefixes, cfg.model.num_beams = True, 300
+        cfg.model.prefixes, cfg.model.num_beams = True, 150
         cfg.codes.content = "ml-100k/ml-100k.item"  # words of titles and genres
         cfg.codes.num_levels, cfg.codes.num_codes = 2, 128
         if smoke:
@@ -43,6 +43,8 @@ def get_config(variant=None):
             cfg.codes.max_shared = 1.0
     cfg.optim.schedule, cfg.optim.warmup_steps = "cosine", 50
     cfg.train.epochs, cfg.train.eval_every_epochs = 20, 2.0
+    if name == "tiger":
+        cfg.train.eval_every_epochs = 5.0  # a search takes longer than a training step
     cfg.train.batch_rows, cfg.train.micro_rows = 16, 4
     cfg.train.all_windows = True
     return common.apply_variant(cfg, smoke)

@@ -17,6 +17,10 @@ from rec_jax.nn.dropout import dropout
 from rec_jax.nn.embedding import Embedding
 from rec_jax.nn.norm import LayerNorm
 
+# Where a level has at most so many nodes for each child that a node may have, a matrix product with all of
+# them and a choice among its results is faster than gathering the vectors of children (LOG.md, 2026-11-27).
+_PRODUCTS = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class TigerConfig(SequenceConfig):
@@ -123,11 +127,12 @@ class Tiger(SequenceModel):
         of_codes = scores(self.code_table.embedding[...][start : start + self.codes.num_codes])
         logits = jnp.take_along_axis(of_codes, jnp.asarray(trie.codes[level])[children], axis=-1)
         if self.config.prefixes:
-            start, vectors = self.first_nodes[level], self.nodes.embedding[...]
-            if level == 0:  # all have the same parent
-                logits += scores(vectors[start : start + trie.most[0]])
+            start, num_nodes = self.first_nodes[level], len(trie.codes[level])
+            vectors_XD = self.nodes.embedding[...][start : start + num_nodes]
+            if num_nodes <= _PRODUCTS * trie.most[level]:
+                logits += jnp.take_along_axis(scores(vectors_XD), children, axis=-1)
             else:
-                of_children = vectors[start + children].astype(x.dtype)
+                of_children = vectors_XD[children].astype(x.dtype)
                 logits += jnp.einsum("...d,...md->...m", x, of_children, preferred_element_type=jnp.float32)
         return jax.nn.log_softmax(jnp.where(is_child, logits, -jnp.inf), axis=-1)
 

@@ -13,6 +13,7 @@ from rec_jax.config import build
 from rec_jax.data.datasets import DataConfig
 from rec_jax.experiment import ExperimentConfig, Program
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch
+from rec_jax.models import tiger
 from rec_jax.models.base import init_model
 from rec_jax.models.beam import beam_search
 from rec_jax.models.semantic_ids import Codes, CodesConfig, numbered_codes
@@ -86,9 +87,10 @@ def test_a_wide_beam_ranks_like_scoring_every_item(which):
     np.testing.assert_allclose(np.exp(log_prob_NK).sum(axis=1), 1, atol=1e-5)
 
 
-@pytest.mark.parametrize("prefixes", [False, True])
-def test_children_are_scored_by_their_codes_and_themselves(prefixes):
-    """Against one node at a time, in NumPy."""
+@pytest.mark.parametrize("prefixes, products", [(False, 64), (True, 64), (True, 0)])
+def test_children_are_scored_by_their_codes_and_themselves(prefixes, products, monkeypatch):
+    """Against one node at a time, in NumPy; by products with all nodes, and by gathered vectors."""
+    monkeypatch.setattr(tiger, "_PRODUCTS", products)
     model, params = make(20, "pre", prefixes)
     x_ND = np.random.default_rng(2).normal(size=(3, SMALL.width)).astype(np.float32)
     codes_VQ = model.bind(params).codes.codes_VQ
