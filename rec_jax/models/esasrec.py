@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from rec_jax.models.sasrec import SASRec, SASRecConfig
-from rec_jax.nn.attention import SelfAttention
+from rec_jax.nn.blocks import attention_of
 from rec_jax.nn.convolution import CausalConv
 from rec_jax.nn.dense import Dense, dense
 from rec_jax.nn.dropout import dropout
@@ -67,18 +67,10 @@ class LiGRBlock(nnx.Module):
     """
 
     def __init__(self, config: ESASRecConfig, *, is_causal: bool = True, rngs: nnx.Rngs):
-        head_width = config.head_width or config.width // config.num_heads
         init = nnx.initializers.xavier_uniform()
         self.attention_norm = LayerNorm(config.width, config.full_width)
         self.conv = CausalConv(config.width, config.conv_width, rngs=rngs) if config.conv_width else None
-        self.attention = SelfAttention(
-            config.width,
-            config.num_heads,
-            head_width,
-            is_causal=is_causal,
-            is_rotary=config.position == "rotary",
-            rngs=rngs,
-        )
+        self.attention = attention_of(config, is_causal=is_causal, rngs=rngs)
         self.attention_gate = Dense(config.width, config.width, kernel_init=init, rngs=rngs)
         self.ff_norm = LayerNorm(config.width, config.full_width)
         if config.num_experts:

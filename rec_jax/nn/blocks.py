@@ -27,6 +27,18 @@ class FeedForward(nnx.Module):
         return join(self.down, hidden_TF, is_split).reshape(x_BSD.shape)
 
 
+def attention_of(config, *, is_causal: bool, rngs: nnx.Rngs) -> SelfAttention:
+    """The self-attention that a model's config describes."""
+    return SelfAttention(
+        config.width,
+        config.num_heads,
+        config.head_width or config.width // config.num_heads,
+        is_causal=is_causal,
+        is_rotary=config.position == "rotary",
+        rngs=rngs,
+    )
+
+
 class TransformerBlock(nnx.Module):
     """Attention then feed-forward, each with a residual.
 
@@ -36,16 +48,8 @@ class TransformerBlock(nnx.Module):
     """
 
     def __init__(self, config, *, is_causal: bool = True, rngs: nnx.Rngs):
-        head_width = config.head_width or config.width // config.num_heads
         self.attention_norm = LayerNorm(config.width, config.full_width)
-        self.attention = SelfAttention(
-            config.width,
-            config.num_heads,
-            head_width,
-            is_causal=is_causal,
-            is_rotary=config.position == "rotary",
-            rngs=rngs,
-        )
+        self.attention = attention_of(config, is_causal=is_causal, rngs=rngs)
         self.ff_norm = LayerNorm(config.width, config.full_width)
         if config.num_experts:
             self.ff = Experts(config, rngs=rngs)
