@@ -7,7 +7,7 @@ validation NDCG@10, ties in expectation. Data: the SASRec version of MovieLens-1
 
     python -m experiments.train --config=configs/lru_ml1m.py --workdir=runs/lru --config.seed=0
 
-Settings are those of configs/sasrec_ml1m.py where they apply, and cosine scores; not trained in full yet.
+Settings are those of configs/esasrec_ml1m.py where they apply; not trained in full yet.
 """
 
 from configs import common, sasrec_ml1m
