@@ -7,10 +7,10 @@ validation NDCG@10, ties in expectation. Data: the SASRec version of MovieLens-1
 
     python -m experiments.train --config=configs/esasrec_ml1m.py --workdir=runs/esasrec --config.seed=0
 
-Measured 2026-11-27 on one core of an Intel Xeon (AVX-512), seeds 0 and 1: test HR@10 0.3212 and 0.3290,
-mean 0.3251; NDCG@10 0.1861 and 0.1908, mean 0.1884 (95 % intervals over users 0.1784 to 0.1943 and 0.1829
-to 0.1989); unfiltered means 0.2612 / 0.1392; validation NDCG@10 0.1971 and 0.1940. Seed 0: 1,069 s of
-training steps.
+Measured 2026-11-27 on one core of an Intel Xeon (AVX-512), seeds 0, 1 and 2: test HR@10 0.3212, 0.3290 and
+0.3187, mean 0.3230; NDCG@10 0.1861, 0.1908 and 0.1881, mean 0.1883 (95 % intervals over users 0.1784 to
+0.1943, 0.1829 to 0.1989 and 0.1805 to 0.1957); unfiltered means 0.2600 / 0.1390; validation NDCG@10
+0.1971, 0.1940 and 0.1962. Seed 0: 1,069 s of training steps.
 
 Settings are those of configs/sasrec_ml1m.py, but for cosine scores, rotary positions, a convolution of four
 tokens, 32 rows a step and 16 epochs: chosen on validation in 8 epochs each, of seed 0 (LOG.md, 2026-11-27).
