@@ -19,7 +19,8 @@ counts: a training step takes 1.54 times SASRec's at equal multiply-adds (`exper
 Measured 2026-11-27 on one busy core of an Intel Xeon (AVX-512), seeds 0 and 1: test HR@10 0.0777 and 0.0769,
 mean 0.0773; NDCG@10 0.0440 and 0.0445, mean 0.0443 (95 % intervals 0.0421 to 0.0464 and 0.0423 to 0.0468);
 unfiltered 0.0691 / 0.0365 and 0.0681 / 0.0376; validation NDCG@10 0.0597 and 0.0610. Seed 0: 238 s of
-training steps, 233 s of evaluations. The seed also draws the codes.
+training steps, 233 s of evaluations, before training scored all nodes by one product (LOG.md), which changes
+rounding alone. The seed also draws the codes.
 
 Before prefixes scored as well, and codes competed only with those that may follow, seed 0 reached 0.0619 /
 0.0351 (2026-11-23).
