@@ -42,9 +42,8 @@ def get_config(variant=None):
             cfg.codes.content, cfg.codes.num_codes, cfg.codes.content_dims = "", 8, 16
             cfg.codes.max_shared = 1.0
     cfg.optim.schedule, cfg.optim.warmup_steps = "cosine", 50
-    cfg.train.epochs, cfg.train.eval_every_epochs = 20, 2.0
-    if name == "tiger":
-        cfg.train.eval_every_epochs = 5.0  # a search takes longer than a training step
+    cfg.train.epochs = 20
+    cfg.train.eval_every_epochs = 5.0 if name == "tiger" else 2.0  # searches take longer than training
     cfg.train.batch_rows, cfg.train.micro_rows = 16, 4
     cfg.train.all_windows = True
     return common.apply_variant(cfg, smoke)
