@@ -94,15 +94,15 @@ class Saver:
             except OSError as error:
                 raise self._save_error(error) from error
 
-    def save(self, step: int, state, record: dict, *, best: bool) -> None:
-        """Starts writing `state`; returns once it may be donated to the next step.
+    def save(self, state, record: dict, *, best: bool) -> None:
+        """Starts writing `state` under record["step"]; returns once it may be donated to the next step.
 
         Raises:
           SaveError: this save or the one before it failed.
         """
         self.wait()
-        self._pending = step
-        record = _plain_json({"step": step, "digests": _digests(state), **record})
+        self._pending = step = record["step"]
+        record = _plain_json({"digests": _digests(state), **record})
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
             record=ocp.args.JsonSave({"record": record, "digest": _record_digest(record)}),

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from rec_jax import processes
-from rec_jax.train.checkpoint import DamagedError, Saver, is_finite, restore, restore_best
+from rec_jax.train.checkpoint import DamagedError, Restored, Saver, is_finite, restore, restore_best
 from rec_jax.train.monitor import Monitor, SilentMonitor
 
 _WAY_OUT = "Lower the learning rate, clip the gradients, or use f32."
@@ -131,6 +131,7 @@ def fit(
     describe_batch: Callable[[int], str] | None = None,
     before_eval: Callable[[Any], Any] | None = None,
     eval_from: float = 0.0,
+    on_best: Callable[[Any, dict], None] | None = None,
 ) -> FitResult:
     """Trains until the last epoch or until validation stops improving; resumes what it finds.
 
@@ -150,6 +151,10 @@ def fit(
       before_eval: maps the state, which it consumes, to one whose parameters can be evaluated and saved.
       eval_from: share of the run before which nothing is evaluated, and so cannot be the best.
       describe_batch: tells what the batch of a 0-based step holds, for the message of a NaN.
+      on_best: `(params, record)`, called after each evaluation that is the best so far, once its checkpoint
+        is on the disk, and once more for the best of the run before `fit` returns (also where no step was
+        left to take), in case a killed session could not. `record["step"]` is the step of that
+        evaluation. The next step donates `params`: copy what must outlive the call. All processes call it.
 
     Raises:
       ValueError: the workdir holds another run, or only damaged checkpoints; no such metric.
@@ -200,12 +205,16 @@ def fit(
             if step > 0 and (is_best or (is_due and saved_step != step)):
                 _check_params(state.params, step)
                 record = {
+                    "step": step,
                     "data": batches.get_state(),
                     "progress": dataclasses.asdict(progress),
                     "run_info": run_info,
                 }
-                saver.save(step, state, record, best=is_best)
+                saver.save(state, record, best=is_best)
                 saved_step = step
+                if is_best and on_best:
+                    saver.wait()  # What is made of the best is never newer than a readable checkpoint.
+                    on_best(state.params, record)
             if stopped_by or stopping:
                 break
 
@@ -237,7 +246,10 @@ def fit(
         if stopping and not stopped_by:
             monitor.say(f"{stopping.name}: stopped and saved at step {step}; run again to go on")
             raise SystemExit(0 if stopping == signal.SIGTERM else 130)
-        result = _result(state, step, stopped_by, progress, folder, monitor.history())
+        best = _best(folder, state.params)
+        if on_best:
+            on_best(best.state, best.record)
+        result = _result(state, step, stopped_by, progress, best, monitor.history())
         monitor.say(
             f"{'already ' if is_first else ''}finished at step {step} ({stopped_by}); best "
             f"{config.metric} {result.best_value:.4f} at step {result.best_step}"
@@ -245,13 +257,17 @@ def fit(
         return result
 
 
-def _result(state, step: int, stopped_by: str, progress: Progress, folder, history) -> FitResult:
-    best = restore_best(folder, state.params)
+def _best(folder, params) -> Restored:
+    best = restore_best(folder, params)
     if best is None:
         raise DamagedError(
             f"no best checkpoint in {folder / 'best'} can be read back; run the same command "
             "again to evaluate and save the last state"
         )
+    return best
+
+
+def _result(state, step: int, stopped_by: str, progress: Progress, best: Restored, history) -> FitResult:
     return FitResult(
         state=state,
         best_params=best.state,

@@ -34,8 +34,8 @@ def _state(step: int):
 def _save(directory, steps, best=(), keep=2):
     saver = Saver(directory, keep)
     for step in steps:
-        record = {"run_info": RUN, "data": {"next_index": np.int64(step)}}
-        saver.save(step, _state(step), record, best=step in best)
+        record = {"step": step, "run_info": RUN, "data": {"next_index": np.int64(step)}}
+        saver.save(_state(step), record, best=step in best)
     saver.close()
 
 
@@ -78,7 +78,7 @@ def test_restores_into_the_placement_of_the_target(tmp_path):
 def test_a_state_may_be_donated_while_it_is_written(tmp_path):
     add = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
     saver, state = Saver(tmp_path, 1), {"params": {"w": jnp.zeros((1000, 1000))}}
-    saver.save(1, state, {"run_info": RUN}, best=True)
+    saver.save(state, {"step": 1, "run_info": RUN}, best=True)
     for _ in range(20):
         state = add(state)
     saver.close()

@@ -16,6 +16,7 @@ import pytest
 sys.path.insert(0, os.path.dirname(__file__))
 import toy_run
 
+from rec_jax.train.checkpoint import SaveError, Saver, restore_best
 from rec_jax.train.loop import TrainConfig
 from rec_jax.train.monitor import Monitor, read_metrics
 
@@ -100,6 +101,36 @@ def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
     assert toy_run.digest(again.best_params) == toy_run.digest(first.best_params)
     assert (tmp_path / "metrics.jsonl").read_text() == lines
     assert again.train_secs == first.train_secs and again.best_step == first.best_step
+
+
+def test_the_best_is_handed_over_once_it_is_on_the_disk(tmp_path):
+    values, calls = {7: 0.1, 14: 0.5, 21: 0.4, 28: 0.3}, []
+    evaluations = iter(values.values())
+
+    def on_best(params, record):
+        restored = restore_best(tmp_path / "checkpoints", params)
+        assert restored.record["step"] == record["step"]
+        jax.tree.map(np.testing.assert_array_equal, restored.state, params)
+        calls.append((record["step"], record["progress"]["best_value"]))
+
+    fields = {"evaluate_fn": lambda params: {"ndcg@10": next(evaluations)}, "on_best": on_best}
+    toy_run.run(tmp_path, **fields)
+    assert calls == [(7, 0.1), (14, 0.5), (14, 0.5)]  # The last one: the best of the run, at its end.
+    toy_run.run(tmp_path, **fields)  # Nothing is left to train: should the file be lost, it is made again.
+    assert calls[3:] == [(14, 0.5)]
+
+
+def test_a_failed_save_hands_over_nothing(tmp_path, monkeypatch):
+    calls = []
+
+    def fail(self):
+        if self._pending >= 0:
+            raise SaveError("the disk is full")
+
+    monkeypatch.setattr(Saver, "wait", fail)
+    with pytest.raises(SaveError):
+        toy_run.run(tmp_path, checkpoint_every_steps=0, on_best=lambda *best: calls.append(best))
+    assert not calls
 
 
 def test_a_run_can_be_extended(tmp_path):

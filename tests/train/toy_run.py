@@ -83,7 +83,16 @@ def evaluate(params) -> dict:
 
 
 def run(
-    workdir, *, step=None, evaluate_fn=evaluate, run_info=None, pause=0.0, width=4, eval_from=0.0, **fields
+    workdir,
+    *,
+    step=None,
+    evaluate_fn=evaluate,
+    run_info=None,
+    pause=0.0,
+    width=4,
+    eval_from=0.0,
+    on_best=None,
+    **fields,
 ):
     defaults = {"epochs": 4, "log_every_steps": 3, "checkpoint_every_steps": 5}
     config = TrainConfig(**defaults | fields)
@@ -103,6 +112,7 @@ def run(
         workdir=workdir,
         run_info=run_info or {"config": dataclasses.asdict(config), "split": "abc"},
         eval_from=eval_from,
+        on_best=on_best,
     )
 
 
