@@ -45,8 +45,9 @@ class ShardedTable:
 class UserHistories:
     """The last events of each user of the log: items[offsets[u]:offsets[u + 1]], oldest first.
 
-    ids: Strings[U]. items: int32[N]. times: int64[N] seconds UTC, or None. features: other columns of the same
-    events, [N] each. seen_items[seen_offsets[u]:seen_offsets[u + 1]]: items that only earlier events have.
+    ids: Strings[U]. items: int32[N]. times: int64[N] seconds UTC, or None. features: other columns of the
+    same events, [N] each. seen_items[seen_offsets[u]:seen_offsets[u + 1]]: items that only earlier events
+    have.
     """
 
     ids: Strings
@@ -173,8 +174,8 @@ class TrainedModel:
                 ) from error
         if (workdir / "config.json").exists():
             raise ValueError(
-                f"{workdir} holds no trained model yet ({root} is missing): let the training evaluate once; or "
-                f"it was {versions.OTHER_VERSION}"
+                f"{workdir} holds no trained model yet ({root} is missing): let the training evaluate once, "
+                f"or it was {versions.OTHER_VERSION}"
             )
         raise ValueError(f"--workdir={workdir} holds no run ({root} is missing): train one there first")
 
@@ -310,8 +311,8 @@ class TrainedModel:
         for name, (ours, theirs) in pairs.items():
             if ours != theirs:
                 raise ValueError(
-                    f"{self.workdir} was trained on {name} {ours}, and the prepared data have {name} {theirs} "
-                    f"({histories.num_items:,} items, {histories.num_events:,} events): bring back the data of "
+                    f"{self.workdir} was trained on {name} {ours}, and these data have {name} {theirs} "
+                    f"({histories.num_items:,} items, {histories.num_events:,} events): bring back those of "
                     "the training, or train again in another workdir"
                 )
 

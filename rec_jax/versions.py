@@ -7,8 +7,8 @@ A version is complete before the pointer moves to it by os.replace, so a killed 
 or the new one. The one before it is kept: a process that reads it meanwhile can finish, and it steps in where
 the newest turns out damaged.
 
-An array with enough zeros, as pruning leaves them, may be packed: its file then holds a bitmap and the numbers
-that are not zero.
+An array with enough zeros, as pruning leaves them, may be packed: its file then holds a bitmap and the
+numbers that are not zero.
 """
 
 import json
@@ -38,9 +38,9 @@ class DamagedError(ValueError):
 class Writer:
     """One new version. Of several processes only the first writes; all must hand over the same arrays.
 
-        writer = Writer(root)
-        about["table"] = writer.array("table", table)
-        writer.publish(about)
+    writer = Writer(root)
+    about["table"] = writer.array("table", table)
+    writer.publish(about)
     """
 
     def __init__(self, root: Path):
@@ -71,9 +71,10 @@ class Writer:
             if not processes.is_first():
                 continue
             if file is None:
-                entry = {"file": f"{name}.npy", "shape": (num_rows, *chunk.shape[1:]), "dtype": str(chunk.dtype)}
+                shape = num_rows, *chunk.shape[1:]
+                entry = {"file": f"{name}.npy", "shape": shape, "dtype": str(chunk.dtype)}
                 path = self._folder / entry["file"]
-                file = np.lib.format.open_memmap(path, "w+", _bits(chunk).dtype, entry["shape"])
+                file = np.lib.format.open_memmap(path, "w+", _bits(chunk).dtype, shape)
             file[done : done + len(chunk)] = _bits(chunk)
             done += len(chunk)
         if not processes.is_first():
@@ -89,17 +90,15 @@ class Writer:
         """Takes over the files of all entries in a tree from another version."""
         for entry in _entries(tree) if processes.is_first() else ():
             name = entry["file"]
-            try:
-                os.link(folder / name, self._folder / name)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(folder / name, self._folder / name)
+            link(folder / name, self._folder / name)
             self._files[name] = about["files"][name]
 
     def publish(self, about: dict) -> None:
         """Completes the version, moves the pointer to it and removes old ones."""
         if processes.is_first():
             text = json.dumps(about | {"format": FORMAT, "files": self._files})
-            (self._folder / _ABOUT).write_text(json.dumps({"crc32": zlib.crc32(text.encode()), "about": text}))
+            checked = {"crc32": zlib.crc32(text.encode()), "about": text}
+            (self._folder / _ABOUT).write_text(json.dumps(checked))
             partial = self._root / f"{_POINTER}.partial"
             partial.write_text(self._folder.name)
             os.replace(partial, self._root / _POINTER)
@@ -113,9 +112,17 @@ class Writer:
         return entry
 
 
+def link(source, target) -> None:
+    """A hard link, or a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def newest(root: Path) -> tuple[Path, dict]:
-    """(folder, about) of the version in force, every file of it checked. A damaged one is named on stderr, and
-    the newest intact one is taken instead.
+    """(folder, about) of the version in force, every file of it checked. A damaged one is named on stderr,
+    and the newest intact one is taken instead.
 
     Raises:
       DamagedError: none is intact.
@@ -126,8 +133,7 @@ def newest(root: Path) -> tuple[Path, dict]:
     damages = []
     for name in [named, *others]:
         try:
-            about = read_about(root / name)
-            _check_files(root / name, about["files"])
+            about = check(root / name)
         except DamagedError as error:
             print(f"model: {error}", file=sys.stderr, flush=True)
             damages.append(str(error))
@@ -183,8 +189,10 @@ def read_strings(folder: Path, entry: dict) -> Strings:
     return Strings(read_array(folder, entry["data"]), read_array(folder, entry["ends"]))
 
 
-def _check_files(folder: Path, files: dict) -> None:
-    for name, (size, digest) in files.items():
+def check(folder: Path) -> dict:
+    """What about.json says, if all files are what was written. Raises DamagedError naming one that is not."""
+    about = read_about(folder)
+    for name, (size, digest) in about["files"].items():
         path = folder / name
         if not path.exists():
             raise DamagedError(f"{path} is missing")
@@ -192,6 +200,7 @@ def _check_files(folder: Path, files: dict) -> None:
             raise DamagedError(f"{path} has {path.stat().st_size:,} bytes, {size:,} were written")
         if _crc32(path) != digest:
             raise DamagedError(f"{path} has another checksum than what was written")
+    return about
 
 
 def _bits(array: np.ndarray) -> np.ndarray:

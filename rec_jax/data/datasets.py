@@ -299,12 +299,13 @@ def _check_unchanged(about, dataset: Dataset, fingerprint, histories, split, dir
 
     before = facts(dataset.histories, dataset.split, about["fingerprint"])
     now = facts(histories, split, fingerprint)
-    changed = [f"{name} ({before[name]} then, {now[name]} now)" for name in now if before.get(name) != now[name]]
+    names = [name for name in now if before.get(name) != now[name]]
+    changed = [f"{name} ({before.get(name, 'nothing')} then, {now[name]} now)" for name in names]
     if dataset.split.checksum != split.checksum or dataset.histories.vocabulary != histories.vocabulary:
         raise ValueError(
             f"the data are not those that the run in {directory.parent} was trained on, which stay in "
-            f"{directory}: {', '.join(changed)}. Bring back the log and the settings of then to resume, or train "
-            "in another workdir"
+            f"{directory}: {', '.join(changed)}. Bring back the log and the settings of then to resume, or "
+            "train in another workdir"
         )
 
 

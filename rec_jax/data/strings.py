@@ -42,5 +42,5 @@ class Strings(Sequence):
         import pyarrow as pa
 
         starts = np.concatenate([[0], self.ends]).astype(np.int64)
-        buffers = [None, pa.py_buffer(starts), pa.py_buffer(np.ascontiguousarray(self.data))]
-        return pa.LargeStringArray.from_buffers(pa.large_string(), len(self), buffers)
+        text = np.ascontiguousarray(self.data)
+        return pa.LargeStringArray.from_buffers(len(self), pa.py_buffer(starts), pa.py_buffer(text))

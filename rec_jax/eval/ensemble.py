@@ -22,13 +22,11 @@ class EnsembleScorer:
 
     def __call__(self, users: np.ndarray, ends: np.ndarray) -> jax.Array:
         """f32[B, V + 1] on one device, column 0 (padding) -inf."""
-        return sum(_standardised(_whole(scorer(users, ends))) for scorer in self._scorers) / len(
-            self._scorers
-        )
+        return sum(standardised(_whole(scorer(users, ends))) for scorer in self._scorers) / len(self._scorers)
 
     def score_history(self, items: np.ndarray, times: np.ndarray | None = None) -> jax.Array:
         """f32[V + 1]; see `SequenceScorer.score_history`."""
-        each = (_standardised(scorer.score_history(items, times)[None])[0] for scorer in self._scorers)
+        each = (standardised(scorer.score_history(items, times)[None])[0] for scorer in self._scorers)
         return sum(each) / len(self._scorers)
 
 
@@ -40,27 +38,10 @@ def _whole(scores) -> jax.Array:
 
 
 @jax.jit
-def _standardised(scores_BV):
+def standardised(scores_BV):
+    """f32[B, V + 1] with mean 0 and variance 1 over the items of each row, column 0 (padding) -inf."""
     items_BV = scores_BV[:, 1:].astype(jnp.float32)
     items_BV -= jnp.mean(items_BV, axis=1, keepdims=True)
     deviation_B1 = jnp.sqrt(jnp.mean(items_BV**2, axis=1, keepdims=True))
     items_BV /= jnp.maximum(deviation_B1, 1e-12)
     return jnp.pad(items_BV, ((0, 0), (1, 0)), constant_values=-jnp.inf)
-
-
-def check_same_split(experiments) -> None:
-    """Raises ValueError for runs that were trained on different splits, which may have seen each other's test
-    part, and for one that does not score every item."""
-    first = experiments[0]
-    for experiment in experiments:
-        if experiment.model.generates:
-            raise ValueError(
-                f"--workdir: {experiment.workdir} (model.type={experiment.config.model.type!r}) scores only "
-                "what its search finds, which has no mean with others: leave it out"
-            )
-    for other in experiments[1:]:
-        if other.split.checksum != first.split.checksum:
-            raise ValueError(
-                f"--workdir: {other.workdir} learnt from split {other.split.checksum}, {first.workdir} from "
-                f"{first.split.checksum}: name runs of one split"
-            )

@@ -72,7 +72,7 @@ class BeamScorer(SequenceScorer):
         num_devices = mesh.shape["data"]
         self._rows = -(-_HISTORIES // num_devices) * num_devices
 
-    def _score(self, items, ends, lengths, times=None):
+    def score(self, items, ends, lengths, times=None):
         """Searches for blocks of histories of about a length, each length of block compiled once."""
         if np.any(lengths < 1):
             raise ValueError(f"history {int(np.argmin(lengths))} of the batch is empty: nothing to encode")

@@ -92,7 +92,7 @@ class SequenceScorer:
         """
         starts = self._histories.offsets[users]
         times = self._histories.times if self._model.reads_times else None
-        return self._score(self._histories.items, np.asarray(ends), ends - starts, times)
+        return self.score(self._histories.items, np.asarray(ends), ends - starts, times)
 
     def score_history(self, items: np.ndarray, times: np.ndarray | None = None) -> jax.Array:
         """f32[V + 1]: scores of the event after the given item ids, oldest first. times: int64 seconds of
@@ -104,12 +104,12 @@ class SequenceScorer:
             times = None
         elif times is None:
             times = np.zeros(items.size, np.int64)
-        scores = self._score(items, np.array([items.size]), np.array([items.size]), times)
+        scores = self.score(items, np.array([items.size]), np.array([items.size]), times)
         if isinstance(scores, SpreadScores):
             scores = jax.jit(SpreadScores.in_order, out_shardings=self._whole)(scores)
         return scores[0]
 
-    def _score(self, items, ends, lengths, times=None):
+    def score(self, items, ends, lengths, times=None):
         """Encodes packed rows in blocks of one fixed shape, then scores the last token of each history."""
         if np.any(lengths < 1):
             raise ValueError(f"history {int(np.argmin(lengths))} of the batch is empty: nothing to encode")

@@ -49,7 +49,7 @@ _FREE_KEYS = (
 )
 
 
-class SaveError(RuntimeError):
+class SaveError(OSError):
     """A checkpoint could not be written (a full disk, mostly); earlier ones are intact."""
 
 

@@ -1,10 +1,7 @@
-from types import SimpleNamespace
-
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
-from rec_jax.eval.ensemble import EnsembleScorer, check_same_split
+from rec_jax.eval.ensemble import EnsembleScorer
 
 RNG = np.random.default_rng(0)
 FIRST, SECOND = RNG.normal(size=(2, 3, 6)) * [[[1]], [[50]]] + [[[0]], [[9]]]
@@ -39,24 +36,3 @@ def test_scales_do_not_vote_and_constants_say_nothing():
     np.testing.assert_allclose(scaled[:, 1:], once[:, 1:], rtol=1e-3, atol=1e-4)
     alone = EnsembleScorer([scorer(FIRST), scorer(np.zeros((3, 6)))])(users, users)
     np.testing.assert_allclose(alone[:, 1:], standardised(FIRST) / 2, rtol=1e-4, atol=1e-5)
-
-
-def made_up_run(checksum, generates=False):
-    return SimpleNamespace(
-        workdir=f"run{checksum}",
-        split=SimpleNamespace(checksum=checksum),
-        model=SimpleNamespace(generates=generates),
-        config=SimpleNamespace(model=SimpleNamespace(type="tiger")),
-    )
-
-
-def test_a_run_that_does_not_score_every_item_is_refused():
-    with pytest.raises(ValueError, match="type='tiger'.* leave it out"):
-        check_same_split([made_up_run("a"), made_up_run("a", generates=True)])
-
-
-def test_runs_of_other_splits_are_refused():
-    runs = [made_up_run(checksum) for checksum in "aab"]
-    check_same_split(runs[:2])
-    with pytest.raises(ValueError, match="runb learnt from split b, runa from a"):
-        check_same_split(runs)
