@@ -23,12 +23,12 @@ def command(name: str, *args: str) -> None:
             if (is_of_command or flag.name.startswith("config")) and flag.name in FLAGS:
                 delattr(FLAGS, flag.name)
     sys.modules.pop(f"experiments.{name}", None)
-    module = importlib.import_module(f"experiments.{name}")
-    if hasattr(module, "_define_config"):
-        module._CONFIG = module._define_config()
-    FLAGS.unparse_flags()
     argv = [name, *args]
-    with mock.patch.object(sys, "argv", argv), warnings.catch_warnings():  # where ml_collections looks
+    with mock.patch.object(sys, "argv", argv), warnings.catch_warnings():  # ml_collections looks at argv
         warnings.filterwarnings("ignore", message="the load_module", category=DeprecationWarning)
+        module = importlib.import_module(f"experiments.{name}")
+        if hasattr(module, "_define_config"):
+            module._CONFIG = module._define_config()
+        FLAGS.unparse_flags()
         FLAGS(argv)
         module.main()
