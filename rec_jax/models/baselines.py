@@ -4,11 +4,9 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse as sp
 
-from rec_jax.data.queries import ranges
 from rec_jax.models.bpr import bpr
 from rec_jax.models.ranker import ScoreRanker
 
-_EVENTS = 2**20  # of histories that are counted at once
 _BLOCK_SCORES = 2**22  # of items by items that are made at once
 _EASE_ITEMS = 20_000
 
@@ -70,7 +68,13 @@ def item_knn(histories, split, num_neighbours: int = 100) -> ScoreRanker:
     Source: Sarwar et al., WWW'01, on binary interactions.
     """
     cosine_VV = _cosines(histories, split, num_neighbours)
-    return ScoreRanker(lambda queries: (_item_counts(queries, histories.num_items) @ cosine_VV).toarray())
+
+    def scores(queries):
+        rows, items, counts = queries.item_counts()
+        shape = len(queries), len(cosine_VV.indptr) - 1
+        return (sp.csr_matrix((counts.astype(np.float32), (rows, items)), shape) @ cosine_VV).toarray()
+
+    return ScoreRanker(scores)
 
 
 def ease(histories, split, regularization: float = 250.0, max_items: int | None = None) -> ScoreRanker:
@@ -159,18 +163,6 @@ def _train_matrix(histories, split):
     seen_UV = sp.csr_matrix((ones, (users, np.asarray(histories.items)[in_train])), shape=shape)
     seen_UV.data[:] = 1  # repeats count once
     return seen_UV
-
-
-def _item_counts(queries, num_items: int):
-    """f32[B, V + 1], sparse: how often each item is in each history; made a part of the events at a time."""
-    part_B = np.cumsum(queries.lengths) // _EVENTS
-    parts = []
-    for rows in np.split(np.arange(len(queries)), np.flatnonzero(np.diff(part_B)) + 1):
-        lengths = queries.lengths[rows]
-        items = queries.columns["item"][ranges(queries.starts[rows], lengths)]
-        entries = np.ones(len(items), np.float32), (np.repeat(np.arange(len(rows)), lengths), items)
-        parts.append(sp.csr_matrix(entries, shape=(len(rows), num_items + 1)))
-    return sp.vstack(parts, format="csr")
 
 
 def _train_events(histories, split):

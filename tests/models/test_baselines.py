@@ -185,12 +185,8 @@ def test_held_out_events_are_not_read(two_tastes, name):
         np.testing.assert_array_equal(before, after)
 
 
-def test_item_knn_counts_histories_in_parts(two_tastes, monkeypatch):
-    histories, split = two_tastes
-    ranker, users, ends = item_knn(histories, split), np.array([5, 5, 2, 9]), histories.offsets[[6, 6, 3, 10]]
-    at_once = scores_of(ranker, histories, users, ends - [0, 3, 0, 7])
-    monkeypatch.setattr(baselines, "_EVENTS", 9)
-    monkeypatch.setattr(baselines, "_BLOCK_SCORES", 40)  # and neighbours in blocks of one row
-    np.testing.assert_array_equal(scores_of(ranker, histories, users, ends - [0, 3, 0, 7]), at_once)
-    again = item_knn(histories, split)
-    np.testing.assert_array_equal(scores_of(again, histories, users, ends - [0, 3, 0, 7]), at_once)
+def test_item_knn_is_the_same_in_blocks_of_items(two_tastes, monkeypatch):
+    at = two_tastes[0], np.arange(60), two_tastes[1].train_end
+    at_once = scores_of(item_knn(*two_tastes), *at)
+    monkeypatch.setattr(baselines, "_BLOCK_SCORES", 40)
+    np.testing.assert_array_equal(scores_of(item_knn(*two_tastes), *at), at_once)
