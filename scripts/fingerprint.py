@@ -37,7 +37,7 @@ BASE = {
     "data.format": "simulator", "data.max_len": 12, "data.sim.num_items": 50, "data.sim.num_users": 120,
     "data.sim.num_interests": 4, "data.sim.mean_len": 10,
     "model.width": 16, "model.ff_width": 16, "model.num_heads": 2, "model.num_layers": 2,
-    "model.dropout": 0.3, "codes.method": "kmeans", "codes.num_codes": 8, "codes.min_used": 0.0,
+    "model.dropout": 0.3, "codes.method": "kmeans", "codes.num_codes": 8, "codes.min_used": 0.0, "codes.max_shared": 1.0,
     "optim.learning_rate": 1e-2, "train.batch_rows": 16, "train.micro_rows": 4,
     "mesh.data": 1, "table.layout": "replicated",
 }  # fmt: skip
@@ -85,7 +85,8 @@ MATRIX = {
     "rows_dense_softmax": TWO_BY_FOUR | {"table.layout": "rows"},
     "rows_dense_softmax_all": TWO_BY_FOUR | {
         "table.layout": "rows", "optim.clip_norm": 0.1,
-        "loss.popularity_discount": 0.5, "loss.ips_power": 0.5, "loss.matryoshka": (4,), "model.num_future": 2, "contrastive.weight": 0.2,
+        "loss.popularity_discount": 0.5, "loss.ips_power": 0.5, "loss.matryoshka": (4,),
+        "model.num_future": 2, "contrastive.weight": 0.2,
     },
     "rows_sparse_augment": TWO_BY_FOUR | SAMPLED | {
         "table.layout": "rows", "table.optimizer": "rowwise_adagrad", "optim.clip_norm": 0.1,
