@@ -80,8 +80,7 @@ class SequenceScorer:
             table_VD = _item_vectors(model, self._params, dims)  # an array, or a quantized table
             self._table_VD = jax.tree.map(lambda x: x.addressable_data(0), table_VD)
         else:
-            array = jax.jit(layout.spread, out_shardings=NamedSharding(mesh, P(AXES)))(get_table(params))
-            self._params = with_table(replicate(without_table(params), mesh), array)
+            self._params = with_table(replicate(without_table(params), mesh), get_table(params))
             self._table_VD = _item_vectors(model, self._params, dims)
 
     def __call__(self, users: np.ndarray, ends: np.ndarray) -> jax.Array:
