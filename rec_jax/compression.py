@@ -273,7 +273,7 @@ def training_gradients(parent: Experiment, params):
 
     @jax.jit
     def gradients(params, batch, seed):
-        context = {"step_seed": seed, "step": 0, "frozen": None, "scale": 1.0}
+        context = {"step_seed": seed, "step": 0, "frozen": None}
         context["shared"] = draw_shared(config, sampler, seed, batch["targets"])
         batch = mark_targets(config, sampler, batch)
         return jax.grad(lambda p: objective(p, None, batch, context)[0])(params)

@@ -40,7 +40,6 @@ from rec_jax.train import checkpoint
 from rec_jax.train.augment import AugmentConfig
 from rec_jax.train.contrastive import ContrastiveConfig, Views
 from rec_jax.train.contrastive import check as check_views
-from rec_jax.train.dedupe import DedupingSource
 from rec_jax.train.heads import check as check_heads
 from rec_jax.train.loop import TrainConfig, fit
 from rec_jax.train.losses import LossConfig
@@ -77,7 +76,7 @@ class ExperimentConfig:
     def __post_init__(self):
         check_table(self.table, self.loss)
         _check_generating(self)
-        check_views(self.augment, self.contrastive, self.model, self.table.host_dedupe)
+        check_views(self.augment, self.contrastive, self.model)
         check_heads(self.loss, self.model, self.data.max_len, self.compress.distill.teachers)
         if unknown := set(self.eval.baselines) - set(BASELINES):
             raise ValueError(
@@ -221,29 +220,16 @@ class Program:
             views=views if has_views else None,
         )
 
-    def prepare(self, source):
-        """The source of batches as the step wants them."""
-        config = self.config
-        if not config.table.host_dedupe:
-            return source
-        return DedupingSource(source, config.loss, self.sampler, self.item_table, config.seed)
-
     def make_catch_up(self):
         return make_catch_up(self.item_table, self.mesh, self.state_specs)
 
 
 def _check_precision(config: ExperimentConfig, touches_rows: bool) -> None:
     precision = config.precision
-    if precision.scales_loss and config.compress.prune.names:
+    if touches_rows and (precision.params, precision.optimizer) != ("f32", "f32"):
         raise ValueError(
-            "precision.compute='f16' does not go with compress.prune.names: a step that is skipped could be "
-            "one that computes masks; use bf16 (PrecisionConfig)"
-        )
-    kept_in_f32 = precision.params == precision.optimizer == "f32"
-    if touches_rows and (precision.scales_loss or not kept_in_f32):
-        raise ValueError(
-            f"precision={precision} scales the loss or keeps numbers in bf16, which spread tables and "
-            "touched rows cannot: set table.optimizer=dense and table.layout=replicated (PrecisionConfig)"
+            f"precision={precision} keeps numbers in bf16, which sharded tables and sparse updates cannot: "
+            "set table.optimizer=dense and table.layout=replicated (PrecisionConfig)"
         )
 
 
@@ -343,7 +329,7 @@ class Experiment:
         fitted = fit(
             program.init_state(self._base),
             program.make_step(self._neighbours()),
-            make_iterator(program.prepare(source)),
+            make_iterator(source),
             lambda params: self.evaluate(self.scorer(params), "val", quick=True),
             config=config.train,
             steps_per_epoch=source.steps_per_epoch,

@@ -71,8 +71,7 @@ class SequenceRanker(ScoreRanker):
             vectors = _item_vectors(model, self._params, dims)  # an array, or a quantized table
             self._catalogue = Catalogue(jax.tree.map(lambda x: x.addressable_data(0), vectors))
         else:
-            array = jax.jit(layout.spread, out_shardings=NamedSharding(mesh, P(AXES)))(get_table(params))
-            self._params = with_table(replicate(without_table(params), mesh), array)
+            self._params = with_table(replicate(without_table(params), mesh), get_table(params))
             self._catalogue = Catalogue(_item_vectors(model, self._params, dims), placement, mesh)
 
     def scores(self, queries: Queries) -> Scores:

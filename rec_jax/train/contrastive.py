@@ -130,7 +130,7 @@ def _of_segments(x_BSD, segments_BS, row_N, segment_N):
     return x_BSD[row_N, column_N]
 
 
-def check(augment: AugmentConfig, contrastive: ContrastiveConfig, model: SequenceConfig, host_dedupe: bool):
+def check(augment: AugmentConfig, contrastive: ContrastiveConfig, model: SequenceConfig):
     """Raises ValueError for configs that do not go together."""
     names = {"augment": augment.is_on, f"contrastive.weight={contrastive.weight}": contrastive.weight > 0}
     for name, is_on in names.items():
@@ -143,9 +143,4 @@ def check(augment: AugmentConfig, contrastive: ContrastiveConfig, model: Sequenc
         raise ValueError(
             "contrastive.view='dropout' needs model.dropout above 0, without which both views are the same: "
             "set it, or contrastive.view='augment' (ContrastiveConfig)"
-        )
-    if host_dedupe and (augment.is_on or contrastive.augments):
-        raise ValueError(
-            "table.host_dedupe=True finds the ids of a batch before it is changed: turn it off, or augment "
-            "and contrastive.view='augment' (TableConfig)"
         )

@@ -15,11 +15,10 @@ from rec_jax.models.base import Model, get_table, with_table, without_table
 from rec_jax.nn import parallel
 from rec_jax.nn.layouts import shardings
 from rec_jax.nn.sharded import AXES
-from rec_jax.nn.sparse import Touched
 from rec_jax.train.losses import LossConfig, draw_negatives, draw_shared
 from rec_jax.train.objective import make_objective
 from rec_jax.train.popularity import mark_targets
-from rec_jax.train.precision import DTYPES, F32, LossScale, PrecisionConfig
+from rec_jax.train.precision import DTYPES, F32, PrecisionConfig
 from rec_jax.train.state import TrainState
 from rec_jax.train.tables import ItemTable
 from rec_jax.tree import cast_floats
@@ -40,8 +39,6 @@ def state_specs(
     opt_specs = optax.tree.map_params(
         optimizer, lambda _, spec: spec, opt_state, specs, transform_non_params=lambda _: P()
     )
-    if precision.scales_loss:
-        opt_specs = (opt_specs, LossScale(P(), P()))
     if item_table is None:
         return TrainState(P(), specs, opt_specs)
     layout = item_table.layout
@@ -65,12 +62,8 @@ def init_state(
     step = jax.device_put(jnp.zeros((), jnp.int32), wanted.step)
     if item_table is None:
         params = jax.device_put(cast_floats(params, DTYPES[precision.params]), wanted.params)
-
-        def init(params):
-            state = optimizer.init(params)
-            return (state, LossScale.first()) if precision.scales_loss else state
-
-        return TrainState(step, params, jax.jit(init, out_shardings=wanted.opt_state)(params))
+        opt_state = jax.jit(optimizer.init, out_shardings=wanted.opt_state)(params)
+        return TrainState(step, params, opt_state)
     dense = jax.device_put(without_table(params), without_table(wanted.params))
     dense_state = jax.jit(optimizer.init, out_shardings=wanted.opt_state[0])(dense)
     arrays = item_table.layout.place(get_table(params))
@@ -109,8 +102,6 @@ def make_train_step(
 
     metrics: {"loss": (sum, tokens), "grad_norm": (norm, 1), "tokens": (tokens, 1)} of f32 scalars; with an
     item_table also "table_rounds": (rounds, 1), more than 1 where ids exceeded the capacity of an exchange.
-    Where the loss is scaled, "loss_scale", and "skipped", the share of steps whose gradients were not finite:
-    these change nothing but the scale, and do not count for "grad_norm".
     """
     abstract_params = model.abstract_params if extras is None else extras.abstract_params
     state_spec = state_specs(abstract_params, optimizer, specs, item_table, precision)
@@ -142,10 +133,7 @@ def make_train_step(
         """What the batch refers to in the table of items, and batch and negatives as places in it."""
         batch = dict(batch)
         ids, drawn = lookups(loss_config, sampler, step_seed, batch, shared)
-        touched = None
-        if "rows" in batch:  # the loader has found the distinct ids, of each device in a row
-            touched = Touched(batch.pop("rows")[0], batch.pop("places")[0])
-        read, places = item_table.read(array, table_state, ids, touched)
+        read, places = item_table.read(array, table_state, ids)
         shared = shared._replace(ids_BSK=places["shared"])
         placed = {**batch, **{name: places[name] for name in _LOOKED_UP if name in places}}
         if "negatives" in places:
@@ -159,37 +147,26 @@ def make_train_step(
         return jax.tree.map(lambda g: jnp.where(norm < clip_norm, g, g / norm * clip_norm), grads)
 
     def dense_step(state: TrainState, batch, context):
-        opt_state, loss_scale = state.opt_state if precision.scales_loss else (state.opt_state, None)
-        scale = loss_scale.scale if precision.scales_loss else 1.0
         params = cast_floats(
             parallel.gather(state.params, dense_specs), jnp.float32
         )  # as gradients are summed
-        sums, (grads, _) = micro_sums(params, None, batch, {**context, "scale": scale})
+        sums, (grads, _) = micro_sums(params, None, batch, context)
         loss, tokens = parallel.reduce(sums, (P(), P()))
         grads = parallel.reduce(grads, dense_specs, DTYPES[reduce])
-        grads = jax.tree.map(lambda g: g / (jnp.maximum(tokens, 1) * scale), grads)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1), grads)
         squares = parallel.sum_squares(grads, dense_specs)
         if clip_norm:
             grads = clip(squares, grads)
-        updates, new_opt_state = optimizer.update(grads, opt_state, state.params)
+        updates, new_opt_state = optimizer.update(grads, state.opt_state, state.params)
         new = optax.apply_updates(state.params, updates), new_opt_state
         metrics = {"grad_norm": (jnp.sqrt(squares), 1)}
-        if precision.scales_loss:
-            is_finite = jnp.isfinite(squares)
-            new = jax.tree.map(partial(jnp.where, is_finite), new, (state.params, opt_state))
-            new = new[0], (new[1], loss_scale.after(is_finite))
-            metrics = {
-                "grad_norm": (jnp.where(is_finite, jnp.sqrt(squares), 0), is_finite),
-                "loss_scale": (scale, 1),
-                "skipped": (~is_finite, 1),
-            }
-        return TrainState(state.step + 1, *new), (loss / scale, tokens), metrics
+        return TrainState(state.step + 1, *new), (loss, tokens), metrics
 
     def table_step(state: TrainState, batch, context):
         layout, dense, array = item_table.layout, without_table(state.params), get_table(state.params)
         dense_state, table_state = state.opt_state
         read, batch, shared = read_table(array, table_state, batch, context["step_seed"], context["shared"])
-        context = {**context, "shared": shared, "scale": 1.0}
+        context = {**context, "shared": shared}
         params = with_table(parallel.gather(dense, dense_specs), read.rows_UD)
         catalogue_vD = array if item_table.is_dense else None
         sums, (grads, catalogue_grads) = micro_sums(params, catalogue_vD, batch, context)

@@ -15,7 +15,7 @@ from experiments.speed.collectives import collective_bytes
 from rec_jax.data.vocabulary import DynamicVocabulary
 from rec_jax.mesh import MeshConfig, make_mesh, replicate
 from rec_jax.nn.embedding import MultiHash, QuotientRemainder, bag, ragged, reset_rows
-from rec_jax.nn.layouts import DimSharded, HotCold, Replicated, RowSharded, shardings
+from rec_jax.nn.layouts import DimSharded, Replicated, RowSharded, shardings
 from rec_jax.nn.sparse import scale_by_rowwise_rss
 from rec_jax.nn.tables import Table, Tables
 
@@ -49,7 +49,7 @@ def tables_on(mesh, whole=WHOLE):
         "items": RowSharded(num_rows["items"], mesh),
         "tags": Replicated(num_rows["tags"], mesh),
         "users": DimSharded(num_rows["users"], mesh),
-        "cities": HotCold(num_rows["cities"], mesh, hot_ids=jnp.array([1, 4, 11])),
+        "cities": RowSharded(num_rows["cities"], mesh, capacity_factor=0.5),
     }
     return Tables({name: Table(layout, OPTIMIZERS[name]) for name, layout in layouts.items()})
 

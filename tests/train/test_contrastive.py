@@ -18,7 +18,6 @@ from rec_jax.models.sasrec import SASRecConfig
 from rec_jax.train.augment import AugmentConfig
 from rec_jax.train.contrastive import ContrastiveConfig, Views, contrastive_sum
 from rec_jax.train.losses import LossConfig
-from rec_jax.train.tables import TableConfig
 
 ROWS = 4
 MODEL, PARAMS = init_model(
@@ -124,13 +123,6 @@ def test_it_runs_on_a_mesh():
     [
         ({"model": BERT4RecConfig(), "augment": AugmentConfig(mask=0.1)}, "type='bert4rec' masks items"),
         ({"model": SASRecConfig(dropout=0.0), "contrastive": ContrastiveConfig(weight=1.0)}, "model.dropout"),
-        (
-            {
-                "table": TableConfig(optimizer="sgd", layout="rows", host_dedupe=True),
-                "contrastive": AUGMENTED,
-            },
-            "host_dedupe=True",
-        ),
     ],
 )
 def test_configs_that_do_not_go_together(sections, message):
