@@ -14,7 +14,6 @@ from rec_jax.mesh import place_whole_batch, replicate
 from rec_jax.models.base import Model, get_table, with_table, without_table
 from rec_jax.models.ranker import ScoreRanker
 from rec_jax.nn.catalogue import Catalogue, Scores
-from rec_jax.nn.sharded import AXES
 
 # Packed rows encoded at once, over all devices: what stays in the caches of a few cores.
 _ENCODE_TOKENS = 3_200

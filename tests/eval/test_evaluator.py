@@ -133,10 +133,10 @@ def test_recommended_lists_hold_no_seen_item():
 def test_a_list_is_shorter_when_nothing_unseen_is_left(score):
     histories = make_histories([[*range(1, NUM_ITEMS + 1)]])  # the target alone is unseen
     split = leave_one_out(histories)
-    scorer = table_ranker(np.full((1, NUM_ITEMS + 1), score))
-    ranks = rank_examples(scorer, histories, examples(histories, split, "test"), EvalConfig())
+    ranker = table_ranker(np.full((1, NUM_ITEMS + 1), score))
+    ranks = rank_examples(ranker, histories, examples(histories, split, "test"), EvalConfig())
     assert sorted(ranks.top_BK[0])[::-1] == [NUM_ITEMS] + [0] * (NUM_ITEMS - 1)
-    result = evaluate(scorer, histories, split, "test", EvalConfig(bootstrap=0))
+    result = evaluate(ranker, histories, split, "test", EvalConfig(bootstrap=0))
     assert result["coverage@10"] == pytest.approx(1 / NUM_ITEMS)
 
 
@@ -192,10 +192,10 @@ def test_breakdowns_add_up():
 def test_the_mean_over_examples_is_the_metric(filter_seen):
     histories = random_histories()
     split = leave_one_out(histories)
-    scorer = table_ranker(np.random.default_rng(1).normal(size=(40, NUM_ITEMS + 1)))
+    ranker = table_ranker(np.random.default_rng(1).normal(size=(40, NUM_ITEMS + 1)))
     config = EvalConfig(filter_seen=filter_seen, bootstrap=0, ks=(3, 10))
-    whole = evaluate(scorer, histories, split, "test", config)
-    values = per_example(scorer, histories, split, "test", config)
+    whole = evaluate(ranker, histories, split, "test", config)
+    values = per_example(ranker, histories, split, "test", config)
     assert len(values["ndcg@3"]) == whole["num_examples"] and 0 < whole["ndcg@3"] < 1
     for name in ("ndcg@3", "hr@10", "mrr"):
         assert values[name].mean() == pytest.approx(whole[name])

@@ -61,11 +61,12 @@ def beam():
     return BeamRanker(model, params, NUM_ITEMS, MAX_LEN, make_mesh(MeshConfig(data=2)), num_beams=7)
 
 
+QUANTIZED = QuantConfig(names=".*(kernel|embedding)")
 RANKERS = {name: functools.partial(baseline, HISTORIES, SPLIT) for name, baseline in BASELINES.items()} | {
     "oracle": lambda: ScoreRanker(WORLD.oracle(HISTORIES)),
     "sequence": sequence,
     "first dims": lambda: sequence(dims=3),
-    "quantized": lambda: sequence(lambda params: quantize_params(params, QuantConfig(names=".*(kernel|embedding)"))),
+    "quantized": lambda: sequence(lambda params: quantize_params(params, QUANTIZED)),
     "row-sharded": row_sharded,
     "beam search": beam,
     "ensemble": lambda: EnsembleRanker([row_sharded(), BASELINES["bigram"](HISTORIES, SPLIT)]),
