@@ -251,10 +251,11 @@ class Experiment:
         if MODELS[type(config.model)].generates:
             self.codes = load_codes(config.codes, config.data, self.dataset, self.workdir, config.seed)
         self.model = define_model(model_builder(config, self.histories.num_items, self.codes))
-        if self.model.reads_times and self.histories.times is None:
+        if missing := set(self.model.columns) - {feature.name for feature in self.dataset.schema}:
+            names = " and ".join(f"data.{name}" for name in sorted(missing))
             raise ValueError(
-                f"model.type={config.model.type!r} reads times, and this log has none: name their column by "
-                "data.time, or see the model's config for how to do without them"
+                f"model.type={config.model.type!r} reads {', '.join(sorted(missing))} of each event, and "
+                f"this log has none: name the column by {names}, or see the model's config for how to do without"
             )
 
     def _with_layout(self, config: ExperimentConfig) -> ExperimentConfig:
@@ -310,7 +311,7 @@ class Experiment:
             seed=config.seed,
             all_windows=config.train.all_windows,
             is_causal=self.model.is_causal,
-            reads_times=self.model.reads_times,
+            schema=tuple(f for f in self.dataset.schema if f.name in self.model.columns),
             host=jax.process_index(),
             num_hosts=jax.process_count(),
         )

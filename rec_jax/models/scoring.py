@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rec_jax.data.packing import fill_rows, plan_packing
+from rec_jax.data.schema import TIME
 from rec_jax.mesh import place_whole_batch, replicate
 from rec_jax.models.base import Model, get_table, with_table, without_table
 from rec_jax.nn.quantized import score_items
@@ -45,10 +46,9 @@ def _scores(table_VD, x_BD):
 def top_items(model: Model, params, batch, k: int):
     """The k best next items of each history: (scores f32[B, k], ids int32[B, k]), best first.
 
-    batch: items, segments (1; 0 = padding behind) and positions, int32[B, S], one history a row; what else
-    the model reads.
+    batch: one history a row, with padding after it.
     """
-    last_B = jnp.sum(batch["segments"] > 0, axis=1) - 1
+    last_B = jnp.sum(batch.segments > 0, axis=1) - 1
     module = model.bind(params)
     x_BD = module(batch, at=(jnp.arange(len(last_B)), last_B))
     return jax.lax.top_k(_scores(module.item_vectors(), x_BD), k)
@@ -90,7 +90,7 @@ class SequenceScorer:
         Returns f32[B, V + 1] on one device, column 0 (padding) -inf; or SpreadScores of a spread table.
         """
         starts = self._histories.offsets[users]
-        times = self._histories.times if self._model.reads_times else None
+        times = self._histories.times if self._model.columns else None
         return self._score(self._histories.items, np.asarray(ends), ends - starts, times)
 
     def score_history(self, items: np.ndarray, times: np.ndarray | None = None) -> jax.Array:
@@ -99,7 +99,7 @@ class SequenceScorer:
         items = np.asarray(items, np.int32)
         if items.size == 0:
             raise ValueError("the history is empty: a sequence model needs at least one item")
-        if not self._model.reads_times:
+        if not self._model.columns:
             times = None
         elif times is None:
             times = np.zeros(items.size, np.int64)
@@ -119,19 +119,21 @@ class SequenceScorer:
         x_BD = np.empty((len(ends), self._table_VD.shape[1]), getattr(self._table_VD, "dtype", np.float32))
         for first in range(0, plan.num_rows, self._rows):
             rows = np.arange(first, min(first + self._rows, plan.num_rows))
-            batch = fill_rows(items, plan, rows, slot_users, ends + behind, self._rows, times=times)
+            columns = {"item": items} | ({} if times is None else {"time": times})
+            schema = () if times is None else (TIME,)
+            batch = fill_rows(columns, plan, rows, slot_users, ends + behind, self._rows, schema)
             # The last token of a segment is where the next position does not go on counting.
-            following = np.pad(batch["positions"][:, 1:], ((0, 0), (0, 1)))
-            is_last = (batch["segments"] > 0) & (following == 0)
-            if behind:  # before anything reads what stands there: it is the event to foretell
-                batch["items"] = np.where(is_last, 0, batch["items"])
-                batch["masked"] = is_last
+            following = np.pad(batch.positions[:, 1:], ((0, 0), (0, 1)))
+            is_last = (batch.segments > 0) & (following == 0)
+            if behind:  # before anything reads what stands there: it is the event to predict
+                batch = jax.tree.map(np.asarray, batch.hide(is_last)).replace(is_query=is_last)
             row_Q, column_Q = np.nonzero(is_last)
             users_Q = slot_users[plan.row_starts[rows[0]] : plan.row_starts[rows[-1] + 1]]
             size = 1 << int(len(row_Q) - 1).bit_length()  # few shapes to compile
             pad = (0, size - len(row_Q))
             if self._placement is not None:
-                batch["items"] = np.asarray(self._placement.to_physical(batch["items"]))
+                physical = np.asarray(self._placement.to_physical(batch.items))
+                batch = batch.replace(places={"items": {"events": physical}})
             placed = place_whole_batch(batch, self._mesh)
             at = np.pad(row_Q, pad), np.pad(column_Q, pad)
             x_QD = _encode(self._model, self._params, placed, self._whole, self._dims, *at)
