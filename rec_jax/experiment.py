@@ -252,10 +252,11 @@ class Experiment:
         if MODELS[type(config.model)].generates:
             self.codes = load_codes(config.codes, config.data, self.dataset, self.workdir, config.seed)
         self.model = define_model(model_builder(config, self.histories.num_items, self.codes))
-        if self.model.reads_times and self.histories.times is None:
+        if missing := set(self.model.columns) - {feature.name for feature in self.dataset.schema}:
+            names = " and ".join(f"data.{name}" for name in sorted(missing))
             raise ValueError(
-                f"model.type={config.model.type!r} reads times, and this log has none: name their column by "
-                "data.time, or see the model's config for how to do without them"
+                f"model.type={config.model.type!r} reads {', '.join(sorted(missing))} of each event, and "
+                f"this log has none: name the column by {names}, or see the model's config for how to do without"
             )
 
     def _with_layout(self, config: ExperimentConfig) -> ExperimentConfig:
@@ -299,6 +300,11 @@ class Experiment:
             f"layout {table.layout}, optimizer {table.optimizer}"
         )
 
+    @property
+    def _schema(self):
+        """The features that the model reads."""
+        return tuple(feature for feature in self.dataset.schema if feature.name in self.model.columns)
+
     def batch_source(self) -> BatchSource:
         """The batches of all epochs, this process's part of each."""
         config = self.config
@@ -311,7 +317,7 @@ class Experiment:
             seed=config.seed,
             all_windows=config.train.all_windows,
             is_causal=self.model.is_causal,
-            reads_times=self.model.reads_times,
+            schema=self._schema,
             host=jax.process_index(),
             num_hosts=jax.process_count(),
         )
@@ -442,7 +448,7 @@ class Experiment:
             num_beams = self.config.model.num_beams
             num_items = self.histories.num_items
             return BeamRanker(self.model, params, num_items, max_len, self.mesh, num_beams)
-        return SequenceRanker(self.model, params, max_len, self.mesh, layout, dims)
+        return SequenceRanker(self.model, params, max_len, self.mesh, layout, dims, self._schema)
 
     def evaluate(self, ranker: Ranker, part: str, *, quick: bool = False) -> dict:
         """Every metric of one part; `quick` leaves out intervals and sampled protocols."""

@@ -29,12 +29,9 @@ class Queries:
     @classmethod
     def of(cls, histories, users, ends=None) -> "Queries":
         """The histories of users of the log up to `ends`, as in `Examples`; None = all of their events."""
-        columns = histories.features | {"item": histories.items}
-        if histories.times is not None:
-            columns["time"] = histories.times
         users = np.asarray(users, np.int64)
         ends = histories.offsets[users + 1] if ends is None else np.asarray(ends, np.int64)
-        return cls(columns, histories.offsets[users], ends, users)
+        return cls(histories.columns, histories.offsets[users], ends, users)
 
     @classmethod
     def one(cls, items, times=None) -> "Queries":

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rec_jax.data.batch import Batch
 from rec_jax.data.queries import Queries
 from rec_jax.mesh import place_whole_batch, replicate
 from rec_jax.models.base import Model
@@ -26,7 +27,7 @@ def beam_search(module, batch, at, num_beams: int) -> tuple[jax.Array, jax.Array
     batch: packed rows as for the model; at: (rows int[N], columns int[N]) of the last event of each history.
     """
     codes, trie = module.codes, module.codes.trie
-    positions_N = batch["positions"][at]
+    positions_N = batch.positions[at]
     x_ND, past = module.prefill(batch, at)
     x_NKD, own = x_ND[:, None], None
     node_NK = jnp.zeros((len(x_ND), 1), jnp.int32)  # the root
@@ -84,16 +85,15 @@ class BeamRanker(ScoreRanker):
             longest = min(self._max_len, max(8, 1 << int(lengths[block].max() - 1).bit_length()))
             places_NS = queries.ends[block, None] - lengths[block, None] + np.arange(longest)
             real_NS = np.arange(longest) < lengths[block, None]
-            batch = {
-                "items": np.where(real_NS, items[np.where(real_NS, places_NS, 0)], 0).astype(np.int32),
-                "segments": real_NS.astype(np.int32),
-                "positions": np.where(real_NS, np.arange(longest), 0).astype(np.int32),
-                "last": np.asarray(lengths[block] - 1, np.int32),
-            }
-            missing = self._rows - len(block)
-            batch = {name: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) for name, x in batch.items()}
-            batch = place_whole_batch(batch, self._mesh)
-            last_N = batch.pop("last")
+            items_NS = items[np.where(real_NS, places_NS, 0)]
+            batch = Batch(
+                events={"item": np.where(real_NS, items_NS, 0).astype(np.int32)},
+                segments=real_NS.astype(np.int32),
+                positions=np.where(real_NS, np.arange(longest), 0).astype(np.int32),
+            )
+            last_N, missing = np.asarray(lengths[block] - 1, np.int32), (0, self._rows - len(block))
+            padded = jax.tree.map(lambda x: np.pad(x, [missing] + [(0, 0)] * (x.ndim - 1)), (batch, last_N))  # noqa: B023
+            batch, last_N = place_whole_batch(padded, self._mesh)
             found = _generate_on(self._model, self._params, batch, last_N, self._num_beams, self._mesh)
             items_NK, log_prob_NK = (np.asarray(x)[: len(block)] for x in found)
             scores_BV[block[:, None], items_NK] = log_prob_NK

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from rec_jax.data.packing import fill_rows, plan_packing
 from rec_jax.data.queries import Queries
+from rec_jax.data.schema import TIME, Schema
 from rec_jax.mesh import place_whole_batch, replicate
 from rec_jax.models.base import Model, get_table, with_table, without_table
 from rec_jax.models.ranker import ScoreRanker
@@ -41,10 +42,9 @@ def _item_vectors(model: Model, params, dims):
 def top_items(model: Model, params, batch, k: int):
     """The k best next items of each history: (scores f32[B, k], ids int32[B, k]), best first.
 
-    batch: items, segments (1; 0 = padding after) and positions, int32[B, S], one history a row; what else the
-    model reads.
+    batch: one history a row, with padding after it.
     """
-    last_B = jnp.sum(batch["segments"] > 0, axis=1) - 1
+    last_B = jnp.sum(batch.segments > 0, axis=1) - 1
     module = model.bind(params)
     x_BD = module(batch, at=(jnp.arange(len(last_B)), last_B))
     return Catalogue(module.item_vectors()).top_k(x_BD, k)
@@ -56,10 +56,21 @@ class SequenceRanker(ScoreRanker):
     Histories are cut to their last `max_len` events and packed into rows like those of training, split over
     the mesh axis "data". layout: of the item embedding table, if it is not a parameter like any other;
     sharded rows stay where they are, and so do their scores. dims: score by so many first dims; 0 = by all.
-    Where the model reads times and the queries have none, all events count as at the same time.
+    schema: the features that the model reads; where the queries lack one, it is missing at all events, and
+    all count as at the same time.
     """
 
-    def __init__(self, model: Model, params, max_len: int, mesh: Mesh, layout=None, dims: int = 0):
+    def __init__(
+        self,
+        model: Model,
+        params,
+        max_len: int,
+        mesh: Mesh,
+        layout=None,
+        dims: int = 0,
+        schema: Schema | None = None,
+    ):
+        self._schema = ((TIME,) if model.columns else ()) if schema is None else schema
         self._model, self._max_len, self._mesh, self._dims = model, max_len, mesh, dims
         self._whole = NamedSharding(mesh, P())
         num_devices = mesh.shape["data"]
@@ -76,32 +87,38 @@ class SequenceRanker(ScoreRanker):
     def scores(self, queries: Queries) -> Scores:
         return self._catalogue.scores(self._encode(queries))
 
+    def _columns(self, queries: Queries) -> dict[str, np.ndarray]:
+        columns = {"item": queries.columns["item"]}
+        for feature in self._schema:
+            missing = np.nan if feature.kind == "number" else 0
+            absent = np.broadcast_to(missing, len(columns["item"]))
+            columns[feature.name] = queries.columns.get(feature.name, absent)
+        return columns
+
     def _encode(self, queries: Queries) -> np.ndarray:
         """[B, D]: the output after the last event of each history, in blocks of packed rows of one shape."""
         extra = 0 if self._model.is_causal else 1  # a query token after the last event
         plan = plan_packing(queries.lengths + extra, self._max_len)
         slot_users = np.empty_like(plan.users_by_len)
         slot_users[plan.slots_by_len] = plan.users_by_len
-        items, times = queries.columns["item"], None
-        if self._model.reads_times:
-            times = queries.columns["time"] if "time" in queries.columns else np.zeros(len(items), np.int64)
+        columns = self._columns(queries)
         vectors = self._catalogue.vectors
         x_BD = np.empty((len(queries), vectors.shape[1]), getattr(vectors, "dtype", np.float32))
         for first in range(0, plan.num_rows, self._rows):
             rows = np.arange(first, min(first + self._rows, plan.num_rows))
-            batch = fill_rows(items, plan, rows, slot_users, queries.ends + extra, self._rows, times=times)
+            batch = fill_rows(columns, plan, rows, slot_users, queries.ends + extra, self._rows, self._schema)
             # The last token of a segment is where the next position does not continue the count.
-            following = np.pad(batch["positions"][:, 1:], ((0, 0), (0, 1)))
-            is_last = (batch["segments"] > 0) & (following == 0)
+            following = np.pad(batch.positions[:, 1:], ((0, 0), (0, 1)))
+            is_last = (batch.segments > 0) & (following == 0)
             if extra:  # before anything reads what is there: it is the event to predict
-                batch["items"] = np.where(is_last, 0, batch["items"])
-                batch["masked"] = is_last
+                batch = jax.tree.map(np.asarray, batch.hide(is_last)).replace(is_query=is_last)
             row_Q, column_Q = np.nonzero(is_last)
             users_Q = slot_users[plan.row_starts[rows[0]] : plan.row_starts[rows[-1] + 1]]
             size = 1 << int(len(row_Q) - 1).bit_length()  # few shapes to compile
             pad = (0, size - len(row_Q))
             if self._catalogue.placement is not None:
-                batch["items"] = np.asarray(self._catalogue.placement.to_physical(batch["items"]))
+                physical = np.asarray(self._catalogue.placement.to_physical(batch.items))
+                batch = batch.replace(places={"items": {"events": physical}})
             placed = place_whole_batch(batch, self._mesh)
             at = np.pad(row_Q, pad), np.pad(column_Q, pad)
             x_QD = _encode(self._model, self._params, placed, self._whole, self._dims, *at)

@@ -34,7 +34,7 @@ def make_objective(
         if extras:
             params = extras.adapt(params, context["frozen"], context["step"])
         module = model.bind(cast_floats(params, precision.compute_dtype))
-        key_B = row_keys(context["step_seed"], micro["row_ids"])
+        key_B = row_keys(context["step_seed"], micro.row_ids)
         micro = module.training_batch(micro, key_B)
         if model.generates:
             loss, tokens = module.loss(micro, key_B)
@@ -50,10 +50,11 @@ def make_objective(
             if contrastive:
                 loss += contrastive_sum(contrastive, module, x_BSD, micro, key_B)
             return loss + penalty, tokens
-        if "negatives" in micro:
-            negatives = micro["negatives"]
-        else:
-            length = micro["items"].shape[1]
+        negatives = context["shared"]
+        if "negatives" in micro.places.get("items", {}):
+            negatives = micro.places["items"]["negatives"]
+        elif loss_config.type != "softmax" and loss_config.sharing != "batch":
+            length = micro.segments.shape[1]
             negatives = draw_negatives(loss_config, sampler, key_B, length, context["shared"])
         table_VD = model.bind(cast_floats(params, precision.output_dtype)).item_vectors()
         whole = partial(loss_sum, loss_config, sampler, negatives=negatives)

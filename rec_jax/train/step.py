@@ -17,13 +17,10 @@ from rec_jax.nn.layouts import shardings
 from rec_jax.nn.sharded import AXES
 from rec_jax.train.losses import LossConfig, draw_negatives, draw_shared
 from rec_jax.train.objective import make_objective
-from rec_jax.train.popularity import mark_targets
 from rec_jax.train.precision import DTYPES, F32, PrecisionConfig
 from rec_jax.train.state import TrainState
 from rec_jax.train.tables import ItemTable
 from rec_jax.tree import cast_floats
-
-_LOOKED_UP = ("items", "targets", "view_items")  # of a batch, in the table of items
 
 
 def state_specs(
@@ -90,7 +87,7 @@ def make_train_step(
 ):
     """Returns jitted `step(state, batch) -> (state, metrics)`, which consumes `state`.
 
-    batch: items, targets, segments, positions, each int32[B, S] split over the mesh axis "data".
+    batch: a `Batch`, its rows split over the mesh axis "data".
     Each device walks its rows `micro_rows` at a time and sums loss and gradients in f32, so neither the
     number of devices nor of micro-steps changes the result but for rounding. On a CPU small micro-batches
     stay in cache. All randomness follows from (seed, state.step, row of the batch).
@@ -113,7 +110,7 @@ def make_train_step(
 
     def micro_sums(params, catalogue_vD, batch, context):
         """((loss, tokens), gradients of the first two) of this device's rows."""
-        num_rows = batch["items"].shape[0]
+        num_rows = len(batch.segments)
         size = min(micro_rows, num_rows)
         if num_rows % size:
             raise ValueError(f"micro_rows={micro_rows} does not divide the {num_rows} rows of a device")
@@ -131,16 +128,16 @@ def make_train_step(
 
     def read_table(array, table_state, batch, step_seed, shared):
         """What the batch refers to in the table of items, and batch and negatives as places in it."""
-        batch = dict(batch)
         ids, drawn = lookups(loss_config, sampler, step_seed, batch, shared)
         read, places = item_table.read(array, table_state, ids)
-        shared = shared._replace(ids_BSK=places["shared"])
-        placed = {**batch, **{name: places[name] for name in _LOOKED_UP if name in places}}
+        shared = shared._replace(places_BSK=places.pop("shared"))
         if "negatives" in places:
-            placed["negatives"] = drawn._replace(ids_BSK=places["negatives"])
+            places["negatives"] = drawn._replace(places_BSK=places["negatives"])
         if item_table.is_dense:
-            placed["target_rows"] = item_table.placement.to_physical(batch["targets"])
-        return read, placed, shared
+            places["targets"] = item_table.placement.to_physical(batch.targets)
+        views = zip(batch.views, places.pop("views"), strict=True)
+        views = tuple(view.replace(places={"items": {"events": place}}) for view, place in views)
+        return read, batch.replace(places={"items": places}, views=views), shared
 
     def clip(squares, grads):
         norm = jnp.sqrt(squares)
@@ -212,9 +209,8 @@ def make_train_step(
 
     def step(state: TrainState, batch, frozen=None):
         step_seed = step_seed_of(state.step, seed)
-        batch = {**batch, "row_ids": jnp.arange(batch["items"].shape[0], dtype=jnp.int32)}
-        batch = mark_targets(loss_config, sampler, batch)
-        shared = draw_shared(loss_config, sampler, step_seed, batch["targets"])
+        batch = batch.replace(row_ids=jnp.arange(len(batch.segments), dtype=jnp.int32))
+        shared = draw_shared(loss_config, sampler, step_seed, batch.targets)
         context = {"step_seed": step_seed, "shared": shared, "step": state.step, "frozen": frozen}
         state, (loss, tokens), metrics = on_mesh(state, batch, context)
         metrics |= {"loss": (loss, tokens), "tokens": (tokens, 1)}
@@ -234,11 +230,12 @@ def step_seed_of(step, seed: int):
 
 def lookups(loss_config: LossConfig, sampler, step_seed, batch, shared):
     """({name: ids that rows of a batch look up}, the negatives drawn for them, if any are drawn by row)."""
-    ids = {name: batch[name] for name in _LOOKED_UP if name in batch} | {"shared": shared.ids_BSK}
+    ids = {"events": batch.items, "targets": batch.targets, "shared": shared.ids_BSK}
+    ids["views"] = [view.items for view in batch.views]
     if loss_config.type == "softmax" or loss_config.sharing == "batch":
         return ids, None
-    key_B = row_keys(step_seed, batch["row_ids"])
-    drawn = draw_negatives(loss_config, sampler, key_B, batch["items"].shape[1], shared)
+    key_B = row_keys(step_seed, batch.row_ids)
+    drawn = draw_negatives(loss_config, sampler, key_B, batch.segments.shape[1], shared)
     return ids | {"negatives": drawn.ids_BSK}, drawn
 
 

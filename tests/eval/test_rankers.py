@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rec_jax.compress.quant import QuantConfig, quantize_params
+from rec_jax.data.batch import Batch
 from rec_jax.data.histories import build_histories, examples, leave_one_out
 from rec_jax.data.queries import Queries
 from rec_jax.data.simulator import SimulatorConfig, World
@@ -154,11 +155,7 @@ def test_a_catalogue_scores_some_items_and_the_best_without_a_ranker():
 def test_one_program_gives_the_best_items_of_whole_histories():
     model, params = sasrec()
     items = np.array([[3, 1, 7, 0], [5, 0, 0, 0]], np.int32)
-    batch = {
-        "items": items,
-        "segments": (items > 0).astype(np.int32),
-        "positions": np.arange(4) * (items > 0),
-    }
+    batch = Batch({"item": items}, (items > 0).astype(np.int32), np.arange(4) * (items > 0))
     best_BK, ids_BK = top_items(model, params, batch, 5)
     for row, history in enumerate(([3, 1, 7], [5])):
         scores, ids = sequence().top_k(Queries.one(history), 5)

@@ -20,9 +20,8 @@ OFFSETS = np.cumsum([0, *LENGTHS])
 HISTORIES = SimpleNamespace(
     items=np.random.default_rng(0).integers(1, NUM_ITEMS + 1, OFFSETS[-1]).astype(np.int32),
     offsets=OFFSETS,
-    times=None,
-    features={},
 )
+HISTORIES.columns = {"item": HISTORIES.items}
 CONFIG = SASRecConfig(width=8, ff_width=8, dropout=0.5)
 MODEL, PARAMS = init_model(lambda rngs: SASRec(CONFIG, NUM_ITEMS, MAX_LEN, rngs=rngs), seed=0)
 PARAMS = jax.tree.map(lambda x: x * 3, PARAMS)

@@ -33,8 +33,8 @@ def make_batch(seed=0, rows=ROWS):
             length = int(rng.integers(1, LENGTH - at))
             inside = slice(at, at + length)
             walk = rng.integers(1, NUM_ITEMS + 1, length + 1)
-            batch["items"][row, inside], batch["targets"][row, inside] = walk[:-1], walk[1:]
-            batch["segments"][row, inside], batch["positions"][row, inside] = segment, np.arange(length)
+            batch.events["item"][row, inside], batch.next["item"][row, inside] = walk[:-1], walk[1:]
+            batch.segments[row, inside], batch.positions[row, inside] = segment, np.arange(length)
             at, segment = at + length, segment + 1
     return batch
 

@@ -83,11 +83,11 @@ def test_views_by_dropout(same_target):
 def test_views_by_change():
     config = ContrastiveConfig(weight=1.0, view="augment")
     batch = jax.jit(Views(AugmentConfig(), config).change)(BATCH, SEED)
-    np.testing.assert_array_equal(batch["items"], BATCH["items"])  # of the model's own loss
+    np.testing.assert_array_equal(batch.events["item"], BATCH["items"])  # of the model's own loss
     pairs = []
     for i in range(2):
         view = BATCH | {name: batch[f"view_{name}"][:, i] for name in ("items", "segments", "positions")}
-        pairs.append((encode(view, mix(KEYS, 1 + i)), view["segments"]))
+        pairs.append((encode(view, mix(KEYS, 1 + i)), view.segments))
     assert np.any(pairs[0][1] != pairs[1][1])  # cropped in two ways
     expected = by_hand(config, *pairs)
     assert loss_of(config)(None, batch, KEYS) == pytest.approx(expected, rel=1e-4)
@@ -95,10 +95,10 @@ def test_views_by_change():
 
 def test_alone_there_is_nothing_to_tell_apart():
     config, batch = ContrastiveConfig(weight=1.0), jax.tree.map(np.copy, BATCH)
-    is_first = (batch["segments"] == 1) & (np.arange(ROWS)[:, None] == 0)
+    is_first = (batch.segments == 1) & (np.arange(ROWS)[:, None] == 0)
     for name in ("items", "targets", "segments", "positions"):
         batch[name] = np.where(is_first, batch[name], 0)
-    assert batch["positions"].max() > 0
+    assert batch.positions.max() > 0
     assert loss_of(config)(encode(batch, KEYS), batch, KEYS) == pytest.approx(0, abs=1e-5)
 
 
