@@ -255,7 +255,7 @@ class Experiment:
             names = " and ".join(f"data.{name}" for name in sorted(missing))
             raise ValueError(
                 f"model.type={config.model.type!r} reads {', '.join(sorted(missing))} of each event, and "
-                f"this log has none: name the column by {names}, or see the model's config for how to do without"
+                f"this log has none: name the column by {names}, or see how the model's config does without"
             )
 
     def _with_layout(self, config: ExperimentConfig) -> ExperimentConfig:

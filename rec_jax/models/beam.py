@@ -92,9 +92,8 @@ class BeamScorer(SequenceScorer):
                 positions=np.where(real_NS, np.arange(longest), 0).astype(np.int32),
             )
             last_N, missing = np.asarray(lengths[block] - 1, np.int32), self._rows - len(block)
-            padded = jax.tree.map(
-                lambda x: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), (batch, last_N)
-            )  # noqa: B023
+            widths = (0, missing), (0, 0)
+            padded = jax.tree.map(lambda x: np.pad(x, widths[: x.ndim]), (batch, last_N))  # noqa: B023
             batch, last_N = place_whole_batch(padded, self._mesh)
             found = _generate_on(self._model, self._params, batch, last_N, self._num_beams, self._mesh)
             items_NK, log_prob_NK = (np.asarray(x)[: len(block)] for x in found)
