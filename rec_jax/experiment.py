@@ -1,6 +1,7 @@
 """A run from end to end: config -> data -> model -> training -> test score. The entry points in
 `experiments/` are thin wrappers around this class."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -52,6 +53,7 @@ from rec_jax.train.step import init_state, make_catch_up, make_train_step, state
 from rec_jax.train.tables import TableConfig, make_item_table
 from rec_jax.train.tables import check as check_table
 from rec_jax.tree import num_params
+from rec_jax.workdir import training_lock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,7 +332,14 @@ class Experiment:
         )
 
     def fit(self):
-        """Trains, or goes on where an earlier run in `workdir` stopped. Returns the loop's FitResult."""
+        """Trains, or resumes where an earlier session in `workdir` stopped. Returns the loop's FitResult.
+
+        Raises ValueError if another process trains there.
+        """
+        with training_lock(self.workdir) if processes.is_first() else contextlib.nullcontext():
+            return self._fit()
+
+    def _fit(self):
         artifact.remove(self.workdir)  # of a run before this one
         config, source = self.config, self.batch_source()
         program = self.program(len(source), self._teachers())
