@@ -17,7 +17,7 @@ LOCK = "training.lock"
 def training_lock(workdir) -> Iterator[None]:
     """Holds WORKDIR/training.lock, which names this process.
 
-    The kernel drops the lock when its process ends, by SIGKILL too, so it never has to be removed by hand. The
+    The kernel drops the lock when its process ends, by SIGKILL too: it never has to be removed by hand. The
     file stays, empty while nobody trains.
 
     Raises ValueError, naming the process, if a training has the lock: another one, or one of this process.
