@@ -1,6 +1,7 @@
 """A run from end to end: config -> data -> model -> training -> test score. The entry points in
 `experiments/` are thin wrappers around this class."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -17,6 +18,7 @@ from rec_jax import processes
 from rec_jax.compress import artifact
 from rec_jax.compress.config import CompressConfig
 from rec_jax.compress.distill import DistillConfig
+from rec_jax.compress.prune import last_rewind
 from rec_jax.compress.quant import dequantize_params
 from rec_jax.compress.training import Compression, check_mesh, first_share_in_force
 from rec_jax.config import build
@@ -41,9 +43,9 @@ from rec_jax.train.augment import AugmentConfig
 from rec_jax.train.contrastive import ContrastiveConfig, Views
 from rec_jax.train.contrastive import check as check_views
 from rec_jax.train.heads import check as check_heads
-from rec_jax.train.loop import TrainConfig, fit
+from rec_jax.train.loop import TrainConfig, TrainingData, Validation, fit
 from rec_jax.train.losses import LossConfig
-from rec_jax.train.optim import OptimConfig, make_optimizer
+from rec_jax.train.optim import OptimConfig, make_optimizer, make_schedule
 from rec_jax.train.plan import LayoutCost, choose_layout, ids_per_device, layout_costs
 from rec_jax.train.popularity import with_popularity
 from rec_jax.train.precision import PrecisionConfig, kept_as
@@ -52,6 +54,7 @@ from rec_jax.train.step import init_state, make_catch_up, make_train_step, state
 from rec_jax.train.tables import TableConfig, make_item_table
 from rec_jax.train.tables import check as check_table
 from rec_jax.tree import num_params
+from rec_jax.workdir import training_lock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +259,7 @@ class Experiment:
             names = " and ".join(f"data.{name}" for name in sorted(missing))
             raise ValueError(
                 f"model.type={config.model.type!r} reads {', '.join(sorted(missing))} of each event, and "
-                f"this log has none: name the column by {names}, or see the model's config for how to do without"
+                f"this log has none: name the column by {names}, or see how the model's config does without"
             )
 
     def _with_layout(self, config: ExperimentConfig) -> ExperimentConfig:
@@ -323,7 +326,14 @@ class Experiment:
         )
 
     def fit(self):
-        """Trains, or goes on where an earlier run in `workdir` stopped. Returns the loop's FitResult."""
+        """Trains, or resumes where an earlier session in `workdir` stopped. Returns the loop's FitResult.
+
+        Raises ValueError if another process trains there.
+        """
+        with training_lock(self.workdir) if processes.is_first() else contextlib.nullcontext():
+            return self._fit()
+
+    def _fit(self):
         check_eval(self.config.eval, self.histories, self.split, self.config.seed)
         artifact.remove(self.workdir)  # of a run before this one
         config, source = self.config, self.batch_source()
@@ -332,19 +342,25 @@ class Experiment:
         path = self.workdir / "config.json"
         if not path.exists():
             write_json(path, config_json)
+        rate = make_schedule(config.optim, len(source))
         fitted = fit(
             program.init_state(self._base),
             program.make_step(self._neighbours()),
-            make_iterator(source),
-            lambda params: self.evaluate(self.scorer(params), "val", quick=True),
+            TrainingData(
+                make_iterator(source),
+                source.steps_per_epoch,
+                place=lambda batch: mesh_lib.place_batch(batch, self.mesh),
+                describe=lambda step: _name_users(self.histories, source.users(step)),
+            ),
+            Validation(
+                lambda params: self.evaluate(self.scorer(params), "val", quick=True),
+                prepare=program.make_catch_up(),
+                begin=first_share_in_force(config.compress),
+            ),
             config=config.train,
-            steps_per_epoch=source.steps_per_epoch,
             workdir=self.workdir,
             run_info={"config": config_json, "split": self.split.checksum} | self._codes_info(),
-            place=lambda batch: mesh_lib.place_batch(batch, self.mesh),
-            describe_batch=lambda step: _name_users(self.histories, source.users(step)),
-            before_eval=program.make_catch_up(),
-            eval_from=first_share_in_force(config.compress),
+            learning_rate=lambda step: rate(step - last_rewind(config.compress.prune, len(source), step)),
         )
         write_json(path, config_json)  # an extended run has other epochs than the file says
         return fitted

@@ -40,7 +40,7 @@ class Feature:
         return self.dtype(0)
 
     def encode(self, values) -> np.ndarray:
-        """A column of `Histories` as a model reads it; times stay as they are, packing makes them relative."""
+        """A column of `Histories` as a model reads it; times stay as they are until packing."""
         if self.kind != "number":
             return values
         scaled = (np.asarray(values, np.float64) - self.mean) / self.std

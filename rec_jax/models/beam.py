@@ -91,8 +91,9 @@ class BeamRanker(ScoreRanker):
                 segments=real_NS.astype(np.int32),
                 positions=np.where(real_NS, np.arange(longest), 0).astype(np.int32),
             )
-            last_N, missing = np.asarray(lengths[block] - 1, np.int32), (0, self._rows - len(block))
-            padded = jax.tree.map(lambda x: np.pad(x, [missing] + [(0, 0)] * (x.ndim - 1)), (batch, last_N))  # noqa: B023
+            last_N, missing = np.asarray(lengths[block] - 1, np.int32), self._rows - len(block)
+            widths = (0, missing), (0, 0)
+            padded = jax.tree.map(lambda x: np.pad(x, widths[: x.ndim]), (batch, last_N))  # noqa: B023
             batch, last_N = place_whole_batch(padded, self._mesh)
             found = _generate_on(self._model, self._params, batch, last_N, self._num_beams, self._mesh)
             items_NK, log_prob_NK = (np.asarray(x)[: len(block)] for x in found)

@@ -87,7 +87,7 @@ def ids_of(batch):
 
 def loss_sum(params, rows, places, batch):
     """(sum of the losses, number of targets). Of whole tables for rows and ids for places: the dense one."""
-    items = {name: rows.events["item"][place] for name, place in places["items"].items()}
+    items = {name: rows["items"][place] for name, place in places["items"].items()}
     tags_BND = rows["tags"][places["tags"]]
     mean_BSD = jax.vmap(lambda rows, bags: bag(rows, bags, S, combine="mean"))(tags_BND, batch["bags"])
     weighted_BSD = jax.vmap(lambda rows, bags, weights: bag(rows, bags, S, weights_N=weights))(
@@ -106,7 +106,7 @@ def loss_sum(params, rows, places, batch):
     target_BS = jnp.sum(x_BSD * items["targets"], -1)
     negative_BSK = jnp.einsum("bsd,bkd->bsk", x_BSD, items["negatives"])
     scores = jnp.concatenate([target_BS[..., None], negative_BSK], -1)
-    is_target = batch.next["item"] > 0
+    is_target = batch["targets"] > 0
     losses = jnp.where(is_target, jax.nn.logsumexp(scores, -1) - target_BS, 0)
     return jnp.sum(losses), jnp.sum(is_target)
 
