@@ -8,12 +8,11 @@ recommender.recommend(user="u7", k=10, trained_only=True)
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from rec_jax.data.queries import Queries, ranges
 from rec_jax.mesh import MeshConfig, make_mesh
 from rec_jax.trained import TrainedModel, check_same_split
 
@@ -57,18 +56,6 @@ class Recommendations(Sequence):
 
 
 @dataclass(frozen=True)
-class _Histories:
-    """Histories to continue: b is items[starts[b]:ends[b]]. seen_rows, seen_items: pairs not to recommend."""
-
-    items: np.ndarray
-    times: np.ndarray | None
-    starts: np.ndarray
-    ends: np.ndarray
-    seen_rows: np.ndarray
-    seen_items: np.ndarray
-
-
-@dataclass(frozen=True)
 class Candidates:
     """Which items may be recommended. is_allowed_V: bool[V + 1]. reasons: why the others may not."""
 
@@ -88,7 +75,7 @@ class Recommender:
         self.models, self._dims = list(models), dims
         self._mesh = mesh or make_mesh(MeshConfig(data=1))
         self.model = self.models[0]
-        self._scorers = {}
+        self._rankers = {}
 
     @classmethod
     def load(cls, *workdirs, dims: int = 0, mesh=None) -> "Recommender":
@@ -122,27 +109,44 @@ class Recommender:
             raise ValueError("give either a history of item ids or a user")
         candidates, notes = candidates or self.candidates(), []
         if user is not None:
-            histories = self._of_users(self.find_users([user]), seen)
+            queries, exclude = self._of_users(self.find_users([user]))
         else:
-            items, kept, unknown = self._find_items(history, skip_unknown)
-            if unknown:
-                notes.append(f"{len(unknown)} unknown ids of the history were skipped: {_few(unknown)}")
-            if not len(items):
-                raise ValueError("the history is empty: give at least one item that the model knows")
-            times = self._check_times(times, len(history), notes)
-            times = None if times is None else times[kept]
-            seen_items = np.empty(0, np.int32) if seen else np.unique(items)
-            bounds = np.array([0]), np.array([len(items)])
-            histories = _Histories(items, times, *bounds, np.zeros_like(seen_items), seen_items)
-        scores, ids, beams = self._top_k(histories, k, candidates)
+            queries = self._of_history(history, times, skip_unknown, notes)
+            exclude = queries.seen()
+        exclude = None if seen else exclude
+        scores, ids, beams = self._top_k(queries, k, exclude, candidates)
         ids = ids[0][scores[0] > -np.inf]
-        notes += [*candidates.notes, *self._notes_on(ids, k, histories, candidates, beams)]
-        found = [
-            Recommendation(*self._name(item), float(score))
-            for item, score in zip(ids, scores[0], strict=False)
-        ]
-        events = histories.items[histories.starts[0] : histories.ends[0]]
-        return Recommendations(tuple(found), tuple(map(self._name, events)), tuple(notes))
+        notes += candidates.notes
+        notes += self._notes_on(ids, k, exclude, candidates, beams)
+        found = zip(map(self._name, ids), scores[0], strict=False)
+        events = queries.columns["item"][queries.starts[0] : queries.ends[0]]
+        return Recommendations(
+            tuple(Recommendation(*name, float(score)) for name, score in found),
+            tuple(map(self._name, events)),
+            tuple(notes),
+        )
+
+    def _of_history(self, item_ids: Sequence, times, skip_unknown: bool, notes: list) -> Queries:
+        items, kept, unknown = self._find_items(item_ids, skip_unknown)
+        if unknown:
+            notes.append(f"{len(unknown)} unknown ids of the history were skipped: {_few(unknown)}")
+        if not len(items):
+            raise ValueError("the history is empty: give at least one item that the model knows")
+        reads_times = any("time" in model.model.columns for model in self.models)
+        if times is None:
+            if reads_times:
+                notes.append(
+                    "this model reads times and none were given: all events count as simultaneous (times=)"
+                )
+            return Queries.one(items)
+        times = np.asarray(times, np.int64)
+        if len(times) != len(item_ids):
+            raise ValueError(f"times: {len(times)} of them for a history of {len(item_ids)} events")
+        if np.any(np.diff(times) < 0):
+            raise ValueError("times must not decrease, for the oldest event comes first")
+        if not reads_times:
+            notes.append(f"a model of type {self.model.model_config.type!r} reads no times")
+        return Queries.one(items, times[kept])
 
     def candidates(
         self, allow: Iterable | None = None, deny: Iterable = (), trained_only: bool = False
@@ -194,40 +198,35 @@ class Recommender:
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(users int64[B], items int32[B, k], scores f32[B, k]) for many users, batch by batch; a score of
         -inf is no recommendation: fewer than k were left."""
-        candidates = candidates or self.candidates()
-        size = int(np.clip(_SCORE_BYTES // (4 * (self.model.num_items + 1)), 1, _MAX_BATCH))
-        k = min(k, self.model.num_items)
+        candidates, num_items = candidates or self.candidates(), self.model.num_items
+        size = int(np.clip(_SCORE_BYTES // (4 * (num_items + 1)), 1, _MAX_BATCH))
         for first in range(0, len(users), size):
             batch = users[first : first + size]
-            scores_BK, ids_BK, _ = self._top_k(self._of_users(batch, seen), k, candidates)
+            queries, exclude = self._of_users(batch)
+            exclude = None if seen else exclude
+            scores_BK, ids_BK, _ = self._top_k(queries, min(k, num_items), exclude, candidates)
             yield batch, ids_BK, scores_BK
 
-    def _of_users(self, users: np.ndarray, seen: bool) -> _Histories:
-        """Their last events. What they have seen is among these, or among the items of earlier ones."""
+    def _of_users(self, users: np.ndarray) -> tuple[Queries, tuple]:
+        """(their last events, pairs (rows, items) of all that they have seen)."""
         known = self.model.users
-        starts, ends = known.offsets[users], known.offsets[users + 1]
-        rows = [np.empty(0, np.int32)]
-        items = [np.empty(0, np.int32)]
-        if not seen:
-            for row, user in enumerate(users):
-                early = known.seen_items[slice(*known.seen_offsets[user : user + 2])]
-                items.append(np.unique(np.concatenate([known.items[starts[row] : ends[row]], early])))
-                rows.append(np.full(len(items[-1]), row, np.int32))
-        return _Histories(known.items, known.times, starts, ends, np.concatenate(rows), np.concatenate(items))
+        queries = Queries(known.columns, known.offsets[users], known.offsets[users + 1], users)
+        starts, lengths = known.seen_offsets[users], known.seen_offsets[users + 1] - known.seen_offsets[users]
+        rows, items = queries.seen()
+        early = np.repeat(np.arange(len(users)), lengths), known.seen_items[ranges(starts, lengths)]
+        return queries, (np.concatenate([rows, early[0]]), np.concatenate([items, early[1]]))
 
-    def _top_k(self, histories: _Histories, k: int, candidates: Candidates):
-        """(scores f32[B, K], items int32[B, K], beams or 0), best first, K = k or the whole catalogue."""
-        num_seen = int(np.bincount(histories.seen_rows, minlength=1).max(initial=0))
+    def _top_k(self, queries: Queries, k: int, exclude, candidates: Candidates):
+        """(scores f32[B, k], items int32[B, k], beams or 0), best first; -inf where no more are left."""
         beams = 0
         if self.model.model.generates:
+            num_seen = 0 if exclude is None else int(np.bincount(exclude[0], minlength=1).max())
             beams = self._beams(k + num_seen + int((~candidates.is_allowed_V[1:]).sum()))
-        size = 1 << max(10, (len(histories.seen_items) - 1).bit_length())  # few shapes to compile
-        pad = (0, size - len(histories.seen_items))
-        rows_P = np.pad(histories.seen_rows, pad, constant_values=len(histories.ends))
-        items_P = np.pad(histories.seen_items, pad)
-        scores_BV = self._scores(histories, beams)
-        k = min(k, self.model.num_items)
-        scores_BK, ids_BK = jax.device_get(_best(scores_BV, rows_P, items_P, candidates.is_allowed_V, k))
+        if beams not in self._rankers:
+            rankers = [model.ranker(self._mesh, self._dims, beams) for model in self.models]
+            self._rankers[beams] = rankers[0] if len(rankers) == 1 else _ensemble(rankers)
+        found = self._rankers[beams].top_k(queries, k, exclude, candidates.is_allowed_V)
+        scores_BK, ids_BK = jax.device_get(found)
         if np.isnan(scores_BK).any():
             raise ValueError(f"NaN among the scores of {self.model.workdir}: the model is broken")
         return scores_BK, ids_BK, beams
@@ -238,26 +237,6 @@ class Recommender:
         needed = min(1 << (needed - 1).bit_length(), max(_MAX_BEAMS, usual))  # few shapes to compile
         return min(max(usual, needed), self.model.num_items)
 
-    def _scores(self, histories: _Histories, beams: int) -> jax.Array:
-        """f32[B, V + 1] of the events after the histories."""
-        if beams not in self._scorers:
-            about = _Catalogue(self.model.num_items)
-            self._scorers[beams] = [
-                model.scorer(about, self._mesh, self._dims, beams) for model in self.models
-            ]
-        lengths, times = histories.ends - histories.starts, None
-        if any(model.model.reads_times for model in self.models):
-            times = np.zeros(len(histories.items), np.int64) if histories.times is None else histories.times
-        each = [
-            scorer.score(histories.items, histories.ends, lengths, times if model.model.reads_times else None)
-            for model, scorer in zip(self.models, self._scorers[beams], strict=True)
-        ]
-        if len(each) == 1:
-            return each[0]
-        from rec_jax.eval.ensemble import standardised
-
-        return sum(map(standardised, each)) / len(each)
-
     def _find_items(self, item_ids: Sequence, skip_unknown: bool) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """(rows int32[N] of the known ids, their places among all, the unknown ids)."""
         index = self.model.item_ids.index
@@ -266,23 +245,7 @@ class Recommender:
             raise _unknown_error("item", unknown, index)
         return rows.astype(np.int32), places, unknown
 
-    def _check_times(self, times, num_events: int, notes: list) -> np.ndarray | None:
-        if times is None:
-            if self.model.model.reads_times:
-                notes.append(
-                    "this model reads times and none were given: all events count as simultaneous (times=)"
-                )
-            return None
-        times = np.asarray(times, np.int64)
-        if len(times) != num_events:
-            raise ValueError(f"times: {len(times)} of them for a history of {num_events} events")
-        if np.any(np.diff(times) < 0):
-            raise ValueError("times: they must not decrease, for the oldest event comes first")
-        if not self.model.model.reads_times:
-            notes.append(f"times do not matter to a model of type {self.model.model_config.type!r}")
-        return times
-
-    def _notes_on(self, ids, k: int, histories: _Histories, candidates: Candidates, beams: int) -> list[str]:
+    def _notes_on(self, ids, k: int, exclude, candidates: Candidates, beams: int) -> list[str]:
         notes, num_items = [], self.model.num_items
         cold = int((self.model.train_counts[ids] == 0).sum())
         if cold:
@@ -293,10 +256,11 @@ class Recommender:
         if len(ids) == min(k, num_items):
             return notes
         left = candidates.is_allowed_V.copy()
-        left[histories.seen_items] = False
+        seen_items = [] if exclude is None else exclude[1]
+        left[seen_items] = False
         if left.sum() > len(ids):
             return [*notes, f"a search with {beams:,} beams found no more than {len(ids)}"]
-        num_seen = len(histories.seen_items)
+        num_seen = len(seen_items)
         if num_seen == num_items:
             return [*notes, f"all {num_items:,} items are in the history (seen=True recommends them again)"]
         seen = [f"{num_seen:,} are in the history (seen=True recommends them again)"] if num_seen else []
@@ -306,18 +270,10 @@ class Recommender:
         return self.model.item_ids[item], self.model.titles[item]
 
 
-@dataclass(frozen=True)
-class _Catalogue:
-    """All that a scorer of given histories asks of a data set."""
+def _ensemble(rankers):
+    from rec_jax.eval.ensemble import EnsembleRanker
 
-    num_items: int
-
-
-@partial(jax.jit, static_argnames="k")
-def _best(scores_BV, rows_P, items_P, is_allowed_V, k: int):
-    """(scores f32[B, k], items int32[B, k]); a pair of a row beyond B is dropped."""
-    scores_BV = jnp.where(is_allowed_V, scores_BV.astype(jnp.float32), -jnp.inf)
-    return jax.lax.top_k(scores_BV.at[rows_P, items_P].set(-jnp.inf, mode="drop"), k)
+    return EnsembleRanker(rankers)
 
 
 def _find(wanted: Sequence, index: dict[str, int]) -> tuple[np.ndarray, np.ndarray, list[str]]:

@@ -6,6 +6,7 @@ each user, the semantic ids of a model that has them, the config, and the checks
 vocabulary.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 
 from rec_jax import versions
 from rec_jax.config import build
+from rec_jax.data.schema import Feature, Schema
 from rec_jax.data.strings import Strings
 
 FOLDER = "model"
@@ -46,8 +48,8 @@ class UserHistories:
     """The last events of each user of the log: items[offsets[u]:offsets[u + 1]], oldest first.
 
     ids: Strings[U]. items: int32[N]. times: int64[N] seconds UTC, or None. features: other columns of the
-    same events, [N] each. seen_items[seen_offsets[u]:seen_offsets[u + 1]]: items that only earlier events
-    have.
+    same events, [N] each, as in `Histories`.
+    seen_items[seen_offsets[u]:seen_offsets[u + 1]]: items that only earlier events have.
     """
 
     ids: Strings
@@ -57,6 +59,11 @@ class UserHistories:
     features: dict
     seen_offsets: np.ndarray
     seen_items: np.ndarray
+
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        times = {} if self.times is None else {"time": self.times}
+        return {"item": self.items} | times | self.features
 
 
 def last_events(histories, max_len: int) -> UserHistories:
@@ -109,6 +116,7 @@ def save(workdir, params, step: int, config: dict, dataset, codes=None, with_use
         "vocabulary": dataset.histories.vocabulary,
         "codes": None if codes is None else codes.digest,
         "max_len": config["data"]["max_len"],
+        "context": [feature.name for feature in dataset.schema if not feature.is_outcome],
         "with_users": with_users,
     }
     if before and before[1]["made_of"] == made_of:  # none of it changes during a run
@@ -128,6 +136,7 @@ def _write_catalogue(writer: versions.Writer, dataset, codes) -> dict:
         "item_ids": writer.strings("item_ids", histories.item_ids),
         "titles": writer.strings("titles", (titles[x] if x in titles else "" for x in histories.item_ids)),
         "train_counts": writer.array("train_counts", dataset.split.train_item_counts(histories)),
+        "schema": [dataclasses.asdict(feature) for feature in dataset.schema],
     }
     if codes is not None:
         entries["codes"] = writer.array("codes", codes.codes_VQ)
@@ -138,11 +147,9 @@ def _write_catalogue(writer: versions.Writer, dataset, codes) -> dict:
 def _write_users(writer: versions.Writer, users: UserHistories) -> dict:
     columns = {name: getattr(users, name) for name in _USER_COLUMNS}
     entries = {name: writer.array(f"users.{name}", x) for name, x in columns.items() if x is not None}
-    entries["ids"], entries["features"] = writer.strings("users.ids", users.ids), {}
-    for number, (name, column) in enumerate(users.features.items()):
-        write = writer.strings if column.dtype == object else writer.array
-        entries["features"][name] = write(f"users.feature{number}", column)
-    return entries
+    features = enumerate(users.features.items())
+    entries["features"] = {name: writer.array(f"users.feature{n}", x) for n, (name, x) in features}
+    return entries | {"ids": writer.strings("users.ids", users.ids)}
 
 
 @dataclass(frozen=True)
@@ -265,6 +272,12 @@ class TrainedModel:
         return self._array(self.about["catalogue"]["train_counts"])
 
     @cached_property
+    def schema(self) -> Schema:
+        """The features of the log, with their normalisation."""
+        sections = self.about["catalogue"]["schema"]
+        return tuple(Feature(**section | {"values": tuple(section["values"])}) for section in sections)
+
+    @cached_property
     def codes(self):
         """`models.semantic_ids.Codes`, or None."""
         entries = self.about["catalogue"]
@@ -281,10 +294,7 @@ class TrainedModel:
             raise ValueError(f"{self.workdir} was trained without keeping users: give a history of item ids")
         entries = self.about["catalogue"]["users"]
         columns = {name: self._array(entries[name]) if name in entries else None for name in _USER_COLUMNS}
-        features = {
-            name: self._array(entry) if "file" in entry else versions.read_strings(self.folder, entry)
-            for name, entry in entries["features"].items()
-        }
+        features = {name: self._array(entry) for name, entry in entries["features"].items()}
         return UserHistories(versions.read_strings(self.folder, entries["ids"]), features=features, **columns)
 
     def _array(self, entry: dict) -> np.ndarray:
@@ -316,8 +326,8 @@ class TrainedModel:
                     "the training, or train again in another workdir"
                 )
 
-    def scorer(self, histories, mesh=None, dims: int = 0, num_beams: int = 0):
-        """`score_fn(users, ends)` over `histories`.
+    def ranker(self, mesh=None, dims: int = 0, num_beams: int = 0):
+        """A `models.ranker.ScoreRanker` by this model.
 
         mesh: None = the first device alone. dims: score by so many first dims; 0 = by all. num_beams: of a
         search; 0 = as the config says.
@@ -325,8 +335,8 @@ class TrainedModel:
         Raises ValueError for more dims than there are.
         """
         from rec_jax.mesh import MeshConfig, make_mesh
-        from rec_jax.models.beam import BeamScorer
-        from rec_jax.models.scoring import SequenceScorer
+        from rec_jax.models.beam import BeamRanker
+        from rec_jax.models.scoring import SequenceRanker
 
         if dims > (full := self.model_config.table_dim):
             raise ValueError(f"dims={dims}: the vectors of {self.workdir} have {full} (SequenceConfig)")
@@ -335,9 +345,10 @@ class TrainedModel:
             if dims:
                 raise ValueError(f"dims={dims}: model.type={self.model_config.type!r} scores no vectors")
             beams = num_beams or self.model_config.num_beams
-            return BeamScorer(self.model, self.params, histories, self.max_len, mesh, beams)
+            return BeamRanker(self.model, self.params, self.num_items, self.max_len, mesh, beams)
         params, layout = self._params_on(mesh)
-        return SequenceScorer(self.model, params, histories, self.max_len, mesh, layout, dims)
+        schema = tuple(feature for feature in self.schema if feature.name in self.model.columns)
+        return SequenceRanker(self.model, params, self.max_len, mesh, layout, dims, schema)
 
     def _params_on(self, mesh) -> tuple:
         """(parameters, layout of the item embedding table or None), as the training evaluated them."""
@@ -347,7 +358,7 @@ class TrainedModel:
 
             quant = build(QuantConfig, config["compress"]["quant"])
             params = fake_quantize_params(jax.tree.map(jnp.asarray, params), quant)
-        if config["table"]["layout"] not in ("rows", "hot_cold") or mesh.size == 1:
+        if config["table"]["layout"] != "rows" or mesh.size == 1:
             return params, None
         from rec_jax.models.base import get_table, with_table
         from rec_jax.nn.layouts import RowSharded

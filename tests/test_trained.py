@@ -12,6 +12,7 @@ from rec_jax import trained, versions
 from rec_jax.compress.quant import QuantConfig, quantize_params
 from rec_jax.data.datasets import Dataset
 from rec_jax.data.histories import Histories, leave_one_out
+from rec_jax.data.schema import make_schema
 from rec_jax.data.strings import Strings
 from rec_jax.mesh import MeshConfig, make_mesh
 from rec_jax.models.base import get_table, init_model, with_table
@@ -38,9 +39,11 @@ def made_up() -> Dataset:
         user_ids=np.array(["ann", "böb", "cat"], object),
         item_ids=np.array(["", *(f"item {i}" for i in range(1, NUM_ITEMS + 1))], object),
         titles={"item 2": "Töst", "item 300": "last"},
-        features={"price": np.arange(14) / 2, "shop": np.array(list("abcdefghijklmn"), object)},
+        features={"price": np.arange(14) / 2, "shop": np.arange(14, dtype=np.int32) % 3},
+        feature_values={"shop": ("", "näher", "far")},
     )
-    return Dataset(histories, leave_one_out(histories), [], None)
+    split = leave_one_out(histories)
+    return Dataset(histories, split, [], None, make_schema(histories, split, context=("shop",)))
 
 
 DATASET = made_up()
@@ -109,7 +112,8 @@ def test_the_catalogue_and_the_users(params, tmp_path):
     np.testing.assert_array_equal(users.seen_offsets, [0, 0, 2, 2])
     np.testing.assert_array_equal(users.seen_items, [1, 5])
     np.testing.assert_array_equal(users.features["price"], np.arange(14)[[*range(3), *range(7, 14)]] / 2)
-    assert list(users.features["shop"]) == list("abchijklmn")
+    np.testing.assert_array_equal(users.features["shop"], np.arange(14)[[*range(3), *range(7, 14)]] % 3)
+    assert model.schema == DATASET.schema and len(model.schema) == 3 and not model.schema[2].is_outcome
 
 
 def test_users_may_be_left_out(params, tmp_path):

@@ -2,44 +2,30 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from rec_jax.nn.sharded import SpreadScores
+from rec_jax.data.queries import Queries
+from rec_jax.models.ranker import ScoreRanker
+from rec_jax.nn.catalogue import Scores
 
 
-class EnsembleScorer:
-    """A scorer like each of `scorers`, of the mean of their scores, which are first brought to mean 0 and
-    variance 1 over the catalogue, history by history.
+class EnsembleRanker(ScoreRanker):
+    """Ranks by the mean of the scores of several rankers, each first brought to mean 0 and variance 1 over
+    the catalogue, history by history.
 
     The mean of log-probabilities would rank like the mean of raw scores, for the normaliser of a softmax is
     the same for all items: a run with larger scores, by its temperature or its loss, would outvote others.
     """
 
-    def __init__(self, scorers):
-        self._scorers = list(scorers)
+    def __init__(self, rankers):
+        self._rankers = list(rankers)
 
-    def __call__(self, users: np.ndarray, ends: np.ndarray) -> jax.Array:
-        """f32[B, V + 1] on one device, column 0 (padding) -inf."""
-        return sum(standardised(_whole(scorer(users, ends))) for scorer in self._scorers) / len(self._scorers)
-
-    def score_history(self, items: np.ndarray, times: np.ndarray | None = None) -> jax.Array:
-        """f32[V + 1]; see `SequenceScorer.score_history`."""
-        each = (standardised(scorer.score_history(items, times)[None])[0] for scorer in self._scorers)
-        return sum(each) / len(self._scorers)
-
-
-def _whole(scores) -> jax.Array:
-    if not isinstance(scores, SpreadScores):
-        return scores
-    whole = NamedSharding(scores.mesh, P())
-    return jax.jit(SpreadScores.in_order, out_shardings=whole)(scores).addressable_data(0)
+    def scores(self, queries: Queries) -> Scores:
+        each = (_standardised(ranker.scores(queries).whole()) for ranker in self._rankers)
+        return Scores(sum(each) / len(self._rankers))
 
 
 @jax.jit
-def standardised(scores_BV):
-    """f32[B, V + 1] with mean 0 and variance 1 over the items of each row, column 0 (padding) -inf."""
+def _standardised(scores_BV):
     items_BV = scores_BV[:, 1:].astype(jnp.float32)
     items_BV -= jnp.mean(items_BV, axis=1, keepdims=True)
     deviation_B1 = jnp.sqrt(jnp.mean(items_BV**2, axis=1, keepdims=True))

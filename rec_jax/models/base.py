@@ -58,24 +58,23 @@ class SequenceModel(nnx.Module):
 
         __call__(batch, key_B=None, at=None, hidden=None, penalties=None) -> x_BSD, or x_QD for `at`
 
-    batch: items, segments, positions, each int32[B, S] (segment 0 = padding), and what the class asks for
-    below. key_B: uint32[B] from `hashing.row_keys`, or None for no dropout. at: (rows int[Q], columns int[Q])
-    of the only tokens that are asked for, without dropout; or None. hidden: a list to which the output of
-    each layer is appended; with `at` the last of them is x_QD. penalties: a list to which a model, given a
-    key_B, may append what the training loss adds, f32[B], weighted and summed over the real tokens of each
-    row. What is returned has gone through `queries`.
+    batch: a `Batch` with the features in `columns`. key_B: uint32[B] from `hashing.row_keys`, or None for no
+    dropout. at: (rows int[Q], columns int[Q]) of the only query positions, without dropout; or None. hidden:
+    a list to which the output of each layer is appended; with `at` the last of them is x_QD. penalties: a
+    list to which a model, given a key_B, may append what the training loss adds, f32[B], weighted and summed
+    over the real tokens of each row. What is returned has gone through `queries`.
     """
 
-    # Does the output at a token foretell the next one? Else the token asked for is masked, and its output
-    # tells what it is: bool[B, S] `batch["masked"]` says which.
+    # Does the output at a token predict the next one? Else the event to predict is a query token of its own,
+    # whose output predicts it: `batch.is_query` says which.
     is_causal = True
-    # int32[B, S] `batch["times"]`: seconds since the first event of the segment.
-    reads_times = False
+    # Features of the events that the model reads beside the items; a log must have them.
+    columns: tuple[str, ...] = ()
     # Has no table of items, but `codes`, a `loss(batch, key_B)` and a beam search instead.
     generates = False
 
     def training_batch(self, batch, key_B):
-        """The batch as this model learns from it. targets: int32[B, S], 0 where there is nothing to learn."""
+        """The batch as this model learns from it."""
         return batch
 
     def queries(self, x):
@@ -123,7 +122,7 @@ class Model:
     graphdef: Any
     abstract_params: Any
     is_causal: bool = True  # these as of the module's class
-    reads_times: bool = False
+    columns: tuple[str, ...] = ()
     generates: bool = False
 
     def bind(self, params) -> SequenceModel:
@@ -135,7 +134,7 @@ def define_model(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     graphdef, state = nnx.split(module, nnx.Param)
     abstract_params = jax.tree.map(_abstract, nnx.to_pure_dict(state))
-    return Model(graphdef, abstract_params, module.is_causal, module.reads_times, module.generates)
+    return Model(graphdef, abstract_params, module.is_causal, module.columns, module.generates)
 
 
 def _abstract(leaf) -> jax.ShapeDtypeStruct:

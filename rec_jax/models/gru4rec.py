@@ -7,6 +7,7 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 
+from rec_jax.data.batch import Batch
 from rec_jax.models.base import SequenceConfig, SequenceModel
 from rec_jax.nn.dense import Dense, dense
 from rec_jax.nn.dropout import dropout
@@ -83,7 +84,7 @@ class GRU4Rec(SequenceModel):
 
     def __call__(
         self,
-        batch: dict[str, jax.Array],
+        batch: Batch,
         key_B: jax.Array | None = None,
         at=None,
         hidden: list | None = None,
@@ -91,8 +92,8 @@ class GRU4Rec(SequenceModel):
     ) -> jax.Array:
         """See SequenceModel."""
         config = self.config
-        is_first_BS = batch["positions"] == 0
-        x = self.items(batch["items"]) * config.width**0.5
+        is_first_BS = batch.positions == 0
+        x = self.items(batch.place("items", "events", batch.items)) * config.width**0.5
         for index, layer in enumerate(self.layers):
             if key_B is not None and config.dropout:
                 x = dropout(x, key_B, index, config.dropout)

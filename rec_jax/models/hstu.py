@@ -7,6 +7,7 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 
+from rec_jax.data.batch import Batch
 from rec_jax.models.base import SequenceConfig, SequenceModel
 from rec_jax.nn.dense import Dense, dense
 from rec_jax.nn.dropout import dropout
@@ -93,7 +94,7 @@ class HSTU(SequenceModel):
 
     def __init__(self, config: HSTUConfig, num_items: int, max_len: int, *, rngs: nnx.Rngs):
         self.config = config
-        self.reads_times = config.time_bias
+        self.columns = ("time",) if config.time_bias else ()
         self.items = Embedding(num_items + 1, config.width, rngs=rngs)
         init = nnx.initializers.truncated_normal(config.width**-0.5)
         self.positions = Embedding(max_len, config.width, init=init, rngs=rngs)
@@ -101,7 +102,7 @@ class HSTU(SequenceModel):
 
     def __call__(
         self,
-        batch: dict[str, jax.Array],
+        batch: Batch,
         key_B: jax.Array | None = None,
         at=None,
         hidden: list | None = None,
@@ -109,13 +110,17 @@ class HSTU(SequenceModel):
     ) -> jax.Array:
         """See SequenceModel."""
         config = self.config
-        x_BSD = self.items(batch["items"]) * config.width**0.5 + self.positions(batch["positions"])
+        x_BSD = self.items(batch.place("items", "events", batch.items)) * config.width**0.5 + self.positions(
+            batch.positions
+        )
         if key_B is not None and config.dropout:
             x_BSD = dropout(x_BSD, key_B, 0, config.dropout)
-        buckets_BSS = time_buckets(batch["times"], config.num_time_buckets) if config.time_bias else None
+        buckets_BSS = (
+            time_buckets(batch.events["time"], config.num_time_buckets) if config.time_bias else None
+        )
         for index, block in enumerate(self.blocks):
             last = index == config.num_layers - 1
-            x_BSD = block(x_BSD, batch["segments"], buckets_BSS, key_B, index, at if last else None)
+            x_BSD = block(x_BSD, batch.segments, buckets_BSS, key_B, index, at if last else None)
             if hidden is not None:
                 hidden.append(x_BSD)
         if at is not None and not config.num_layers:

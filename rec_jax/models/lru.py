@@ -7,6 +7,7 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 
+from rec_jax.data.batch import Batch
 from rec_jax.models.base import SequenceConfig, SequenceModel
 from rec_jax.nn.blocks import FeedForward
 from rec_jax.nn.convolution import CausalConv
@@ -121,7 +122,7 @@ class LRURec(SequenceModel):
 
     def __call__(
         self,
-        batch: dict[str, jax.Array],
+        batch: Batch,
         key_B: jax.Array | None = None,
         at=None,
         hidden: list | None = None,
@@ -129,12 +130,12 @@ class LRURec(SequenceModel):
     ) -> jax.Array:
         """See SequenceModel."""
         config = self.config
-        x = self.items(batch["items"]) * config.width**0.5
+        x = self.items(batch.place("items", "events", batch.items)) * config.width**0.5
         if key_B is not None and config.dropout:
             x = dropout(x, key_B, 0, config.dropout)
         for index, block in enumerate(self.blocks):
             last = index == config.num_layers - 1
-            x = block(x, batch["positions"], key_B, index, at if last else None)
+            x = block(x, batch.positions, key_B, index, at if last else None)
             if hidden is not None:
                 hidden.append(x)
         if at is not None and not config.num_layers:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from rec_jax.data.batch import Batch
 from rec_jax.models.base import SequenceConfig, SequenceModel
 from rec_jax.nn.blocks import TransformerBlock, tensor_parallel
 from rec_jax.nn.dense import dense
@@ -107,11 +108,11 @@ class SASRec(SequenceModel):
 
     def embed(self, batch):
         """What stands for the items, [B, S, table_dim]."""
-        return self.items(batch["items"])
+        return self.items(batch.place("items", "events", batch.items))
 
     def __call__(
         self,
-        batch: dict[str, jax.Array],
+        batch: Batch,
         key_B: jax.Array | None = None,
         at=None,
         hidden: list | None = None,
@@ -125,14 +126,14 @@ class SASRec(SequenceModel):
             x_BSD = x_TD.reshape(*x_BSD.shape[:2], config.width)
         x_BSD = x_BSD * (config.full_width or config.width) ** 0.5
         if config.position == "learned":
-            x_BSD = x_BSD + self.positions(batch["positions"])
+            x_BSD = x_BSD + self.positions(batch.positions)
         if key_B is not None and config.dropout:
             x_BSD = dropout(x_BSD, key_B, 0, config.dropout)
         for index in range(config.num_layers):
             block = self.blocks[0 if config.share_layers else index]
             last = index == config.num_layers - 1
             asked = at if last else None
-            x_BSD = block(x_BSD, batch["segments"], batch["positions"], key_B, index, asked, penalties)
+            x_BSD = block(x_BSD, batch.segments, batch.positions, key_B, index, asked, penalties)
             if hidden is not None:
                 hidden.append(x_BSD)
         if at is not None and not config.num_layers:

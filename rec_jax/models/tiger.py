@@ -91,7 +91,7 @@ class Tiger(SequenceModel):
 
     def loss(self, batch, key_B):
         """(sum over targets of -log p(item), number of targets): p is the product over its codes."""
-        targets_BS = batch["targets"]
+        targets_BS = batch.targets
         ahead_BS = jnp.where(targets_BS > 0, targets_BS, _following(batch))
         x_BTD = self._encode(self._embed(batch, ahead_BS), batch, key_B)
         x_BSQD = x_BTD.reshape(*targets_BS.shape, self.codes.num_levels, -1)
@@ -142,7 +142,7 @@ class Tiger(SequenceModel):
         tokens_N = columns_N * self.codes.num_levels
         inputs = [self._embed(batch, _following(batch))]
         x_BTD = self._encode(inputs[0], batch, hidden=inputs)
-        segments_BT = jnp.repeat(batch["segments"], self.codes.num_levels, axis=1)
+        segments_BT = jnp.repeat(batch.segments, self.codes.num_levels, axis=1)
         allowed_NT = segments_BT[rows_N] == segments_BT[rows_N, tokens_N][:, None]
         allowed_NT &= jnp.arange(segments_BT.shape[1]) <= tokens_N[:, None]
         past = []
@@ -182,17 +182,17 @@ class Tiger(SequenceModel):
 
     def _embed(self, batch, ahead_BS):
         """x_BTD, T = S * Q tokens. ahead_BS: the next items, 0 where they are not known."""
-        whole_BSD = jnp.sum(self._vectors(batch["items"]), axis=2)
+        whole_BSD = jnp.sum(self._vectors(batch.items), axis=2)
         ahead_BSQD = self._vectors(ahead_BS)[:, :, :-1]
         x_BSQD = jnp.concatenate([whole_BSD[:, :, None], ahead_BSQD], axis=2)
-        x_BSQD = self._placed(x_BSQD, batch["positions"][..., None], jnp.arange(self.codes.num_levels))
+        x_BSQD = self._placed(x_BSQD, batch.positions[..., None], jnp.arange(self.codes.num_levels))
         return x_BSQD.reshape(x_BSQD.shape[0], -1, x_BSQD.shape[-1])
 
     def _encode(self, x_BTD, batch, key_B=None, at=None, hidden=None):
         rate = self.config.dropout
         if key_B is not None and rate:
             x_BTD = dropout(x_BTD, key_B, 0, rate)
-        segments_BT = jnp.repeat(batch["segments"], self.codes.num_levels, axis=1)
+        segments_BT = jnp.repeat(batch.segments, self.codes.num_levels, axis=1)
         for index, block in enumerate(self.blocks):
             last = index == len(self.blocks) - 1
             x_BTD = block(x_BTD, segments_BT, None, key_B, index, at if last else None)
@@ -209,4 +209,4 @@ def _following(batch):
     def shift(x_BS):
         return jnp.pad(x_BS[:, 1:], ((0, 0), (0, 1)))
 
-    return jnp.where(shift(batch["segments"]) == batch["segments"], shift(batch["items"]), 0)
+    return jnp.where(shift(batch.segments) == batch.segments, shift(batch.items), 0)

@@ -273,9 +273,9 @@ def test_a_model_of_width_128_takes_3_8_times_less():
 def test_observed_inputs_are_those_of_real_tokens():
     _, params, batch = sasrec()
     assert set(samples()) == {name for name in leaf_names(params) if name.endswith("kernel")}
-    is_real = batch["segments"] > 0
-    rows = np.asarray(params["items"]["embedding"], np.float64)[batch["items"][is_real]] * 4
-    rows += np.asarray(params["positions"]["embedding"])[batch["positions"][is_real]]
+    is_real = batch.segments > 0
+    rows = np.asarray(params["items"]["embedding"], np.float64)[batch.events["item"][is_real]] * 4
+    rows += np.asarray(params["positions"]["embedding"])[batch.positions[is_real]]
     rows -= rows.mean(-1, keepdims=True)
     rows /= np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-6)
     norm = params["blocks"][0]["attention_norm"]
@@ -330,7 +330,7 @@ def test_gradients_pass_through_the_rounding():
     rounded = dequantize_params(quantize_params(params, config))
 
     def loss(params):
-        return jnp.sum(jnp.sin(model.bind(params)(batch)) * (batch["segments"] > 0)[..., None])
+        return jnp.sum(jnp.sin(model.bind(params)(batch)) * (batch.segments > 0)[..., None])
 
     def reference(params):
         params = jax.tree.map(passing, params, rounded)

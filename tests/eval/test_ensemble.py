@@ -1,18 +1,18 @@
-import jax.numpy as jnp
 import numpy as np
 
-from rec_jax.eval.ensemble import EnsembleScorer
+from rec_jax.data.queries import Queries
+from rec_jax.eval.ensemble import EnsembleRanker
+from rec_jax.models.ranker import ScoreRanker
 
 RNG = np.random.default_rng(0)
 FIRST, SECOND = RNG.normal(size=(2, 3, 6)) * [[[1]], [[50]]] + [[[0]], [[9]]]
 
 
-def scorer(scores_BV):
-    def score_fn(users, ends):
-        return jnp.asarray(scores_BV[users], jnp.float32).at[:, 0].set(-jnp.inf)
+def ranker(scores_BV):
+    return ScoreRanker(lambda queries: scores_BV[queries.users].astype(np.float32))
 
-    score_fn.score_history = lambda items, times=None: score_fn(np.array([items[0]]), None)[0]
-    return score_fn
+
+EVERYONE = Queries({"item": np.ones(3, np.int32)}, np.arange(3), 1 + np.arange(3), np.arange(3))
 
 
 def standardised(scores_BV):
@@ -21,18 +21,18 @@ def standardised(scores_BV):
 
 
 def test_the_mean_of_standardised_scores():
-    ensemble = EnsembleScorer([scorer(FIRST), scorer(SECOND)])
+    ensemble = EnsembleRanker([ranker(FIRST), ranker(SECOND)])
     expected = (standardised(FIRST) + standardised(SECOND)) / 2
-    got = np.asarray(ensemble(np.arange(3), np.arange(3)))
+    got = np.asarray(ensemble.scores(EVERYONE).whole())
     np.testing.assert_allclose(got[:, 1:], expected, rtol=1e-4, atol=1e-5)
     assert np.all(got[:, 0] == -np.inf)
-    np.testing.assert_allclose(ensemble.score_history(np.array([2]))[1:], expected[2], rtol=1e-4, atol=1e-5)
+    alone = ensemble.scores(EVERYONE[2:]).whole()
+    np.testing.assert_allclose(alone[0, 1:], expected[2], rtol=1e-4, atol=1e-5)
 
 
 def test_scales_do_not_vote_and_constants_say_nothing():
-    users = np.arange(3)
-    once = EnsembleScorer([scorer(FIRST), scorer(SECOND)])(users, users)
-    scaled = EnsembleScorer([scorer(FIRST), scorer(SECOND * 100 - 7)])(users, users)
+    once = EnsembleRanker([ranker(FIRST), ranker(SECOND)]).scores(EVERYONE).whole()
+    scaled = EnsembleRanker([ranker(FIRST), ranker(SECOND * 100 - 7)]).scores(EVERYONE).whole()
     np.testing.assert_allclose(scaled[:, 1:], once[:, 1:], rtol=1e-3, atol=1e-4)
-    alone = EnsembleScorer([scorer(FIRST), scorer(np.zeros((3, 6)))])(users, users)
+    alone = EnsembleRanker([ranker(FIRST), ranker(np.zeros((3, 6)))]).scores(EVERYONE).whole()
     np.testing.assert_allclose(alone[:, 1:], standardised(FIRST) / 2, rtol=1e-4, atol=1e-5)

@@ -114,7 +114,13 @@ def test_several_as_one(workdirs, capsys):
     names = f"--workdir={workdirs['sasrec']},{workdirs['gru4rec']}"
     command("evaluate", names)
     scores = json.loads((workdirs["sasrec"] / "evaluation_test_ensemble.json").read_text())
-    assert set(scores) == {"ensemble", "popularity", "oracle", str(workdirs["sasrec"]), str(workdirs["gru4rec"])}
+    assert set(scores) == {
+        "ensemble",
+        "popularity",
+        "oracle",
+        str(workdirs["sasrec"]),
+        str(workdirs["gru4rec"]),
+    }
     command("recommend", names, "--user=u7")
     assert "the 10 best next items" in capsys.readouterr().out
     with pytest.raises(ValueError, match="type='tiger'.*has no mean with others: leave it out"):

@@ -109,10 +109,10 @@ def test_a_new_item_in_the_log_is_said_to_be_that(tmp_path, capsys):
     with pytest.raises(
         ValueError, match=r"items \(40 then, 41 now\), events .*split checksum.*another workdir"
     ):
-        train(folder / "run", folder / "log.csv", "--config.train.epochs=4")
+        train(folder / "run", folder / "log.csv", "--config.train.log_every_steps=3")
     assert scored(folder) == result(folder)  # what the run was trained on is still there
     write(folder / "log.csv", lines)
-    train(folder / "run", folder / "log.csv", "--config.train.epochs=4")  # the same log: it resumes
+    train(folder / "run", folder / "log.csv", "--config.train.log_every_steps=3")  # the same log: it resumes
 
 
 def test_the_log_is_needed_to_train_only(run, capsys, monkeypatch):

@@ -13,9 +13,9 @@ def pack(rows):
     batch = {name: np.zeros((len(rows), ROW_LEN), np.int32) for name in ("items", "segments", "positions")}
     for row, histories in enumerate(rows):
         for segment, (inside, history) in enumerate(zip(places(histories), histories, strict=True), 1):
-            batch["items"][row, inside] = history
-            batch["segments"][row, inside] = segment
-            batch["positions"][row, inside] = np.arange(len(history))
+            batch.events["item"][row, inside] = history
+            batch.segments[row, inside] = segment
+            batch.positions[row, inside] = np.arange(len(history))
     return batch
 
 

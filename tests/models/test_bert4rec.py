@@ -35,8 +35,8 @@ def masked_batch(model, params, num_rows):
 def test_masks_a_share_of_the_items_and_asks_for_these():
     model, params = make(mask_share=0.3, last_share=0.0)
     batch = masked_batch(model, params, 2_000)
-    masked = batch["masked"]
-    np.testing.assert_array_equal(batch["targets"], np.where(masked, batch["items"], 0))
+    masked = batch.is_query
+    np.testing.assert_array_equal(batch.next["item"], np.where(masked, batch.events["item"], 0))
     assert not masked[:, 9:].any()  # padding
     shares = masked[:, :9].mean(axis=0)
     np.testing.assert_allclose(shares, 0.3, atol=0.04)  # 4 standard deviations
@@ -64,7 +64,7 @@ def test_a_masked_item_cannot_be_seen_and_both_sides_can():
         return model.bind(params)(batch)[0]
 
     def changed(at):
-        other = batch | {"items": np.where(np.arange(MAX_LEN) == at, 19, batch["items"])}
+        other = batch | {"items": np.where(np.arange(MAX_LEN) == at, 19, batch.events["item"])}
         return np.any(np.asarray(encode(other)) != np.asarray(encode(batch)), axis=-1)
 
     assert not changed(2).any()

@@ -97,7 +97,7 @@ def pack(histories, length=MAX_LEN, with_times=True):
             batch[name][0, inside] = values
         at += len(items)
     if not with_times:
-        del batch["times"]
+        del batch.events["time"]
     return batch
 
 
@@ -175,7 +175,7 @@ def test_nothing_later_changes_anything_earlier():
     for name in ("items", "times"):
         batch = pack(HISTORIES)
         batch[name][0, [3, 8, 9]] += np.array([1, 3, 7]) * (1 if name == "items" else 10**6)
-        batch["items"] = (batch["items"] - 1) % NUM_ITEMS + 1
+        batch.events["item"] = (batch.events["item"] - 1) % NUM_ITEMS + 1
         y_SD = encode(model, params, batch)
         same = np.array([0, 1, 2, 4, 5, 6, 7])  # all before the events that changed
         np.testing.assert_array_equal(x_SD[same], y_SD[same])

@@ -114,9 +114,9 @@ def pack(histories, length):
     at = 0
     for segment, history in enumerate(histories, 1):
         inside = slice(at, at + len(history))
-        batch["items"][0, inside] = history
-        batch["segments"][0, inside] = segment
-        batch["positions"][0, inside] = np.arange(len(history))
+        batch.events["item"][0, inside] = history
+        batch.segments[0, inside] = segment
+        batch.positions[0, inside] = np.arange(len(history))
         at += len(history)
     return batch
 

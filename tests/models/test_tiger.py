@@ -143,7 +143,7 @@ def run_steps(**mesh):
     )
     program = Program(config, 20, make_mesh(config.mesh), 3, np.arange(21), codes=codes)
     batch = {name: np.repeat(x, 4, axis=0) for name, x in packed().items()}
-    batch["targets"] = 1 + (batch["items"] + np.arange(4)[:, None]) % 20
+    batch.next["item"] = 1 + (batch.events["item"] + np.arange(4)[:, None]) % 20
     state, step = program.init_state(), program.make_step()
     for _ in range(3):
         state, metrics = step(state, place_batch(batch, program.mesh))
