@@ -34,7 +34,7 @@ def test_the_division_into_devices_and_micro_steps_changes_nothing():
 
 
 def test_the_balance_is_added_to_the_loss_of_a_training():
-    batch = make_batch() | {"row_ids": np.arange(8, dtype=np.int32)}
+    batch = make_batch().replace(row_ids=np.arange(8, dtype=np.int32))
     context = {"step_seed": jnp.uint32(3), "step": 0, "frozen": None, "shared": None, "scale": 2.0}
     params, models = initial_params(mixture()), {}
     for weight in (0.0, 0.3):
@@ -43,7 +43,7 @@ def test_the_balance_is_added_to_the_loss_of_a_training():
     @jax.jit
     def compute(params):
         penalties = []
-        models[0.3].bind(params)(batch, row_keys(jnp.uint32(3), batch["row_ids"]), penalties=penalties)
+        models[0.3].bind(params)(batch, row_keys(jnp.uint32(3), batch.row_ids), penalties=penalties)
         objectives = [make_objective(model, LOSSES["softmax"], None, F32) for model in models.values()]
         return [objective(params, None, batch, context) for objective in objectives], penalties
 
@@ -55,7 +55,7 @@ def test_the_balance_is_added_to_the_loss_of_a_training():
 @pytest.mark.parametrize("config_class", [SASRecConfig, ESASRecConfig, BERT4RecConfig])
 def test_every_layer_has_a_balance_in_training_and_none_else(config_class):
     model = define_model(model_builder(mixture(config_class, num_layers=3), NUM_ITEMS, LENGTH))
-    batch = make_batch() | {"masked": np.zeros((8, LENGTH), bool)}
+    batch = make_batch().replace(is_query=np.zeros((8, LENGTH), bool))
 
     def penalties(params, key_B):
         penalties = []
