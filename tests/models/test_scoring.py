@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from packed_rows import pack
 
 from rec_jax.mesh import MeshConfig, make_mesh, replicate
 from rec_jax.models import scoring
@@ -46,13 +47,7 @@ def forward(batch):
 def slow(history):
     """Scores after the last MAX_LEN events of one history, alone in its row."""
     history = np.asarray(history)[-MAX_LEN:]
-    pad = (0, MAX_LEN - len(history))
-    batch = {
-        "items": np.pad(history, pad)[None],
-        "segments": np.pad(np.ones(len(history), np.int32), pad)[None],
-        "positions": np.pad(np.arange(len(history)), pad)[None],
-    }
-    return np.asarray(forward(batch))[len(history) - 1]
+    return np.asarray(forward(pack([[history]], MAX_LEN)))[len(history) - 1]
 
 
 def check(scores, histories):

@@ -35,7 +35,7 @@ def test_the_division_into_devices_and_micro_steps_changes_nothing():
 
 def test_the_balance_is_added_to_the_loss_of_a_training():
     batch = make_batch().replace(row_ids=np.arange(8, dtype=np.int32))
-    context = {"step_seed": jnp.uint32(3), "step": 0, "frozen": None, "shared": None, "scale": 2.0}
+    context = {"step_seed": jnp.uint32(3), "step": 0, "frozen": None, "shared": None}
     params, models = initial_params(mixture()), {}
     for weight in (0.0, 0.3):
         models[weight] = define_model(model_builder(mixture(balance_weight=weight), NUM_ITEMS, LENGTH))
@@ -48,7 +48,7 @@ def test_the_balance_is_added_to_the_loss_of_a_training():
         return [objective(params, None, batch, context) for objective in objectives], penalties
 
     ((plain, _), (loss, tokens)), (penalty_B,) = compute(params)
-    np.testing.assert_allclose(loss - plain, 2.0 * np.sum(penalty_B), rtol=1e-3)
+    np.testing.assert_allclose(loss - plain, np.sum(penalty_B), rtol=1e-3)
     assert 0.3 <= np.sum(penalty_B) / tokens < 0.4  # the router begins near balance, which is 1
 
 
