@@ -260,7 +260,7 @@ def test_a_substitute_takes_the_place_of_an_item_alone(packed):
 
 
 def test_all_changes_at_once_mix_no_histories(packed):
-    """Each segment has one of them, so columns are hidden, or those of the item, or of the one it replaced."""
+    """Each segment has one: columns are hidden, or those of the item, or of the one it replaced."""
     batch, dwell_V = packed
     view = changed(batch, crop=0.5, mask=0.4, reorder=0.8, substitute=0.4)
     is_seen = view.items > 0

@@ -85,8 +85,8 @@ class DataConfig:
             )
         if reserved := {"item", "time"} & set(self.features):
             raise ValueError(
-                f"features={self.features}: {' and '.join(sorted(reserved))} name the item and the time of an "
-                "event themselves: leave them out, or rename the columns in the file (DataConfig)"
+                f"features={self.features}: {' and '.join(sorted(reserved))} name the item and the time of "
+                "an event themselves: leave them out, or rename the columns in the file (DataConfig)"
             )
         if self.titles_ids and not self.titles:
             raise ValueError(f"titles_ids={self.titles_ids!r} needs titles (DataConfig)")
