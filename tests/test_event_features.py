@@ -14,11 +14,13 @@ import pytest
 
 from rec_jax.data.datasets import DataConfig, load_dataset
 from rec_jax.data.pipeline import BatchSource
+from rec_jax.data.queries import Queries
 from rec_jax.hashing import row_keys
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch
 from rec_jax.models.base import init_model
 from rec_jax.models.bert4rec import BERT4Rec, BERT4RecConfig
 from rec_jax.models.sasrec import SASRec, SASRecConfig
+from rec_jax.models.scoring import SequenceRanker
 from rec_jax.nn.embedding import Embedding
 from rec_jax.train.augment import AugmentConfig, augment
 from rec_jax.train.contrastive import ContrastiveConfig, Views
@@ -36,7 +38,7 @@ class ReadsDevice:
 
     def __init__(self, config, num_items, max_len, *, rngs):
         super().__init__(config, num_items, max_len, rngs=rngs)
-        self.devices = Embedding(3, config.width, rngs=rngs)
+        self.devices = Embedding(4, config.width, rngs=rngs)
         self.dwell = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (config.width,)))
 
     def embed(self, batch):
@@ -152,6 +154,37 @@ def test_the_model_adds_what_it_reads(small):
         x = x * np.sqrt(8) + tables[2][batch.positions[0, column]]
         x = (x - x.mean()) / np.sqrt(x.var() + 1e-6)
         np.testing.assert_allclose(x_SD[column], x, rtol=1e-4, atol=1e-5)
+
+
+def ranker(dataset, model_class, config):
+    num_items = dataset.histories.num_items
+    model, params = init_model(lambda rngs: model_class(config, num_items, MAX_LEN, rngs=rngs), seed=0)
+    schema = tuple(feature for feature in dataset.schema if feature.name in model.columns)
+    return SequenceRanker(model, params, MAX_LEN, make_mesh(MeshConfig(data=1)), schema=schema), model, params
+
+
+def test_a_trained_model_ranks_by_what_it_reads(small):
+    rank, model, params = ranker(small, DeviceSASRec, SASRecConfig(**SMALL))
+    h, batch = small.histories, source_of(small)[0]
+    x_SD = np.asarray(model.bind(params)(batch))[0]
+    expected = x_SD[[2, 4]] @ np.asarray(params["items"]["embedding"]).T  # after the last input of each
+    queries = Queries.of(h, [0, 1], h.offsets[:2] + [3, 2])
+    np.testing.assert_allclose(rank.scores(queries).whole()[:, 1:], expected[:, 1:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "model_class, config", [(DeviceSASRec, SASRecConfig(**SMALL)), (DeviceBERT4Rec, BERT4RecConfig(**SMALL))]
+)
+def test_what_the_log_has_after_a_history_is_not_read(small, model_class, config):
+    """Be it held out, or the first event of the next user."""
+    rank, _, _ = ranker(small, model_class, config)
+    h = small.histories
+    users, ends = [0, 0, 1], np.array([3, h.offsets[1], h.offsets[1] + 2])
+    scores = np.asarray(rank.scores(Queries.of(h, users, ends)).whole())
+    for row, (user, end) in enumerate(zip(users, ends, strict=True)):
+        own = {name: np.asarray(column)[h.offsets[user] : end] for name, column in h.columns.items()}
+        alone = Queries(own, np.array([0]), np.array([end - h.offsets[user]]))
+        np.testing.assert_allclose(rank.scores(alone).whole()[0, 1:], scores[row, 1:], rtol=1e-5, atol=1e-6)
 
 
 # A larger log in which item k is always seen on one device and for a time of its own, so that any event shows
@@ -304,5 +337,5 @@ def test_steps_train_what_reads_them_and_are_the_same_on_every_mesh(large):
     np.testing.assert_allclose(losses[4], losses[1], rtol=2e-5)
     after = jax.device_get(state.params)
     moved = np.any(after["devices"]["embedding"] != before["devices"]["embedding"], axis=-1)
-    np.testing.assert_array_equal(moved, [False, True, True])  # no event is without a device
+    np.testing.assert_array_equal(moved, [False, True, True, False])  # the devices of the log
     assert np.all(after["dwell"] != before["dwell"])
