@@ -3,7 +3,9 @@
 All that knows of them is their schema (`data.features`, `data.context`) and the models below.
 """
 
+import dataclasses
 import functools
+from typing import Literal
 
 import flax.nnx as nnx
 import jax
@@ -15,15 +17,19 @@ import pytest
 from rec_jax.data.datasets import DataConfig, load_dataset
 from rec_jax.data.pipeline import BatchSource
 from rec_jax.data.queries import Queries
+from rec_jax.eval.evaluator import EvalConfig
+from rec_jax.experiment import Experiment, ExperimentConfig
 from rec_jax.hashing import row_keys
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch
 from rec_jax.models.base import init_model
 from rec_jax.models.bert4rec import BERT4Rec, BERT4RecConfig
+from rec_jax.models.registry import MODELS
 from rec_jax.models.sasrec import SASRec, SASRecConfig
 from rec_jax.models.scoring import SequenceRanker
 from rec_jax.nn.embedding import Embedding
 from rec_jax.train.augment import AugmentConfig, augment
 from rec_jax.train.contrastive import ContrastiveConfig, Views
+from rec_jax.train.loop import TrainConfig
 from rec_jax.train.losses import LossConfig
 from rec_jax.train.step import init_state, make_train_step
 
@@ -339,3 +345,26 @@ def test_steps_train_what_reads_them_and_are_the_same_on_every_mesh(large):
     moved = np.any(after["devices"]["embedding"] != before["devices"]["embedding"], axis=-1)
     np.testing.assert_array_equal(moved, [False, True, True, False])  # the devices of the log
     assert np.all(after["dwell"] != before["dwell"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceConfig(SASRecConfig):
+    type: Literal["device"] = "device"
+
+
+def test_a_run_from_the_file_to_the_evaluation(large, tmp_path, monkeypatch):
+    """All that was added is a model and its config; nothing between it and the schema is new."""
+    monkeypatch.setitem(MODELS, DeviceConfig, DeviceSASRec)
+    config = ExperimentConfig(
+        data=DataConfig(max_len=MAX_LEN),
+        model=DeviceConfig(**SMALL),
+        train=TrainConfig(epochs=2, batch_rows=16, micro_rows=4),
+        augment=AugmentConfig(crop=0.5, mask=0.4, reorder=0.8, substitute=0.4),
+        eval=EvalConfig(bootstrap=0, baselines=()),
+    )
+    result = Experiment(config, tmp_path / "run", dataset=large).fit()
+    assert result.steps == 2 * source_of(large, batch_rows=16).steps_per_epoch
+
+    bare = dataclasses.replace(large, schema=large.schema[:1])
+    with pytest.raises(ValueError, match="reads device, dwell of each event, .* by data.features, or see"):
+        Experiment(config, tmp_path / "bare", dataset=bare)
