@@ -25,15 +25,16 @@ from rec_jax.config import build
 from rec_jax.data.datasets import DataConfig, load_dataset
 from rec_jax.data.negatives import make_sampler
 from rec_jax.data.pipeline import BatchSource, make_iterator
-from rec_jax.eval.evaluator import EvalConfig, evaluate
+from rec_jax.eval.evaluator import EvalConfig, check_eval, evaluate
 from rec_jax.mesh import MeshConfig, replicate
 from rec_jax.models.base import define_model, get_table, init_model, with_table, without_table
 from rec_jax.models.baselines import BASELINES, nearest_items
-from rec_jax.models.beam import BeamScorer
+from rec_jax.models.beam import BeamRanker
+from rec_jax.models.ranker import Ranker, ScoreRanker
 from rec_jax.models.registry import MODELS, ModelConfig
 from rec_jax.models.registry import model_builder as registered_builder
 from rec_jax.models.sasrec import SASRecConfig
-from rec_jax.models.scoring import SequenceScorer
+from rec_jax.models.scoring import SequenceRanker
 from rec_jax.models.semantic_ids import CodesConfig, load_codes
 from rec_jax.nn.layouts import shardings
 from rec_jax.nn.parallel import partition
@@ -302,6 +303,11 @@ class Experiment:
             f"layout {table.layout}, optimizer {table.optimizer}"
         )
 
+    @property
+    def _schema(self):
+        """The features that the model reads."""
+        return tuple(feature for feature in self.dataset.schema if feature.name in self.model.columns)
+
     def batch_source(self) -> BatchSource:
         """The batches of all epochs, this process's part of each."""
         config = self.config
@@ -314,7 +320,7 @@ class Experiment:
             seed=config.seed,
             all_windows=config.train.all_windows,
             is_causal=self.model.is_causal,
-            schema=tuple(f for f in self.dataset.schema if f.name in self.model.columns),
+            schema=self._schema,
             host=jax.process_index(),
             num_hosts=jax.process_count(),
         )
@@ -328,6 +334,7 @@ class Experiment:
             return self._fit()
 
     def _fit(self):
+        check_eval(self.config.eval, self.histories, self.split, self.config.seed)
         artifact.remove(self.workdir)  # of a run before this one
         config, source = self.config, self.batch_source()
         program = self.program(len(source), self._teachers())
@@ -431,19 +438,19 @@ class Experiment:
         """Those that a compressed run stored, or `trained_params`."""
         return artifact.load(self.workdir) if artifact.exists(self.workdir) else self.trained_params()
 
-    def scorer(self, params, dims: int = 0) -> SequenceScorer:
-        """params: as they lie in training. dims: see `SequenceScorer`."""
+    def scorer(self, params, dims: int = 0) -> Ranker:
+        """params: as they lie in training. dims: see `SequenceRanker`."""
         program = self.program()
         params = program.extras.final(params) if program.extras else params
         return self.plain_scorer(params, program.item_table and program.item_table.layout, dims)
 
-    def best_scorer(self, dims: int = 0) -> SequenceScorer:
+    def best_scorer(self, dims: int = 0) -> Ranker:
         """Of what a compressed run stored, or of the best parameters of the training."""
         if artifact.exists(self.workdir):
             return self.plain_scorer(artifact.load(self.workdir), dims=dims)
         return self.scorer(self.best_params(), dims)
 
-    def plain_scorer(self, params, layout=None, dims: int = 0) -> SequenceScorer:
+    def plain_scorer(self, params, layout=None, dims: int = 0) -> Ranker:
         """params: as the model takes them; layout: of the table of items, if it is spread.
 
         Raises ValueError for more dims than there are.
@@ -455,23 +462,24 @@ class Experiment:
             if dims:
                 raise ValueError(f"dims={dims}: model.type={self.config.model.type!r} scores no vectors")
             num_beams = self.config.model.num_beams
-            return BeamScorer(self.model, params, self.histories, max_len, self.mesh, num_beams)
-        return SequenceScorer(self.model, params, self.histories, max_len, self.mesh, layout, dims)
+            num_items = self.histories.num_items
+            return BeamRanker(self.model, params, num_items, max_len, self.mesh, num_beams)
+        return SequenceRanker(self.model, params, max_len, self.mesh, layout, dims, self._schema)
 
-    def evaluate(self, score_fn, part: str, *, quick: bool = False) -> dict:
+    def evaluate(self, ranker: Ranker, part: str, *, quick: bool = False) -> dict:
         """Every metric of one part; `quick` leaves out intervals and sampled protocols."""
         config = self.config.eval
         if quick:
             config = dataclasses.replace(config, bootstrap=0, sampled_negatives=0)
-        return evaluate(score_fn, self.histories, self.split, part, config, seed=self.config.seed)
+        return evaluate(ranker, self.histories, self.split, part, config, seed=self.config.seed)
 
     def evaluate_baselines(self, part: str) -> dict[str, dict]:
         """The same evaluation for every baseline, and for the oracle where the data come from a simulator."""
         names = self.config.eval.baselines
-        scorers = {name: BASELINES[name](self.histories, self.split) for name in names}
+        rankers = {name: BASELINES[name](self.histories, self.split) for name in names}
         if self.dataset.world is not None:
-            scorers["oracle"] = self.dataset.world.score_fn(self.histories)
-        return {name: self.evaluate(score_fn, part) for name, score_fn in scorers.items()}
+            rankers["oracle"] = ScoreRanker(self.dataset.world.oracle(self.histories))
+        return {name: self.evaluate(ranker, part) for name, ranker in rankers.items()}
 
 
 def _laid(array, sharding) -> jax.ShapeDtypeStruct:

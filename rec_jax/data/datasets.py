@@ -21,8 +21,8 @@ from rec_jax.data.histories import (
 from rec_jax.data.interactions import InteractionLog, read_log
 from rec_jax.data.schema import Schema, make_schema
 from rec_jax.data.simulator import SimulatorConfig, World
-from rec_jax.data.tables import format_table
 from rec_jax.data.titles import read_titles
+from rec_jax.report import format_table
 
 _ABOUT = "prepared.json"
 _VERSION = 2  # of the files on disk and of the rules behind them; raise it when either changes
@@ -300,9 +300,9 @@ def _report(log, cleaning: CleaningReport, histories: Histories, split: Split, w
     rows = [(x, _iso(value) if x.endswith(" time") else value) for x, value in split.notes.items()]
     return [
         "\n".join(("Reading", *source)),
-        format_table("Cleaning", CleaningReport.HEADER, cleaning.rows),
-        format_table("Histories", ("what", "count"), list(about.items())),
-        format_table(f"Split: {split.kind}", ("what", "count"), rows) + f"\nchecksum {split.checksum}",
+        "Cleaning\n" + format_table(CleaningReport.HEADER, cleaning.rows),
+        "Histories\n" + format_table(("what", "count"), about.items()),
+        f"Split: {split.kind}\n{format_table(('what', 'count'), rows)}\nchecksum {split.checksum}",
     ]
 
 

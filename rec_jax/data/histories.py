@@ -189,12 +189,6 @@ class Split:
         train_items = np.asarray(histories.items)[self.in_train(histories)]
         return np.bincount(train_items, minlength=histories.num_items + 1)
 
-    @property
-    def columns(self) -> dict[str, np.ndarray]:
-        """All columns of the events by name: "item", "time" where the log has times, and the features."""
-        times = {} if self.times is None else {"time": self.times}
-        return {"item": self.items} | times | self.features
-
     def save(self, directory: Path) -> None:
         with replaced_directory(Path(directory), "split.json") as new:
             for name, bounds in zip(_SPLIT_FILES, (self.train_end, self.val_end), strict=True):

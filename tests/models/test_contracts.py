@@ -10,12 +10,13 @@ import pytest
 
 from rec_jax.data.histories import Histories
 from rec_jax.data.packing import fill_rows, plan_packing
+from rec_jax.data.queries import Queries
 from rec_jax.hashing import row_keys
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch
 from rec_jax.models.base import init_model
-from rec_jax.models.beam import BeamScorer
+from rec_jax.models.beam import BeamRanker
 from rec_jax.models.registry import MODELS, model_builder
-from rec_jax.models.scoring import SequenceScorer
+from rec_jax.models.scoring import SequenceRanker
 from rec_jax.models.semantic_ids import CodesConfig, numbered_codes
 from rec_jax.train.losses import LossConfig
 from rec_jax.train.step import init_state, make_train_step
@@ -133,19 +134,22 @@ def test_scores_of_many_are_those_of_one(config_class):
     model, params = make(config_class)
     h = histories()
     users = np.arange(len(LENGTHS))
-    make_scorer = functools.partial(BeamScorer, num_beams=5) if model.generates else SequenceScorer
-    many = make_scorer(model, params, h, MAX_LEN, make_mesh(MeshConfig(data=2)))
-    scores_BV = np.asarray(many(users, h.offsets[1:]))
+    mesh = make_mesh(MeshConfig(data=2))
+    if model.generates:
+        ranker = BeamRanker(model, params, NUM_ITEMS, MAX_LEN, mesh, num_beams=5)
+    else:
+        ranker = SequenceRanker(model, params, MAX_LEN, mesh)
+    scores_BV = np.asarray(ranker.scores(Queries.of(h, users)).whole())
     for user in users:
         inside = slice(*h.offsets[user : user + 2])
-        one = np.asarray(many.score_history(h.items[inside], h.times[inside]))
-        np.testing.assert_allclose(scores_BV[user], one, rtol=1e-3, atol=1e-4)
-    # The event after a history, which stands behind it in the file, is not read.
-    earlier = np.asarray(many(users[1:], h.offsets[2:] - 1))
+        one = ranker.scores(Queries.one(h.items[inside], h.times[inside])).whole()
+        np.testing.assert_allclose(scores_BV[user], one[0], rtol=1e-3, atol=1e-4)
+    # The event after a history, which follows it in the file, is not read.
+    earlier = Queries.of(h, users[1:], h.offsets[2:] - 1)
     hidden = Histories(h.items.copy(), h.times, h.offsets, h.user_ids, h.item_ids)
     hidden.items[h.offsets[1:] - 1] = 1
-    without = make_scorer(model, params, hidden, MAX_LEN, make_mesh(MeshConfig(data=2)))
-    np.testing.assert_array_equal(np.asarray(without(users[1:], h.offsets[2:] - 1)), earlier)
+    without = Queries.of(hidden, users[1:], h.offsets[2:] - 1)
+    np.testing.assert_array_equal(*(ranker.scores(queries).whole() for queries in (without, earlier)))
 
 
 @EVERY_MODEL
