@@ -14,11 +14,10 @@ import math
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
-from experiments.launch import launch
+from experiments.launch import define_config, launch
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional :variant.")
+_CONFIG = define_config("Config file, with an optional :variant.")
 _NUM_ITEMS = flags.DEFINE_integer(
     "num_items", 0, "Items of the catalogue; by default those of a simulated world.", lower_bound=0
 )
@@ -28,7 +27,7 @@ flags.mark_flag_as_required("config")
 
 def main():
     from rec_jax.config import build
-    from rec_jax.experiment import ExperimentConfig
+    from rec_jax.run_config import ExperimentConfig
 
     config = build(ExperimentConfig, _CONFIG.value)
     data, model = config.mesh.data or 1, config.mesh.model
@@ -56,7 +55,7 @@ def _plan(config, num_items: int):
     from rec_jax.experiment import Program
     from rec_jax.mesh import make_mesh
     from rec_jax.report import print_table
-    from rec_jax.train.plan import RULE, ids_per_device
+    from rec_jax.tables.plan import RULE, ids_per_device
 
     data, model = config.mesh.data, config.mesh.model
     mesh = make_mesh(config.mesh) if _COMPILE.value else AbstractMesh((data, model), ("data", "model"))

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.speed.timing import interleaved, peak_run
-from rec_jax.data.negatives import make_sampler
 from rec_jax.hashing import row_keys
-from rec_jax.nn.softmax import naive_softmax_cross_entropy, softmax_cross_entropy
-from rec_jax.train.losses import LossConfig, draw_negatives, loss_sum
+from rec_jax.objectives.negatives import make_sampler
+from rec_jax.objectives.softmax import naive_softmax_cross_entropy, softmax_cross_entropy
+from rec_jax.objectives.token_loss import LossConfig, draw_negatives, loss_sum
 
 NUM_ITEMS = (4_096, 16_384, 65_536, 262_144, 1_048_576)
 SHAPE_BSD = (8, 128, 64)  # tokens in packed rows, and dims

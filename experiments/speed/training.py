@@ -12,12 +12,12 @@ import tqdm
 from experiments.speed.lengths import LENGTHS, load_lengths
 from experiments.speed.naive import bce_loss, make_naive_step, pad_batch
 from experiments.speed.timing import interleaved, peak_run
-from rec_jax.data.negatives import make_sampler
 from rec_jax.data.pipeline import BatchSource
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch
 from rec_jax.models.base import init_model
 from rec_jax.models.sasrec import SASRec, SASRecConfig
-from rec_jax.train.losses import LossConfig, Negatives, loss_sum
+from rec_jax.objectives.negatives import make_sampler
+from rec_jax.objectives.token_loss import LossConfig, Negatives, loss_sum
 from rec_jax.train.step import init_state, make_train_step
 
 NUM_USERS = 128  # of a batch

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from rec_jax.data.negatives import make_sampler
+from rec_jax.objectives.negatives import make_sampler
 from rec_jax.hashing import mix, row_keys
 
 COUNTS = np.array([99, 0, 1, 10, 50, 3])  # row 0 is padding; item 1 is unseen

@@ -23,8 +23,8 @@ from rec_jax.models.sasrec import SASRecConfig
 from rec_jax.models.scoring import SequenceRanker, top_items
 from rec_jax.models.semantic_ids import CodesConfig, numbered_codes
 from rec_jax.models.tiger import TigerConfig
-from rec_jax.nn.catalogue import Catalogue
-from rec_jax.nn.layouts import RowSharded
+from rec_jax.objectives.catalogue import Catalogue
+from rec_jax.tables.layouts import RowSharded
 
 NUM_ITEMS, MAX_LEN = 24, 8
 WORLD = World(SimulatorConfig(num_items=NUM_ITEMS, num_users=14, num_interests=3, mean_len=7, min_len=3))

@@ -18,7 +18,7 @@ from rec_jax.models.beam import BeamRanker
 from rec_jax.models.registry import MODELS, model_builder
 from rec_jax.models.scoring import SequenceRanker
 from rec_jax.models.semantic_ids import CodesConfig, numbered_codes
-from rec_jax.train.losses import LossConfig
+from rec_jax.objectives.token_loss import LossConfig
 from rec_jax.train.step import init_state, make_train_step
 
 NUM_ITEMS, MAX_LEN = 20, 12

@@ -11,7 +11,7 @@ from packed_rows import ROW_LEN, encode, pack, places
 
 from rec_jax.compress.quant import QuantConfig, dequantize_params, quantize_params
 from rec_jax.config import build
-from rec_jax.experiment import ExperimentConfig
+from rec_jax.run_config import ExperimentConfig
 from rec_jax.hashing import row_keys
 from rec_jax.models.base import init_model
 from rec_jax.models.gru4rec import GRU, GRU4RecConfig

@@ -9,7 +9,7 @@ import pytest
 from packed_rows import ROW_LEN, encode, pack, places
 
 from rec_jax.config import build
-from rec_jax.experiment import ExperimentConfig
+from rec_jax.run_config import ExperimentConfig
 from rec_jax.hashing import row_keys
 from rec_jax.models.base import init_model
 from rec_jax.models.lru import FIRST_DECAYS, LRUConfig

@@ -10,10 +10,10 @@ from rec_jax.experiment import ExperimentConfig, Program
 from rec_jax.mesh import MeshConfig, make_mesh
 from rec_jax.models.registry import MODELS
 from rec_jax.models.tiger import TigerConfig
-from rec_jax.train.augment import AugmentConfig
-from rec_jax.train.contrastive import ContrastiveConfig
+from rec_jax.objectives.augment import AugmentConfig
+from rec_jax.objectives.contrastive import ContrastiveConfig
 from rec_jax.train.loop import TrainConfig
-from rec_jax.train.losses import LossConfig
+from rec_jax.objectives.token_loss import LossConfig
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from rec_jax.models import scoring
 from rec_jax.models.base import get_table, init_model, with_table, without_table
 from rec_jax.models.sasrec import SASRec, SASRecConfig
 from rec_jax.models.scoring import SequenceRanker
-from rec_jax.nn.layouts import RowSharded
+from rec_jax.tables.layouts import RowSharded
 
 NUM_ITEMS, MAX_LEN = 30, 6
 LENGTHS = [1, 3, 6, 7, 20, 2, 1, 5]

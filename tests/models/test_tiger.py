@@ -18,9 +18,9 @@ from rec_jax.models.base import init_model
 from rec_jax.models.beam import beam_search
 from rec_jax.models.semantic_ids import Codes, CodesConfig, numbered_codes
 from rec_jax.models.tiger import Tiger, TigerConfig
-from rec_jax.train.losses import LossConfig
+from rec_jax.objectives.token_loss import LossConfig
 from rec_jax.train.precision import PrecisionConfig
-from rec_jax.train.tables import TableConfig
+from rec_jax.tables.config import TableConfig
 
 NUM_CODES, LEVELS, MAX_LEN = 4, 3, 8
 SMALL = TigerConfig(width=8, ff_width=12, num_heads=2, num_layers=2, dropout=0.0)

@@ -11,7 +11,7 @@ import qwix
 
 from rec_jax.nn import quantized as quantized_lib
 from rec_jax.nn.dense import dense
-from rec_jax.nn.embedding import Embedding
+from rec_jax.tables.embedding import Embedding
 from rec_jax.nn.quantized import (
     FakeQuantizedInputs,
     QuantizedKernel,

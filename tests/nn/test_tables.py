@@ -12,12 +12,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from experiments.speed.collectives import collective_bytes
-from rec_jax.data.vocabulary import DynamicVocabulary
+from rec_jax.tables.vocabulary import DynamicVocabulary
 from rec_jax.mesh import MeshConfig, make_mesh, replicate
-from rec_jax.nn.embedding import MultiHash, QuotientRemainder, bag, ragged, reset_rows
-from rec_jax.nn.layouts import DimSharded, Replicated, RowSharded, shardings
-from rec_jax.nn.sparse import scale_by_rowwise_rss
-from rec_jax.nn.tables import Table, Tables
+from rec_jax.tables.embedding import MultiHash, QuotientRemainder, bag, ragged, reset_rows
+from rec_jax.tables.layouts import DimSharded, Replicated, RowSharded, shardings
+from rec_jax.tables.sparse import scale_by_rowwise_rss
+from rec_jax.tables.tables import Table, Tables
 
 B, S, K, NUM_TAG_IDS, STEPS = 16, 5, 6, 12, 3
 NUM_ITEMS, NUM_CITIES = 2999, 99

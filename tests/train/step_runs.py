@@ -12,13 +12,13 @@ from rec_jax.experiment import ExperimentConfig, Program, model_builder
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch
 from rec_jax.models.base import get_table, init_model, with_table
 from rec_jax.models.sasrec import SASRecConfig
-from rec_jax.train.augment import AugmentConfig
-from rec_jax.train.contrastive import ContrastiveConfig
+from rec_jax.objectives.augment import AugmentConfig
+from rec_jax.objectives.contrastive import ContrastiveConfig
 from rec_jax.train.loop import TrainConfig
-from rec_jax.train.losses import LossConfig
+from rec_jax.objectives.token_loss import LossConfig
 from rec_jax.train.optim import OptimConfig
 from rec_jax.train.precision import F32
-from rec_jax.train.tables import TableConfig
+from rec_jax.tables.config import TableConfig
 
 NUM_ITEMS, ROWS, LENGTH = 40, 8, 12
 

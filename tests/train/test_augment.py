@@ -11,7 +11,7 @@ from step_runs import NO_LAYERS, NUM_ITEMS, assert_close, make_batch, run
 
 from rec_jax.hashing import row_keys
 from rec_jax.models.baselines import nearest_items
-from rec_jax.train.augment import AugmentConfig, augment, segment_lengths
+from rec_jax.objectives.augment import AugmentConfig, augment, segment_lengths
 
 ROWS = 64
 BATCH = make_batch(seed=3, rows=ROWS)

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from step_runs import LENGTH, NO_LAYERS, NUM_ITEMS, assert_close, make_batch, reference, run
 
-from rec_jax.experiment import ExperimentConfig
+from rec_jax.run_config import ExperimentConfig
 from rec_jax.hashing import mix
 from rec_jax.models.base import init_model
 from rec_jax.models.bert4rec import BERT4RecConfig
 from rec_jax.models.registry import model_builder
 from rec_jax.models.sasrec import SASRecConfig
-from rec_jax.train.augment import AugmentConfig
-from rec_jax.train.contrastive import ContrastiveConfig, Views, contrastive_sum
-from rec_jax.train.losses import LossConfig
+from rec_jax.objectives.augment import AugmentConfig
+from rec_jax.objectives.contrastive import ContrastiveConfig, Views, contrastive_sum
+from rec_jax.objectives.token_loss import LossConfig
 
 ROWS = 4
 MODEL, PARAMS = init_model(

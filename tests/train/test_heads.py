@@ -9,13 +9,13 @@ import pytest
 from step_runs import LENGTH, NO_LAYERS, NUM_ITEMS, assert_close, make_batch, run
 
 from rec_jax.data.datasets import DataConfig
-from rec_jax.experiment import ExperimentConfig
+from rec_jax.run_config import ExperimentConfig
 from rec_jax.models.base import get_table, init_model, with_table
 from rec_jax.models.bert4rec import BERT4RecConfig
 from rec_jax.models.registry import model_builder
 from rec_jax.models.sasrec import SASRecConfig
 from rec_jax.train.heads import shifted, sum_over_heads
-from rec_jax.train.losses import LossConfig, loss_sum
+from rec_jax.objectives.token_loss import LossConfig, loss_sum
 
 D = 8
 CONFIG = SASRecConfig(width=D, ff_width=8, num_layers=0, num_future=3)

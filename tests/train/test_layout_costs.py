@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from rec_jax.train.losses import LossConfig
-from rec_jax.train.plan import choose_layout, ids_per_device, layout_costs
-from rec_jax.train.tables import TableConfig
+from rec_jax.objectives.token_loss import LossConfig
+from rec_jax.tables.plan import choose_layout, ids_per_device, layout_costs
+from rec_jax.tables.config import TableConfig
 
 CONFIG = TableConfig(optimizer="rowwise_adagrad", device_gbytes=1e-3)
 

@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rec_jax.data.negatives import make_sampler
+from rec_jax.objectives.negatives import make_sampler
 from rec_jax.hashing import row_keys
-from rec_jax.train.losses import LossConfig, draw_negatives, draw_shared, gbce_beta, loss_sum
+from rec_jax.objectives.token_loss import LossConfig, draw_negatives, draw_shared, gbce_beta, loss_sum
 
 NUM_ITEMS, D = 9, 4
 RNG = np.random.default_rng(0)

@@ -7,10 +7,10 @@ import pytest
 from step_runs import NO_LAYERS, assert_close, reference, run
 from test_losses import BATCH, NUM_ITEMS, TABLE, Fixed, X, by_hand, compute, softplus
 
-from rec_jax.data.negatives import make_sampler
-from rec_jax.nn.softmax import naive_softmax_cross_entropy
-from rec_jax.train.losses import LossConfig, draw_shared, loss_sum
-from rec_jax.train.popularity import mark_targets, propensity_weights, with_popularity
+from rec_jax.objectives.negatives import make_sampler
+from rec_jax.objectives.softmax import naive_softmax_cross_entropy
+from rec_jax.objectives.token_loss import LossConfig, draw_shared, loss_sum
+from rec_jax.objectives.negatives import mark_targets, propensity_weights, with_popularity
 
 COUNTS = np.array([0, 0, 1, 4, 16, 2, 8, 64, 4, 1])
 BIAS = np.log(np.maximum(COUNTS, 1) / np.maximum(COUNTS, 1)[1:].mean())  # log-popularity, but for a constant

@@ -15,7 +15,7 @@ from rec_jax.models.esasrec import ESASRecConfig
 from rec_jax.models.registry import model_builder
 from rec_jax.models.sasrec import SASRecConfig
 from rec_jax.nn.parallel import partition
-from rec_jax.train.objective import make_objective
+from rec_jax.objectives.objective import make_objective
 from rec_jax.train.precision import F32
 
 FIELDS = {"num_experts": 4, "num_heads": 4}

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from rec_jax.experiment import ExperimentConfig
+from rec_jax.run_config import ExperimentConfig
 from rec_jax.mesh import MeshConfig, make_mesh
-from rec_jax.train.losses import LossConfig
+from rec_jax.objectives.token_loss import LossConfig
 from rec_jax.train.optim import OptimConfig
-from rec_jax.train.tables import TableConfig, make_item_table
+from rec_jax.tables.config import TableConfig, make_item_table
 
 
 @pytest.mark.parametrize(
