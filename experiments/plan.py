@@ -100,13 +100,15 @@ def _bytes_per_device(program) -> int:
 
 def _compile(program):
     from experiments.speed.collectives import collective_bytes
-    from rec_jax.data.packing import FIELDS
+    from rec_jax.data.batch import Batch
     from rec_jax.report import print_table
 
     config, mesh = program.config, program.mesh
     sharding = jax.NamedSharding(mesh, jax.P("data"))
     shape = (config.train.batch_rows, config.data.max_len)
-    batch = {name: jax.ShapeDtypeStruct(shape, "int32", sharding=sharding) for name in FIELDS}
+    ids = jax.ShapeDtypeStruct(shape, "int32", sharding=sharding)
+    events = {name: ids for name in ("item", *program.model.columns)}
+    batch = Batch(events, segments=ids, positions=ids, next={"item": ids})
     compiled = program.make_step().lower(program.abstract_state(), batch).compile()
     memory = compiled.memory_analysis()
     print(

@@ -68,10 +68,10 @@ class Experiment:
         self._build = model_builder(config, self.histories.num_items, self.codes)
         self.model = define_model(self._build)
         if missing := set(self.model.columns) - {feature.name for feature in self.dataset.schema}:
-            names = " and ".join(f"data.{name}" for name in sorted(missing))
+            fields = " and ".join(sorted({"data.time" if x == "time" else "data.features" for x in missing}))
             raise ValueError(
                 f"model.type={config.model.type!r} reads {', '.join(sorted(missing))} of each event, and "
-                f"this log has none: name the column by {names}, or see how the model's config does without"
+                f"this log has none: name the column by {fields}, or see how the model's config does without"
             )
 
     def _with_layout(self, config: ExperimentConfig) -> ExperimentConfig:

@@ -9,6 +9,7 @@ from jax.extend.core import jaxprs_in_params
 from configs import common
 from experiments.speed.timing import interleaved
 from rec_jax.config import build, to_config_dict
+from rec_jax.data.batch import Batch
 from rec_jax.experiment import ExperimentConfig, Program
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch
 from rec_jax.models.registry import MODELS
@@ -71,13 +72,12 @@ def _make_step(config_class, length: int, rows: int, sizes: dict, sampled: bool 
     rng = np.random.default_rng(0)
     items = rng.integers(1, NUM_ITEMS + 1, (2, rows, length), dtype=np.int32)
     shape = (rows, length)
-    batch = {
-        "items": items[0],
-        "targets": items[1],
-        "segments": np.ones(shape, np.int32),
-        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), shape),
-        "row_ids": np.arange(rows, dtype=np.uint32),
-    }
+    batch = Batch(
+        events={"item": items[0]},
+        next={"item": items[1]},
+        segments=np.ones(shape, np.int32),
+        positions=np.broadcast_to(np.arange(length, dtype=np.int32), shape),
+    )
     batch = place_batch(batch, mesh)
     step, state = program.make_step(), program.init_state()
     work = multiply_adds(jax.make_jaxpr(step)(state, batch).jaxpr)

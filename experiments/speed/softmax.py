@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.speed.timing import interleaved, peak_run
-from rec_jax.hashing import row_keys
+from rec_jax.data.batch import Batch
 from rec_jax.objectives.negatives import make_sampler
+from rec_jax.hashing import row_keys
 from rec_jax.objectives.softmax import naive_softmax_cross_entropy, softmax_cross_entropy
 from rec_jax.objectives.token_loss import LossConfig, draw_negatives, loss_sum
 
@@ -31,11 +32,13 @@ def _measure(num_items: int, repeats: int) -> dict:
     rows, length, dim = SHAPE_BSD
     x_BSD = jnp.asarray(rng.normal(size=SHAPE_BSD), jnp.float32)
     table_VD = jnp.asarray(rng.normal(size=(num_items + 1, dim)) * 0.1, jnp.float32)
-    batch = {"targets": jnp.asarray(rng.integers(1, num_items + 1, (rows, length)), jnp.int32)}
+    targets_BS = jnp.asarray(rng.integers(1, num_items + 1, (rows, length)), jnp.int32)
+    positions_BS = jnp.broadcast_to(jnp.arange(length), (rows, length))
+    batch = Batch({"item": targets_BS}, jnp.ones_like(targets_BS), positions_BS, {"item": targets_BS})
     sampler = make_sampler("uniform", np.ones(num_items + 1))
 
     def exact(cross_entropy, every, x_BSD, table_VD):
-        targets_T = batch.next["item"].reshape(-1)
+        targets_T = batch.targets.reshape(-1)
         weights_T = (jnp.arange(targets_T.size) % every == 0).astype(jnp.float32)
         return cross_entropy(x_BSD.reshape(-1, dim), table_VD, targets_T, weights_T)
 

@@ -80,11 +80,11 @@ class Loop:
     """A number of training steps with placing of their batches: NUM_BATCHES batches in turn, long enough
     to time, waited for at the end."""
 
-    def __init__(self, step, state, batches: list[dict], place, num_devices: int):
+    def __init__(self, step, state, batches: list, place, num_devices: int):
         self._step, self._state, self._batches, self._place = step, state, batches, place
         self._num_devices = num_devices
-        self._tokens = sum(int((batch.next["item"] > 0).sum()) for batch in batches)
-        self.fill = self._tokens / sum(batch.next["item"].size for batch in batches)
+        self._tokens = sum(int((batch.targets > 0).sum()) for batch in batches)
+        self.fill = self._tokens / sum(batch.targets.size for batch in batches)
         self._ahead = collections.deque()
         self._rounds = 1
         self()  # compiles
@@ -102,7 +102,7 @@ class Loop:
             "tokens_per_step": self._tokens / len(self._batches),
             "steps_per_reading": self._rounds * len(self._batches),
             "devices": self._num_devices,
-            "batch_rows": len(self._batches[0]["items"]),
+            "batch_rows": len(self._batches[0].items),
         }
 
     def __call__(self):
@@ -143,7 +143,7 @@ def our_loop(model, params, histories, split, max_len: int, mesh, targets_U) -> 
     source = packed_source(histories, split, max_len, mesh.size, targets_U)
     optimizer = optax.adam(1e-3, b2=0.98)
     batches = [source[i] for i in range(NUM_BATCHES)]
-    rows, max_len = batches[0]["items"].shape
+    rows, max_len = batches[0].items.shape
     micro_rows = min(rows // mesh.size, max(1, MICRO_TOKENS // max_len))
     num_rows = model.abstract_params["items"]["embedding"].shape[0]
     sampler = make_sampler("uniform", np.ones(num_rows))
@@ -172,7 +172,7 @@ def loss_difference(model, params, histories, split, max_len: int) -> float:
         return loss_sum(LOSS, None, module(packed), module.item_vectors(), packed, negatives)
 
     def naive(params):
-        negatives = np.full(padded["items"].shape, negative)
+        negatives = np.full(padded.items.shape, negative)
         return bce_loss(params, padded, negatives, MODEL.num_layers, MODEL.num_heads, lambda x, site: x)
 
     (our_sum, our_count), (naive_sum, naive_count) = jax.jit(ours)(params), jax.jit(naive)(params)
@@ -201,7 +201,7 @@ def measure_loader(repeats: int) -> dict:
     for epoch_seed in range(repeats):
         source = BatchSource(histories, split, max_len=50, batch_rows=32, epochs=1, seed=epoch_seed)
         start = time.perf_counter()
-        tokens = sum(np.count_nonzero(source[i]["targets"]) for i in range(len(source)))
+        tokens = sum(np.count_nonzero(source[i].targets) for i in range(len(source)))
         sequences_per_sec.append(source.plan.users_by_len.size / (time.perf_counter() - start))
     return {
         "sequences_per_sec": float(np.median(sequences_per_sec)),

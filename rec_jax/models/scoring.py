@@ -123,8 +123,10 @@ class SequenceRanker(ScoreRanker):
             # The last token of a segment is where the next position does not continue the count.
             following = np.pad(batch.positions[:, 1:], ((0, 0), (0, 1)))
             is_last = (batch.segments > 0) & (following == 0)
-            if extra:  # before anything reads what is there: it is the event to predict
-                batch = jax.tree.map(np.asarray, batch.hide(is_last)).replace(is_query=is_last)
+            # Nothing is known of the event to predict, whatever the log has after the history.
+            batch = batch.replace(next=_without(is_last, batch.next))
+            if extra:
+                batch = batch.replace(events=_without(is_last, batch.events), is_query=is_last)
             row_Q, column_Q = np.nonzero(is_last)
             users_Q = slot_users[plan.row_starts[rows[0]] : plan.row_starts[rows[-1] + 1]]
             size = 1 << int(len(row_Q) - 1).bit_length()  # few shapes to compile
@@ -135,3 +137,8 @@ class SequenceRanker(ScoreRanker):
             x_QD = _encode(self._model, self._params, placed, self._whole, self._dims, *at)
             x_BD[users_Q] = np.asarray(x_QD)[: len(row_Q)]
         return x_BD
+
+
+def _without(tokens_BS, columns: dict) -> dict:
+    """The columns, missing at some tokens."""
+    return {name: np.where(tokens_BS, np.zeros((), x.dtype), x) for name, x in columns.items()}

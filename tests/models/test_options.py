@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from test_contracts import MAX_LEN, NUM_ITEMS, small
 
+from rec_jax.data.batch import Batch
 from rec_jax.data.datasets import DataConfig
 from rec_jax.experiment import ExperimentConfig, Program
 from rec_jax.mesh import MeshConfig, make_mesh
@@ -33,8 +34,9 @@ def test_all_options_at_once(config_class):
         **views if is_causal else {},
     )
     program = Program(config, NUM_ITEMS, make_mesh(MeshConfig(data=1)), 1, np.ones(NUM_ITEMS + 1))
-    names = ("items", "targets", "segments", "positions", *(["times"] if program.model.reads_times else []))
-    batch = {name: jax.ShapeDtypeStruct((4, MAX_LEN), np.int32) for name in names}
+    ids = jax.ShapeDtypeStruct((4, MAX_LEN), np.int32)
+    events = {name: ids for name in ("item", *program.model.columns)}
+    batch = Batch(events, segments=ids, positions=ids, next={"item": ids})
     state, metrics = jax.eval_shape(program.make_step(), program.abstract_state(), batch)
     assert metrics["loss"][0].shape == ()
     assert ("future" in state.params) == is_causal

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from packed_rows import pack
 
-from rec_jax.data.batch import Batch
 from rec_jax.data.queries import Queries
 from rec_jax.mesh import MeshConfig, make_mesh, replicate
 from rec_jax.models import scoring
@@ -57,13 +57,7 @@ def forward(batch):
 def slow(history):
     """Scores after the last MAX_LEN events of one history, alone in its row."""
     history = np.asarray(history)[-MAX_LEN:]
-    pad = (0, MAX_LEN - len(history))
-    batch = Batch(
-        events={"item": np.pad(history, pad)[None]},
-        segments=np.pad(np.ones(len(history), np.int32), pad)[None],
-        positions=np.pad(np.arange(len(history)), pad)[None],
-    )
-    return np.asarray(forward(batch))[len(history) - 1]
+    return np.asarray(forward(pack([[history]], MAX_LEN)))[len(history) - 1]
 
 
 def check(scores, histories):

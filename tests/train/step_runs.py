@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from rec_jax.compress.config import CompressConfig
+from rec_jax.data.batch import Batch
 from rec_jax.data.datasets import DataConfig
 from rec_jax.experiment import ExperimentConfig, Program, model_builder
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch
@@ -26,17 +27,17 @@ NUM_ITEMS, ROWS, LENGTH = 40, 8, 12
 def make_batch(seed=0, rows=ROWS):
     """Packed rows of several segments, some with padding behind, one all padding."""
     rng = np.random.default_rng(seed)
-    batch = {n: np.zeros((rows, LENGTH), np.int32) for n in ("items", "targets", "segments", "positions")}
+    items, targets, segments, positions = np.zeros((4, rows, LENGTH), np.int32)
     for row in range(rows - 1):
         at, segment = 0, 1
         while at < LENGTH - 2:
             length = int(rng.integers(1, LENGTH - at))
             inside = slice(at, at + length)
             walk = rng.integers(1, NUM_ITEMS + 1, length + 1)
-            batch.events["item"][row, inside], batch.next["item"][row, inside] = walk[:-1], walk[1:]
-            batch.segments[row, inside], batch.positions[row, inside] = segment, np.arange(length)
+            items[row, inside], targets[row, inside] = walk[:-1], walk[1:]
+            segments[row, inside], positions[row, inside] = segment, np.arange(length)
             at, segment = at + length, segment + 1
-    return batch
+    return Batch({"item": items}, segments, positions, {"item": targets})
 
 
 LOSSES = {

@@ -8,20 +8,21 @@ import numpy as np
 import pytest
 from step_runs import LENGTH, NO_LAYERS, NUM_ITEMS, assert_close, make_batch, run
 
+from rec_jax.data.batch import Batch
 from rec_jax.data.datasets import DataConfig
-from rec_jax.run_config import ExperimentConfig
+from rec_jax.experiment import ExperimentConfig
 from rec_jax.models.base import get_table, init_model, with_table
 from rec_jax.models.bert4rec import BERT4RecConfig
 from rec_jax.models.registry import model_builder
 from rec_jax.models.sasrec import SASRecConfig
-from rec_jax.train.heads import shifted, sum_over_heads
+from rec_jax.train.heads import sum_over_heads
 from rec_jax.objectives.token_loss import LossConfig, loss_sum
 
 D = 8
 CONFIG = SASRecConfig(width=D, ff_width=8, num_layers=0, num_future=3)
 RNG = np.random.default_rng(0)
-BATCH = {name: jnp.asarray(x) for name, x in make_batch(rows=3).items()}
-X = jnp.asarray(RNG.normal(size=(*BATCH["items"].shape, D)), jnp.float32)
+BATCH = jax.tree.map(jnp.asarray, make_batch(rows=3))
+X = jnp.asarray(RNG.normal(size=(*BATCH.items.shape, D)), jnp.float32)
 
 
 def make(**fields):
@@ -35,14 +36,14 @@ def make(**fields):
 def slow_loss(queries_BSD, table_VD, ahead=0):
     """Cross-entropy token by token, of the target `ahead` places further on in the same segment."""
     batch, total = jax.tree.map(np.asarray, BATCH), 0.0
-    rows, length = batch.events["item"].shape
+    rows, length = batch.items.shape
     for row in range(rows):
         for place in range(length - ahead):
             segment = batch.segments[row, place]
             if segment == 0 or batch.segments[row, place + ahead] != segment:
                 continue
             scores = np.asarray(table_VD, np.float64)[1:] @ np.asarray(queries_BSD[row, place], np.float64)
-            total += np.log(np.exp(scores).sum()) - scores[batch.next["item"][row, place + ahead] - 1]
+            total += np.log(np.exp(scores).sum()) - scores[batch.targets[row, place + ahead] - 1]
     return total
 
 
@@ -66,21 +67,22 @@ def test_the_loss_of_first_dims_is_that_of_smaller_vectors(l2_normalize):
     config = LossConfig(matryoshka=(2, 5))
     loss, count = fast_loss(config, module, queries, items)
     assert loss == pytest.approx(np.mean(expected), rel=1e-5)
-    assert count == np.sum(np.asarray(BATCH["targets"]) > 0)
+    assert count == np.sum(np.asarray(BATCH.targets) > 0)
 
 
 def test_shifted_targets_by_hand():
-    batch = {
-        "targets": jnp.array([[1, 2, 3, 4, 5, 6, 0]]),
-        "target_weights": jnp.array([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.0]]),
-        "segments": jnp.array([[1, 1, 1, 2, 2, 3, 0]]),
-        "items": jnp.arange(7)[None],
-    }
-    once, twice = shifted(batch, 1), shifted(batch, 2)
-    np.testing.assert_array_equal(once["targets"], [[2, 3, 0, 5, 0, 0, 0]])
-    np.testing.assert_allclose(once["target_weights"], [[0.2, 0.3, 0, 0.5, 0, 0, 0]])
-    np.testing.assert_array_equal(twice["targets"], [[3, 0, 0, 0, 0, 0, 0]])
-    assert once["items"] is batch.events["item"]
+    batch = Batch(
+        events={"item": jnp.arange(7)[None]},
+        next={"item": jnp.array([[1, 2, 3, 4, 5, 6, 0]])},
+        segments=jnp.array([[1, 1, 1, 2, 2, 3, 0]]),
+        positions=jnp.array([[0, 1, 2, 0, 1, 0, 0]]),
+        weights=jnp.array([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.0]]),
+    )
+    once, twice = batch.shift_targets(1), batch.shift_targets(2)
+    np.testing.assert_array_equal(once.targets, [[2, 3, 0, 5, 0, 0, 0]])
+    np.testing.assert_allclose(once.weights, [[0.2, 0.3, 0, 0.5, 0, 0, 0]])
+    np.testing.assert_array_equal(twice.targets, [[3, 0, 0, 0, 0, 0, 0]])
+    assert once.items is batch.items
 
 
 def test_heads_ask_for_later_items_of_the_same_history():
@@ -94,7 +96,7 @@ def test_heads_ask_for_later_items_of_the_same_history():
         expected += 0.5 * slow_loss(X + X @ kernels[ahead - 1], table, ahead)
     loss, count = fast_loss(LossConfig(future_weight=0.5), module, X, table)
     assert loss == pytest.approx(expected, rel=1e-5)
-    assert count == np.sum(np.asarray(BATCH["targets"]) > 0)
+    assert count == np.sum(np.asarray(BATCH.targets) > 0)
 
 
 def test_the_first_head_is_the_model_without_the_others():

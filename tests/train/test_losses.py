@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rec_jax.data.batch import Batch
 from rec_jax.objectives.negatives import make_sampler
 from rec_jax.hashing import row_keys
 from rec_jax.objectives.token_loss import LossConfig, draw_negatives, draw_shared, gbce_beta, loss_sum
@@ -11,11 +12,12 @@ NUM_ITEMS, D = 9, 4
 RNG = np.random.default_rng(0)
 TABLE = jnp.asarray(RNG.normal(size=(NUM_ITEMS + 1, D)), jnp.float32)
 X = jnp.asarray(RNG.normal(size=(2, 3, D)), jnp.float32)
-BATCH = {
-    "items": jnp.array([[1, 2, 3], [4, 5, 0]]),
-    "targets": jnp.array([[2, 3, 6], [5, 7, 0]]),
-    "segments": jnp.array([[1, 1, 1], [1, 1, 0]]),
-}
+BATCH = Batch(
+    events={"item": jnp.array([[1, 2, 3], [4, 5, 0]])},
+    next={"item": jnp.array([[2, 3, 6], [5, 7, 0]])},
+    segments=jnp.array([[1, 1, 1], [1, 1, 0]]),
+    positions=jnp.array([[0, 1, 2], [0, 1, 0]]),
+)
 SEED, KEYS = jnp.uint32(5), row_keys(jnp.uint32(5), jnp.arange(2))
 UNIFORM = make_sampler("uniform", np.ones(NUM_ITEMS + 1))
 
@@ -39,14 +41,14 @@ def by_hand(per_token):
     total = 0.0
     for row, place in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]:
         scores = np.asarray(TABLE, np.float64) @ np.asarray(X[row, place], np.float64)
-        total += per_token(scores, int(BATCH["targets"][row, place]))
+        total += per_token(scores, int(BATCH.targets[row, place]))
     return total
 
 
-def compute(config, sampler, x=X, table=TABLE, keys=KEYS, batch=BATCH):
-    shared = draw_shared(config, sampler, SEED, BATCH["targets"])
+def compute(config, sampler, x=X, table=TABLE, keys=KEYS):
+    shared = draw_shared(config, sampler, SEED, BATCH.targets)
     negatives = draw_negatives(config, sampler, keys, X.shape[1], shared)
-    loss, count = loss_sum(config, sampler, x, table, batch, negatives)
+    loss, count = loss_sum(config, sampler, x, table, BATCH, negatives)
     assert count == 5
     return loss
 
@@ -115,7 +117,7 @@ def test_history_may_be_left_out_of_the_negatives():
     expected = 0.0
     for row, place, drawn in [(0, 0, 7), (0, 1, 7), (0, 2, 7), (1, 0, 1), (1, 1, 1)]:
         s = np.asarray(TABLE, np.float64) @ np.asarray(X[row, place], np.float64)
-        expected += softplus(-s[BATCH["targets"][row, place]] - prior) + softplus(s[drawn] + prior)
+        expected += softplus(-s[BATCH.targets[row, place]] - prior) + softplus(s[drawn] + prior)
     assert compute(config, Fixed([1, 7])) == pytest.approx(expected, rel=1e-5)
 
 

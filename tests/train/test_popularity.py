@@ -10,7 +10,7 @@ from test_losses import BATCH, NUM_ITEMS, TABLE, Fixed, X, by_hand, compute, sof
 from rec_jax.objectives.negatives import make_sampler
 from rec_jax.objectives.softmax import naive_softmax_cross_entropy
 from rec_jax.objectives.token_loss import LossConfig, draw_shared, loss_sum
-from rec_jax.objectives.negatives import mark_targets, propensity_weights, with_popularity
+from rec_jax.objectives.negatives import propensity_weights, with_popularity
 
 COUNTS = np.array([0, 0, 1, 4, 16, 2, 8, 64, 4, 1])
 BIAS = np.log(np.maximum(COUNTS, 1) / np.maximum(COUNTS, 1)[1:].mean())  # log-popularity, but for a constant
@@ -20,7 +20,7 @@ def lossy(config, negatives=()):
     """The loss of the batch of test_losses."""
     inner = Fixed(negatives) if len(negatives) else make_sampler("uniform", COUNTS)
     sampler = with_popularity(config, inner, COUNTS)
-    return compute(config, sampler, batch=mark_targets(config, sampler, BATCH))
+    return compute(config, sampler)
 
 
 def test_weights_by_hand():
@@ -62,16 +62,15 @@ def test_discounted_scores_by_hand():
 def test_gradients_of_a_discounted_softmax_are_those_of_all_logits():
     config = LossConfig(popularity_discount=1.5, ips_power=1.0)
     sampler = with_popularity(config, None, COUNTS)
-    batch = mark_targets(config, sampler, BATCH)
-    shared = draw_shared(config, sampler, 0, BATCH["targets"])
-    weights_T = jnp.where(batch.next["item"] > 0, batch["target_weights"], 0).reshape(-1)
+    shared = draw_shared(config, sampler, 0, BATCH.targets)
+    weights_T = jnp.where(BATCH.targets > 0, sampler.weight_V[BATCH.targets], 0).reshape(-1)
 
     def slow(x, table):
         wide = jnp.concatenate([table, 1.5 * BIAS[:, None]], axis=1)
         x = jnp.pad(x.reshape(-1, x.shape[-1]), ((0, 0), (0, 1)), constant_values=1)
-        return naive_softmax_cross_entropy(x, wide, BATCH["targets"].reshape(-1), weights_T)
+        return naive_softmax_cross_entropy(x, wide, BATCH.targets.reshape(-1), weights_T)
 
-    fast = jax.grad(lambda x, t: loss_sum(config, sampler, x, t, batch, shared)[0], (0, 1))(X, TABLE)
+    fast = jax.grad(lambda x, t: loss_sum(config, sampler, x, t, BATCH, shared)[0], (0, 1))(X, TABLE)
     for a, b in zip(fast, jax.grad(slow, (0, 1))(X, TABLE), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 

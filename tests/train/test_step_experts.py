@@ -34,8 +34,8 @@ def test_the_division_into_devices_and_micro_steps_changes_nothing():
 
 
 def test_the_balance_is_added_to_the_loss_of_a_training():
-    batch = make_batch() | {"row_ids": np.arange(8, dtype=np.int32)}
-    context = {"step_seed": jnp.uint32(3), "step": 0, "frozen": None, "shared": None, "scale": 2.0}
+    batch = make_batch().replace(row_ids=np.arange(8, dtype=np.int32))
+    context = {"step_seed": jnp.uint32(3), "step": 0, "frozen": None, "shared": None}
     params, models = initial_params(mixture()), {}
     for weight in (0.0, 0.3):
         models[weight] = define_model(model_builder(mixture(balance_weight=weight), NUM_ITEMS, LENGTH))
@@ -43,19 +43,19 @@ def test_the_balance_is_added_to_the_loss_of_a_training():
     @jax.jit
     def compute(params):
         penalties = []
-        models[0.3].bind(params)(batch, row_keys(jnp.uint32(3), batch["row_ids"]), penalties=penalties)
+        models[0.3].bind(params)(batch, row_keys(jnp.uint32(3), batch.row_ids), penalties=penalties)
         objectives = [make_objective(model, LOSSES["softmax"], None, F32) for model in models.values()]
         return [objective(params, None, batch, context) for objective in objectives], penalties
 
     ((plain, _), (loss, tokens)), (penalty_B,) = compute(params)
-    np.testing.assert_allclose(loss - plain, 2.0 * np.sum(penalty_B), rtol=1e-3)
+    np.testing.assert_allclose(loss - plain, np.sum(penalty_B), rtol=1e-3)
     assert 0.3 <= np.sum(penalty_B) / tokens < 0.4  # the router begins near balance, which is 1
 
 
 @pytest.mark.parametrize("config_class", [SASRecConfig, ESASRecConfig, BERT4RecConfig])
 def test_every_layer_has_a_balance_in_training_and_none_else(config_class):
     model = define_model(model_builder(mixture(config_class, num_layers=3), NUM_ITEMS, LENGTH))
-    batch = make_batch() | {"masked": np.zeros((8, LENGTH), bool)}
+    batch = make_batch().replace(is_query=np.zeros((8, LENGTH), bool))
 
     def penalties(params, key_B):
         penalties = []
