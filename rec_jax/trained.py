@@ -19,6 +19,8 @@ from rec_jax import versions
 from rec_jax.config import build
 from rec_jax.data.schema import Feature, Schema
 from rec_jax.data.strings import Strings
+from rec_jax.data.user_histories import UserHistories, last_events
+from rec_jax.tree import pop_leaf, with_leaf
 
 FOLDER = "model"
 _CHUNK_BYTES = 2**26  # of a sharded table that are on the host at once
@@ -27,7 +29,7 @@ _USER_COLUMNS = ("offsets", "items", "times", "seen_offsets", "seen_items")
 
 @dataclass(frozen=True)
 class ShardedTable:
-    """A leaf of the parameters whose rows are placed as `nn.sharded.Placement` says."""
+    """A leaf of the parameters whose rows are placed as `tables.exchange.Placement` says."""
 
     array: jax.Array
     placement: object
@@ -41,49 +43,6 @@ class ShardedTable:
         for first in range(0, num_rows, size):
             ids = np.minimum(np.arange(first, first + size), num_rows - 1)  # one shape, compiled once
             yield np.asarray(gather(self.array, self.placement.to_physical(ids)))[: num_rows - first]
-
-
-@dataclass(frozen=True)
-class UserHistories:
-    """The last events of each user of the log: items[offsets[u]:offsets[u + 1]], oldest first.
-
-    ids: Strings[U]. items: int32[N]. times: int64[N] seconds UTC, or None. features: other columns of the
-    same events, [N] each, as in `Histories`.
-    seen_items[seen_offsets[u]:seen_offsets[u + 1]]: items that only earlier events have.
-    """
-
-    ids: Strings
-    offsets: np.ndarray
-    items: np.ndarray
-    times: np.ndarray | None
-    features: dict
-    seen_offsets: np.ndarray
-    seen_items: np.ndarray
-
-    @property
-    def columns(self) -> dict[str, np.ndarray]:
-        times = {} if self.times is None else {"time": self.times}
-        return {"item": self.items} | times | self.features
-
-
-def last_events(histories, max_len: int) -> UserHistories:
-    """What a model that reads max_len events needs of each user, and what its lists must not repeat."""
-    offsets, lengths = np.asarray(histories.offsets), np.diff(histories.offsets)
-    kept = np.minimum(lengths, max_len)
-    is_kept = np.arange(histories.num_events) >= np.repeat(offsets[1:] - kept, lengths)
-    num_rows = histories.num_items + 1
-    keys = np.repeat(np.arange(histories.num_users), lengths) * num_rows + histories.items
-    users, items = np.divmod(np.setdiff1d(keys[~is_kept], keys[is_kept]), num_rows)
-    num_seen = np.bincount(users, minlength=histories.num_users)
-    return UserHistories(
-        ids=Strings.of(histories.user_ids),
-        offsets=np.concatenate([[0], np.cumsum(kept)]),
-        items=np.asarray(histories.items)[is_kept],
-        times=None if histories.times is None else np.asarray(histories.times)[is_kept],
-        features={name: np.asarray(column)[is_kept] for name, column in histories.features.items()},
-        seen_offsets=np.concatenate([[0], np.cumsum(num_seen)]),
-        seen_items=items.astype(np.int32),
-    )
 
 
 def save(workdir, params, step: int, config: dict, dataset, codes=None, with_users: bool = True) -> None:
@@ -346,25 +305,26 @@ class TrainedModel:
                 raise ValueError(f"dims={dims}: model.type={self.model_config.type!r} scores no vectors")
             beams = num_beams or self.model_config.num_beams
             return BeamRanker(self.model, self.params, self.num_items, self.max_len, mesh, beams)
-        params, layout = self._params_on(mesh)
+        params, tables = self._params_on(mesh)
         schema = tuple(feature for feature in self.schema if feature.name in self.model.columns)
-        return SequenceRanker(self.model, params, self.max_len, mesh, layout, dims, schema)
+        return SequenceRanker(self.model, params, self.max_len, mesh, tables, dims, schema)
 
     def _params_on(self, mesh) -> tuple:
-        """(parameters, layout of the item embedding table or None), as the training evaluated them."""
+        """(parameters, tables that are not like any other or None), as the training evaluated them."""
         params, config = self.params, self.config
         if config["compress"]["quant"]["aware"] and not self.is_quantized:
             from rec_jax.compress.quant import QuantConfig, fake_quantize_params
 
             quant = build(QuantConfig, config["compress"]["quant"])
             params = fake_quantize_params(jax.tree.map(jnp.asarray, params), quant)
-        if config["table"]["layout"] != "rows" or mesh.size == 1:
+        if config["table"]["layout"] != "rows" or mesh.size == 1 or "items" not in self.model.tables:
             return params, None
-        from rec_jax.models.base import get_table, with_table
-        from rec_jax.nn.layouts import RowSharded
+        from rec_jax.tables.layouts import RowSharded
+        from rec_jax.tables.tables import Table, Tables
 
-        layout = RowSharded(self.num_items + 1, mesh)
-        return with_table(params, layout.place(get_table(params))), layout
+        path, layout = self.model.tables["items"], RowSharded(self.num_items + 1, mesh)
+        dense, array = pop_leaf(params, path)
+        return with_leaf(dense, path, layout.place(array)), Tables({"items": Table(path, layout, None)})
 
 
 def check_same_split(models: list[TrainedModel]) -> None:

@@ -14,12 +14,13 @@ from rec_jax.data.datasets import Dataset
 from rec_jax.data.histories import Histories, leave_one_out
 from rec_jax.data.schema import make_schema
 from rec_jax.data.strings import Strings
+from rec_jax.data.user_histories import last_events
 from rec_jax.mesh import MeshConfig, make_mesh
-from rec_jax.models.base import get_table, init_model, with_table
+from rec_jax.models.base import init_model
 from rec_jax.models.sasrec import SASRec, SASRecConfig
-from rec_jax.nn.layouts import RowSharded
-from rec_jax.trained import TrainedModel, last_events
-from rec_jax.tree import cast_floats
+from rec_jax.tables.layouts import RowSharded
+from rec_jax.trained import TrainedModel
+from rec_jax.tree import cast_floats, with_leaf
 
 MAX_LEN, NUM_ITEMS = 4, 300
 SECTION = {"type": "sasrec", "width": 32, "ff_width": 32}
@@ -145,8 +146,8 @@ def test_a_sharded_table_is_written_in_the_order_of_ids(params, tmp_path, monkey
     monkeypatch.setattr(trained, "_CHUNK_BYTES", 1_000)  # many chunks, the last one shorter
     mesh = make_mesh(MeshConfig(data=4, model=2))
     layout = RowSharded(NUM_ITEMS + 1, mesh)
-    table = trained.ShardedTable(layout.place(get_table(params)), layout.placement)
-    assert_same(save(tmp_path, with_table(params, table)).params, params)
+    table = trained.ShardedTable(layout.place(params["items"]["embedding"]), layout.placement)
+    assert_same(save(tmp_path, with_leaf(params, "items/embedding", table)).params, params)
 
 
 def test_the_newest_two_versions_are_kept_and_share_what_does_not_change(params, tmp_path):
