@@ -1,4 +1,4 @@
-"""The items of a catalogue as vectors, and their scores: exact ranks and the best items, wherever they are.
+"""The items of a catalogue as vectors, and their scores: exact ranks and the best items.
 
 Both come whole, or row-sharded over a mesh (see `nn/sharded.Placement`): then a device has the scores of its
 own items, and only counts and its best items travel.
@@ -226,15 +226,3 @@ class Catalogue:
             sharding = NamedSharding(self.mesh, P(None, AXES))
             scores_BV = jax.lax.with_sharding_constraint(scores_BV, sharding)
         return Scores(scores_BV, self.placement, self.mesh)
-
-    def scores_at(self, x_BD, ids_BN) -> jax.Array:
-        """f32[B, N]: the scores of given items."""
-        return self.scores(x_BD).at(ids_BN)
-
-    def rank(self, x_BD, targets_B, seen, sampled_BN=None, **options) -> Ranks:
-        """See `Scores.rank`."""
-        return self.scores(x_BD).rank(targets_B, seen, sampled_BN, **options)
-
-    def top_k(self, x_BD, k: int, exclude=None, allowed_V=None) -> tuple[jax.Array, jax.Array]:
-        """See `Scores.top_k`."""
-        return self.scores(x_BD).top_k(k, exclude, allowed_V)
