@@ -145,13 +145,13 @@ def test_a_catalogue_scores_some_items_and_the_best_without_a_ranker():
     x_BD = RNG.normal(size=(3, 8)).astype(np.float32)
     catalogue, ids_BN = Catalogue(jnp.asarray(table_VD)), np.array([[1, 5], [24, 2], [7, 7]])
     expected = np.einsum("bd,bnd->bn", x_BD, table_VD[ids_BN])
-    np.testing.assert_allclose(catalogue.scores_at(x_BD, ids_BN), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(catalogue.scores(x_BD).at(ids_BN), expected, rtol=1e-5, atol=1e-6)
     layout = RowSharded(NUM_ITEMS + 1, make_mesh(MeshConfig(data=4, model=2)))
     sharded = Catalogue(layout.place(jnp.asarray(table_VD)), layout.placement, layout.mesh)
-    np.testing.assert_allclose(sharded.scores_at(x_BD, ids_BN), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(sharded.scores(x_BD).at(ids_BN), expected, rtol=1e-5, atol=1e-6)
     order = 1 + np.argsort(-(x_BD @ table_VD.T)[:, 1:])[:, :4]
     for each in (catalogue, sharded):
-        np.testing.assert_array_equal(each.top_k(x_BD, 4)[1], order)
+        np.testing.assert_array_equal(each.scores(x_BD).top_k(4)[1], order)
 
 
 def test_one_program_gives_the_best_items_of_whole_histories():
