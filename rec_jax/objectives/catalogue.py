@@ -164,11 +164,11 @@ class _Columns:
         return self.max(values_Bv.at[rows_B1, self.of(ids_BN)].get(mode="fill", fill_value=-jnp.inf))
 
     def best(self, values_Bv, is_listed_Bv, k: int):
-        """The k best (scores, ids) of what is listed, of all devices."""
+        """The k best (scores, ids) of what is listed, of all devices; a NaN is the best of all."""
         finite_Bv = jnp.maximum(values_Bv, _LEAST)  # a listed -inf still comes before what is left out
         best_BK, id_BK = self._top_k(jnp.where(is_listed_Bv, finite_Bv, -jnp.inf), k)
-        ids_BK = jnp.where(best_BK > -jnp.inf, id_BK, 0)
-        return jnp.where(best_BK > _LEAST, best_BK, -jnp.inf), ids_BK
+        ids_BK = jnp.where(best_BK == -jnp.inf, 0, id_BK)
+        return jnp.where(best_BK <= _LEAST, -jnp.inf, best_BK), ids_BK
 
 
 class _ShardColumns(_Columns):
