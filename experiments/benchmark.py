@@ -20,7 +20,7 @@ of the tokens is asked for, and sampled (256 negatives a row). What would need m
 memory is not run.
 Suite "embedding": one update of a table of 100 thousand to 10 million rows by the gradients of 25,600
 lookups: dense optax Adam and Adagrad, which sweep the table, against optimizers that touch the looked-up
-rows, whose distinct ids the step finds (or, "host_dedupe", the loader). Bytes that must move are compared
+rows, whose distinct ids the step finds. Bytes that must move are compared
 with a copy of a large array. What would need more than 12 GiB is not run.
 Suite "sharding": 25,600 lookups, Zipf, in a table of a million rows over eight devices (on a CPU virtual
 ones): bytes sent, counted in the compiled program, and time, by plain indexing, by sums of what each device

@@ -19,31 +19,31 @@ flags.mark_flag_as_required("workdir")
 
 
 def main():
-    from rec_jax.eval.ensemble import EnsembleScorer, check_same_split
+    from rec_jax.eval.ensemble import EnsembleRanker, check_same_split
     from rec_jax.experiment import Experiment, write_json
     from rec_jax.report import print_breakdown, print_scores
 
     runs = [Experiment.open(workdir) for workdir in _WORKDIR.value]
     check_same_split(runs)
     experiment, part = runs[0], _SPLIT.value
-    scorers = {str(run.workdir): run.best_scorer(_DIMS.value) for run in runs}
+    rankers = {str(run.workdir): run.best_scorer(_DIMS.value) for run in runs}
     is_one = len(runs) == 1
-    model = next(iter(scorers.values())) if is_one else EnsembleScorer(scorers.values())
-    singles = {} if is_one else {name: experiment.evaluate(each, part) for name, each in scorers.items()}
+    model = next(iter(rankers.values())) if is_one else EnsembleRanker(rankers.values())
+    singles = {} if is_one else {name: experiment.evaluate(each, part) for name, each in rankers.items()}
     scores = {"model" if is_one else "ensemble": experiment.evaluate(model, part)}
     scores = singles | scores | experiment.evaluate_baselines(part)
     print_scores(scores, part=part)
     if is_one:
         print_breakdown(scores["model"])
     else:
-        scores["ensemble"]["over"] = _compare(experiment, model, scorers)
+        scores["ensemble"]["over"] = _compare(experiment, model, rankers)
     suffix = (f"_{_DIMS.value}dims" if _DIMS.value else "") + ("" if is_one else "_ensemble")
     path = experiment.workdir / f"evaluation_{part}{suffix}.json"
     write_json(path, scores)
     print(f"wrote {path}")
 
 
-def _compare(experiment, ensemble, scorers: dict) -> dict[str, dict]:
+def _compare(experiment, ensemble, rankers: dict) -> dict[str, dict]:
     """NDCG@10 of the ensemble over that of each run, with the interval of paired resamples and the p of a
     paired randomization test."""
     from rec_jax.eval.evaluator import per_example
@@ -52,13 +52,13 @@ def _compare(experiment, ensemble, scorers: dict) -> dict[str, dict]:
 
     config, seed = experiment.config.eval, experiment.config.seed
 
-    def values(scorer):
-        found = per_example(scorer, experiment.histories, experiment.split, _SPLIT.value, config, seed)
+    def values(ranker):
+        found = per_example(ranker, experiment.histories, experiment.split, _SPLIT.value, config, seed)
         return found["ndcg@10"], found["users"]
 
     (ours, users), over, rows = values(ensemble), {}, []
-    for name, scorer in scorers.items():
-        theirs, _ = values(scorer)
+    for name, ranker in rankers.items():
+        theirs, _ = values(ranker)
         ratio, (low, high) = bootstrap_ratio(ours, theirs, 1000, seed, users=users)
         p = paired_test(ours, theirs, 2000, seed, users)
         over[name] = {"ratio": ratio, "ratio_ci": [low, high], "p": p}

@@ -104,8 +104,8 @@ def _batch(parent, size: int) -> dict:
     for row, index in enumerate(np.random.default_rng(0).integers(0, len(ex.users), size)):
         start, end = parent.histories.offsets[ex.users[index]], ex.ends[index]
         items = parent.histories.items[max(start, end - length) : end]
-        batch["items"][row, : len(items)], batch["segments"][row, : len(items)] = items, 1
-        batch["positions"][row, : len(items)] = np.arange(len(items))
+        batch.events["item"][row, : len(items)], batch.segments[row, : len(items)] = items, 1
+        batch.positions[row, : len(items)] = np.arange(len(items))
     return jax.device_put(batch, jax.devices()[0])
 
 

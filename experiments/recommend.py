@@ -18,7 +18,7 @@ flags.mark_flag_as_required("workdir")
 
 
 def main():
-    from rec_jax.eval.ensemble import EnsembleScorer, check_same_split
+    from rec_jax.eval.ensemble import EnsembleRanker, check_same_split
     from rec_jax.experiment import Experiment
     from rec_jax.recommend import events_of, items_of, name, recommend
 
@@ -31,9 +31,9 @@ def main():
         items, times = events_of(histories, _USER.value)
     else:
         items, times = items_of(histories, _HISTORY.value), None
-    scorers = [run.best_scorer(_DIMS.value) for run in runs]
-    scorer = scorers[0] if len(scorers) == 1 else EnsembleScorer(scorers)
-    best = recommend(scorer, histories, items, times, k=_K.value, seen=_SEEN.value)
+    rankers = [run.best_scorer(_DIMS.value) for run in runs]
+    ranker = rankers[0] if len(rankers) == 1 else EnsembleRanker(rankers)
+    best = recommend(ranker, histories, items, times, k=_K.value, seen=_SEEN.value)
 
     print(f"history of {len(items)} events, the last of them:")
     for item in items[-5:]:

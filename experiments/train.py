@@ -7,7 +7,7 @@
         --config.data.user=customer --config.data.item=product --config.data.time=when
 
 Any key of the config is a flag, `--config.section.key=value`; a variant of it follows a colon. The same
-command again goes on where a stopped or killed run was. The working directory gets config.json,
+command again resumes a stopped or killed run. The working directory gets config.json,
 metrics.jsonl, tensorboard/, checkpoints/, curves.png and result.json.
 """
 
@@ -53,10 +53,10 @@ def main():
             "val": val,
             "test": test,
             "baselines": baselines,
-            "train_secs": fitted.train_secs,
-            "compile_secs": fitted.compile_secs,
-            "eval_secs": fitted.eval_secs,
-            "real_tokens_per_sec": fitted.tokens_per_sec,
+            "train_secs": fitted.progress.train_secs,
+            "compile_secs": fitted.progress.compile_secs,
+            "eval_secs": fitted.progress.eval_secs,
+            "real_tokens_per_sec": fitted.progress.tokens_per_sec,
             "steps": fitted.steps,
             "best_step": fitted.best_step,
             "stopped_by": fitted.stopped_by,

@@ -22,7 +22,7 @@ from rec_jax.experiment import Experiment, ExperimentConfig, model_builder, writ
 from rec_jax.models.base import define_model, init_model
 from rec_jax.train.losses import draw_shared
 from rec_jax.train.objective import make_objective
-from rec_jax.train.popularity import mark_targets, with_popularity
+from rec_jax.train.popularity import with_popularity
 from rec_jax.tree import cast_floats, num_params
 
 WEIGHTS = r".*(kernel|embedding)"  # all parameters but biases and norms
@@ -273,14 +273,13 @@ def training_gradients(parent: Experiment, params):
 
     @jax.jit
     def gradients(params, batch, seed):
-        context = {"step_seed": seed, "step": 0, "frozen": None, "scale": 1.0}
-        context["shared"] = draw_shared(config, sampler, seed, batch["targets"])
-        batch = mark_targets(config, sampler, batch)
+        context = {"step_seed": seed, "step": 0, "frozen": None}
+        context["shared"] = draw_shared(config, sampler, seed, batch.targets)
         return jax.grad(lambda p: objective(p, None, batch, context)[0])(params)
 
     total = jax.tree.map(jnp.zeros_like, params)
     for index, batch in enumerate(_first_batches(parent)):
-        batch["row_ids"] = jnp.arange(len(batch["items"]), dtype=jnp.int32)
+        batch = batch.replace(row_ids=jnp.arange(len(batch.segments), dtype=jnp.int32))
         total = jax.tree.map(jnp.add, total, gradients(params, batch, jnp.uint32(index)))
     return jax.device_get(total)
 

@@ -1,6 +1,7 @@
 """A run from end to end: config -> data -> model -> training -> test score. The entry points in
 `experiments/` are thin wrappers around this class."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -17,21 +18,23 @@ from rec_jax import processes
 from rec_jax.compress import artifact
 from rec_jax.compress.config import CompressConfig
 from rec_jax.compress.distill import DistillConfig
+from rec_jax.compress.prune import last_rewind
 from rec_jax.compress.quant import dequantize_params
 from rec_jax.compress.training import Compression, check_mesh, first_share_in_force
 from rec_jax.config import build
 from rec_jax.data.datasets import DataConfig, load_dataset
 from rec_jax.data.negatives import make_sampler
 from rec_jax.data.pipeline import BatchSource, make_iterator
-from rec_jax.eval.evaluator import EvalConfig, evaluate
+from rec_jax.eval.evaluator import EvalConfig, check_eval, evaluate
 from rec_jax.mesh import MeshConfig, replicate
 from rec_jax.models.base import define_model, get_table, init_model, with_table, without_table
 from rec_jax.models.baselines import BASELINES, nearest_items
-from rec_jax.models.beam import BeamScorer
+from rec_jax.models.beam import BeamRanker
+from rec_jax.models.ranker import Ranker, ScoreRanker
 from rec_jax.models.registry import MODELS, ModelConfig
 from rec_jax.models.registry import model_builder as registered_builder
 from rec_jax.models.sasrec import SASRecConfig
-from rec_jax.models.scoring import SequenceScorer
+from rec_jax.models.scoring import SequenceRanker
 from rec_jax.models.semantic_ids import CodesConfig, load_codes
 from rec_jax.nn.layouts import shardings
 from rec_jax.nn.parallel import partition
@@ -39,11 +42,10 @@ from rec_jax.train import checkpoint
 from rec_jax.train.augment import AugmentConfig
 from rec_jax.train.contrastive import ContrastiveConfig, Views
 from rec_jax.train.contrastive import check as check_views
-from rec_jax.train.dedupe import DedupingSource
 from rec_jax.train.heads import check as check_heads
-from rec_jax.train.loop import TrainConfig, fit
+from rec_jax.train.loop import TrainConfig, TrainingData, Validation, fit
 from rec_jax.train.losses import LossConfig
-from rec_jax.train.optim import OptimConfig, make_optimizer
+from rec_jax.train.optim import OptimConfig, make_optimizer, make_schedule
 from rec_jax.train.plan import LayoutCost, choose_layout, ids_per_device, layout_costs
 from rec_jax.train.popularity import with_popularity
 from rec_jax.train.precision import PrecisionConfig, kept_as
@@ -52,6 +54,7 @@ from rec_jax.train.step import init_state, make_catch_up, make_train_step, state
 from rec_jax.train.tables import TableConfig, make_item_table
 from rec_jax.train.tables import check as check_table
 from rec_jax.tree import num_params
+from rec_jax.workdir import training_lock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +79,7 @@ class ExperimentConfig:
     def __post_init__(self):
         check_table(self.table, self.loss)
         _check_generating(self)
-        check_views(self.augment, self.contrastive, self.model, self.table.host_dedupe)
+        check_views(self.augment, self.contrastive, self.model)
         check_heads(self.loss, self.model, self.data.max_len, self.compress.distill.teachers)
         if unknown := set(self.eval.baselines) - set(BASELINES):
             raise ValueError(
@@ -220,29 +223,16 @@ class Program:
             views=views if has_views else None,
         )
 
-    def prepare(self, source):
-        """The source of batches as the step wants them."""
-        config = self.config
-        if not config.table.host_dedupe:
-            return source
-        return DedupingSource(source, config.loss, self.sampler, self.item_table, config.seed)
-
     def make_catch_up(self):
         return make_catch_up(self.item_table, self.mesh, self.state_specs)
 
 
 def _check_precision(config: ExperimentConfig, touches_rows: bool) -> None:
     precision = config.precision
-    if precision.scales_loss and config.compress.prune.names:
+    if touches_rows and (precision.params, precision.optimizer) != ("f32", "f32"):
         raise ValueError(
-            "precision.compute='f16' does not go with compress.prune.names: a step that is skipped could be "
-            "one that computes masks; use bf16 (PrecisionConfig)"
-        )
-    kept_in_f32 = precision.params == precision.optimizer == "f32"
-    if touches_rows and (precision.scales_loss or not kept_in_f32):
-        raise ValueError(
-            f"precision={precision} scales the loss or keeps numbers in bf16, which spread tables and "
-            "touched rows cannot: set table.optimizer=dense and table.layout=replicated (PrecisionConfig)"
+            f"precision={precision} keeps numbers in bf16, which sharded tables and sparse updates cannot: "
+            "set table.optimizer=dense and table.layout=replicated (PrecisionConfig)"
         )
 
 
@@ -265,10 +255,11 @@ class Experiment:
         if MODELS[type(config.model)].generates:
             self.codes = load_codes(config.codes, config.data, self.dataset, self.workdir, config.seed)
         self.model = define_model(model_builder(config, self.histories.num_items, self.codes))
-        if self.model.reads_times and self.histories.times is None:
+        if missing := set(self.model.columns) - {feature.name for feature in self.dataset.schema}:
+            names = " and ".join(f"data.{name}" for name in sorted(missing))
             raise ValueError(
-                f"model.type={config.model.type!r} reads times, and this log has none: name their column by "
-                "data.time, or see the model's config for how to do without them"
+                f"model.type={config.model.type!r} reads {', '.join(sorted(missing))} of each event, and "
+                f"this log has none: name the column by {names}, or see how the model's config does without"
             )
 
     def _with_layout(self, config: ExperimentConfig) -> ExperimentConfig:
@@ -312,6 +303,11 @@ class Experiment:
             f"layout {table.layout}, optimizer {table.optimizer}"
         )
 
+    @property
+    def _schema(self):
+        """The features that the model reads."""
+        return tuple(feature for feature in self.dataset.schema if feature.name in self.model.columns)
+
     def batch_source(self) -> BatchSource:
         """The batches of all epochs, this process's part of each."""
         config = self.config
@@ -324,13 +320,21 @@ class Experiment:
             seed=config.seed,
             all_windows=config.train.all_windows,
             is_causal=self.model.is_causal,
-            reads_times=self.model.reads_times,
+            schema=self._schema,
             host=jax.process_index(),
             num_hosts=jax.process_count(),
         )
 
     def fit(self):
-        """Trains, or goes on where an earlier run in `workdir` stopped. Returns the loop's FitResult."""
+        """Trains, or resumes where an earlier session in `workdir` stopped. Returns the loop's FitResult.
+
+        Raises ValueError if another process trains there.
+        """
+        with training_lock(self.workdir) if processes.is_first() else contextlib.nullcontext():
+            return self._fit()
+
+    def _fit(self):
+        check_eval(self.config.eval, self.histories, self.split, self.config.seed)
         artifact.remove(self.workdir)  # of a run before this one
         config, source = self.config, self.batch_source()
         program = self.program(len(source), self._teachers())
@@ -338,19 +342,25 @@ class Experiment:
         path = self.workdir / "config.json"
         if not path.exists():
             write_json(path, config_json)
+        rate = make_schedule(config.optim, len(source))
         fitted = fit(
             program.init_state(self._base),
             program.make_step(self._neighbours()),
-            make_iterator(program.prepare(source)),
-            lambda params: self.evaluate(self.scorer(params), "val", quick=True),
+            TrainingData(
+                make_iterator(source),
+                source.steps_per_epoch,
+                place=lambda batch: mesh_lib.place_batch(batch, self.mesh),
+                describe=lambda step: _name_users(self.histories, source.users(step)),
+            ),
+            Validation(
+                lambda params: self.evaluate(self.scorer(params), "val", quick=True),
+                prepare=program.make_catch_up(),
+                begin=first_share_in_force(config.compress),
+            ),
             config=config.train,
-            steps_per_epoch=source.steps_per_epoch,
             workdir=self.workdir,
             run_info={"config": config_json, "split": self.split.checksum} | self._codes_info(),
-            place=lambda batch: mesh_lib.place_batch(batch, self.mesh),
-            describe_batch=lambda step: _name_users(self.histories, source.users(step)),
-            before_eval=program.make_catch_up(),
-            eval_from=first_share_in_force(config.compress),
+            learning_rate=lambda step: rate(step - last_rewind(config.compress.prune, len(source), step)),
         )
         write_json(path, config_json)  # an extended run has other epochs than the file says
         return fitted
@@ -428,19 +438,19 @@ class Experiment:
         """Those that a compressed run stored, or `trained_params`."""
         return artifact.load(self.workdir) if artifact.exists(self.workdir) else self.trained_params()
 
-    def scorer(self, params, dims: int = 0) -> SequenceScorer:
-        """params: as they lie in training. dims: see `SequenceScorer`."""
+    def scorer(self, params, dims: int = 0) -> Ranker:
+        """params: as they lie in training. dims: see `SequenceRanker`."""
         program = self.program()
         params = program.extras.final(params) if program.extras else params
         return self.plain_scorer(params, program.item_table and program.item_table.layout, dims)
 
-    def best_scorer(self, dims: int = 0) -> SequenceScorer:
+    def best_scorer(self, dims: int = 0) -> Ranker:
         """Of what a compressed run stored, or of the best parameters of the training."""
         if artifact.exists(self.workdir):
             return self.plain_scorer(artifact.load(self.workdir), dims=dims)
         return self.scorer(self.best_params(), dims)
 
-    def plain_scorer(self, params, layout=None, dims: int = 0) -> SequenceScorer:
+    def plain_scorer(self, params, layout=None, dims: int = 0) -> Ranker:
         """params: as the model takes them; layout: of the table of items, if it is spread.
 
         Raises ValueError for more dims than there are.
@@ -452,23 +462,24 @@ class Experiment:
             if dims:
                 raise ValueError(f"dims={dims}: model.type={self.config.model.type!r} scores no vectors")
             num_beams = self.config.model.num_beams
-            return BeamScorer(self.model, params, self.histories, max_len, self.mesh, num_beams)
-        return SequenceScorer(self.model, params, self.histories, max_len, self.mesh, layout, dims)
+            num_items = self.histories.num_items
+            return BeamRanker(self.model, params, num_items, max_len, self.mesh, num_beams)
+        return SequenceRanker(self.model, params, max_len, self.mesh, layout, dims, self._schema)
 
-    def evaluate(self, score_fn, part: str, *, quick: bool = False) -> dict:
+    def evaluate(self, ranker: Ranker, part: str, *, quick: bool = False) -> dict:
         """Every metric of one part; `quick` leaves out intervals and sampled protocols."""
         config = self.config.eval
         if quick:
             config = dataclasses.replace(config, bootstrap=0, sampled_negatives=0)
-        return evaluate(score_fn, self.histories, self.split, part, config, seed=self.config.seed)
+        return evaluate(ranker, self.histories, self.split, part, config, seed=self.config.seed)
 
     def evaluate_baselines(self, part: str) -> dict[str, dict]:
         """The same evaluation for every baseline, and for the oracle where the data come from a simulator."""
         names = self.config.eval.baselines
-        scorers = {name: BASELINES[name](self.histories, self.split) for name in names}
+        rankers = {name: BASELINES[name](self.histories, self.split) for name in names}
         if self.dataset.world is not None:
-            scorers["oracle"] = self.dataset.world.score_fn(self.histories)
-        return {name: self.evaluate(score_fn, part) for name, score_fn in scorers.items()}
+            rankers["oracle"] = ScoreRanker(self.dataset.world.oracle(self.histories))
+        return {name: self.evaluate(ranker, part) for name, ranker in rankers.items()}
 
 
 def _laid(array, sharding) -> jax.ShapeDtypeStruct:

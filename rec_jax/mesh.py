@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -68,12 +69,12 @@ def replicate(tree, mesh: Mesh):
     return jax.device_put(tree, NamedSharding(mesh, P()))
 
 
-def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Splits the rows of this host's part of a batch over its devices along "data".
+def place_batch(batch, mesh: Mesh):
+    """Splits the rows of this host's part of a batch, a pytree of arrays, over its devices along "data".
 
     Raises ValueError if they cannot be split evenly.
     """
-    num_rows, num_parts = len(batch["items"]), mesh.local_mesh.shape["data"]
+    num_rows, num_parts = len(jax.tree.leaves(batch)[0]), mesh.local_mesh.shape["data"]
     if num_rows % num_parts:
         raise ValueError(
             f"a batch of {num_rows} rows cannot be split over {num_parts} devices: make batch_rows a "
@@ -82,12 +83,12 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
     sharding = NamedSharding(mesh, P("data"))
     if jax.process_count() == 1:  # the same, in half the time
         return jax.device_put(batch, sharding)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+    return jax.tree.map(partial(jax.make_array_from_process_local_data, sharding), batch)
 
 
-def place_whole_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def place_whole_batch(batch, mesh: Mesh):
     """The same for a batch that every host has in whole."""
     if jax.process_count() == 1:
         return place_batch(batch, mesh)
     sharding = NamedSharding(mesh, P("data"))
-    return {k: jax.make_array_from_callback(v.shape, sharding, v.__getitem__) for k, v in batch.items()}
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), batch)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from rec_jax.data.histories import Histories
+from rec_jax.data.queries import Queries
+from rec_jax.models.ranker import Ranker
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,16 @@ def items_of(histories: Histories, item_ids: list[str]) -> np.ndarray:
     return _find(item_ids, histories.item_ids, "item")
 
 
-def recommend(scorer, histories: Histories, items, times=None, *, k: int = 10, seen: bool = False):
+def recommend(ranker: Ranker, histories: Histories, items, times=None, *, k: int = 10, seen: bool = False):
     """The k best next items after those of a history, best first, as Recommendations.
 
-    scorer: `Experiment.best_scorer()`. items: int[N], oldest first; times: their seconds, for a model that
-    reads them. seen: may items of the history come again?
+    items: int[N], oldest first; times: their seconds, for a model that reads them. seen: may items of the
+    history come again?
     """
-    scores = np.array(scorer.score_history(items, times))
-    if not seen:
-        scores[items] = -np.inf
-    best = [item for item in np.argsort(-scores, kind="stable")[:k] if scores[item] > -np.inf]
-    return [Recommendation(*name(histories, item), float(scores[item])) for item in best]
+    queries = Queries.one(items, times)
+    scores, ids = ranker.top_k(queries, k, None if seen else queries.seen())
+    best = zip(np.asarray(scores)[0], np.asarray(ids)[0], strict=True)
+    return [Recommendation(*name(histories, item), float(score)) for score, item in best if score > -np.inf]
 
 
 def name(histories: Histories, item: int) -> tuple[str, str]:

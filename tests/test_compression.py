@@ -163,8 +163,6 @@ def test_mistakes_are_named(parent, tmp_path):
         made(parent, tmp_path / "c", compress__shrink__ff_width=8, model__width=12)
     with pytest.raises(ValueError, match="masks on adapters leave the merged weights dense"):
         made(parent, tmp_path / "d", compress__lora__names=".*kernel", compress__prune__names=".*")
-    with pytest.raises(ValueError, match="does not go with compress.prune.names"):
-        made(parent, tmp_path / "e", compress__recipe="prune70", precision__compute="f16")
 
 
 @pytest.mark.parametrize(

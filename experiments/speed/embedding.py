@@ -12,7 +12,6 @@ from experiments.speed.timing import interleaved
 from rec_jax.nn.sparse import (
     catch_up_adam,
     find_rows,
-    host_dedupe,
     scale_by_rowwise_rss,
     update_rows,
 )
@@ -25,16 +24,15 @@ _RATE = 0.01
 
 _ROWWISE = optax.chain(scale_by_rowwise_rss(), optax.scale(-_RATE))
 
-# name -> (optimizer, arrays of the table's size that it changes, who finds the rows that it touches)
+# name -> (optimizer, arrays of the table's size that it changes, does it sweep all rows?)
 METHODS = {
-    "dense_adam": (optax.adam(_RATE), 3, "all rows"),
-    "dense_adagrad": (optax.adagrad(_RATE), 2, "all rows"),
-    "sgd": (optax.sgd(_RATE), 1, "device"),
-    "adagrad": (optax.adagrad(_RATE), 2, "device"),
-    "rowwise_adagrad": (_ROWWISE, 1, "device"),
-    "rowwise_adagrad_host_dedupe": (_ROWWISE, 1, "host"),
-    "lazy_adam": (optax.adam(_RATE), 3, "device"),
-    "catch_up_adam": (catch_up_adam(optax.constant_schedule(_RATE)), 3, "device"),
+    "dense_adam": (optax.adam(_RATE), 3, True),
+    "dense_adagrad": (optax.adagrad(_RATE), 2, True),
+    "sgd": (optax.sgd(_RATE), 1, False),
+    "adagrad": (optax.adagrad(_RATE), 2, False),
+    "rowwise_adagrad": (_ROWWISE, 1, False),
+    "lazy_adam": (optax.adam(_RATE), 3, False),
+    "catch_up_adam": (catch_up_adam(optax.constant_schedule(_RATE)), 3, False),
 }
 
 
@@ -66,16 +64,10 @@ def _dense_step(optimizer, table_VD, state, ids_N, grads_ND):
 
 
 def _touched_step(optimizer, table_VD, state, ids_N, grads_ND):
-    return _deduped_step(optimizer, table_VD, state, find_rows(ids_N, table_VD.shape[0]), grads_ND)
-
-
-def _deduped_step(optimizer, table_VD, state, touched, grads_ND):
     """Like the dense step without the lookup itself."""
+    touched = find_rows(ids_N, table_VD.shape[0])
     grads_UD = jnp.zeros_like(grads_ND).at[touched.place_N].add(grads_ND)
     return update_rows(optimizer, table_VD, state, touched.rows_U, grads_UD)
-
-
-_STEPS = {"all rows": _dense_step, "device": _touched_step, "host": _deduped_step}
 
 
 def _measure(num_rows: int, dim: int, repeats: int, copy_gbytes: float) -> dict:
@@ -86,21 +78,18 @@ def _measure(num_rows: int, dim: int, repeats: int, copy_gbytes: float) -> dict:
     figures, runs = {"unique_ids": num_unique}, {}
     # A dense step makes the gradient of every row besides.
     table_bytes = 4 * num_rows * dim
-    methods = {
-        name: m for name, m in METHODS.items() if (3 + (m[2] == "all rows")) * table_bytes <= MAX_BYTES
-    }
+    methods = {name: m for name, m in METHODS.items() if (3 + m[2]) * table_bytes <= MAX_BYTES}
     if not methods:
         return figures | {"left_out": f"{3 * table_bytes / 2**30:.0f} GiB of table and moments"}
     arrays = _Arrays(num_rows, dim)
-    for name, (optimizer, _, finder) in methods.items():
-        ids = host_dedupe(np.asarray(ids_N), num_rows) if finder == "host" else ids_N
-        step = jax.jit(partial(_STEPS[finder], optimizer), donate_argnums=(0, 1))
-        compiled = step.lower(*arrays.take(optimizer), ids, grads_ND).compile()
+    for name, (optimizer, _, is_dense) in methods.items():
+        step = partial(_dense_step if is_dense else _touched_step, optimizer)
+        step = jax.jit(step, donate_argnums=(0, 1))
+        compiled = step.lower(*arrays.take(optimizer), ids_N, grads_ND).compile()
         figures[f"{name}_temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
-        runs[name] = partial(arrays.update, compiled, optimizer, ids, grads_ND)
+        runs[name] = partial(arrays.update, compiled, optimizer, ids_N, grads_ND)
     secs = interleaved(runs, repeats)
-    for name, (_, num_arrays, finder) in methods.items():
-        is_dense = finder == "all rows"
+    for name, (_, num_arrays, is_dense) in methods.items():
         rows = num_rows if is_dense else num_unique
         # Gradients of the lookups read; sums of them and each array read and written.
         gbytes = (4 * NUM_LOOKUPS * dim + 8 * rows * dim * (num_arrays + is_dense)) / 1e9

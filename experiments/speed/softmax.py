@@ -35,7 +35,7 @@ def _measure(num_items: int, repeats: int) -> dict:
     sampler = make_sampler("uniform", np.ones(num_items + 1))
 
     def exact(cross_entropy, every, x_BSD, table_VD):
-        targets_T = batch["targets"].reshape(-1)
+        targets_T = batch.next["item"].reshape(-1)
         weights_T = (jnp.arange(targets_T.size) % every == 0).astype(jnp.float32)
         return cross_entropy(x_BSD.reshape(-1, dim), table_VD, targets_T, weights_T)
 

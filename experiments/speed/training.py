@@ -83,8 +83,8 @@ class Loop:
     def __init__(self, step, state, batches: list[dict], place, num_devices: int):
         self._step, self._state, self._batches, self._place = step, state, batches, place
         self._num_devices = num_devices
-        self._tokens = sum(int((batch["targets"] > 0).sum()) for batch in batches)
-        self.fill = self._tokens / sum(batch["targets"].size for batch in batches)
+        self._tokens = sum(int((batch.next["item"] > 0).sum()) for batch in batches)
+        self.fill = self._tokens / sum(batch.next["item"].size for batch in batches)
         self._ahead = collections.deque()
         self._rounds = 1
         self()  # compiles

@@ -48,7 +48,7 @@ def distill_sum(config: DistillConfig, own_loss, student, teachers, batch, negat
     widths. batch: targets int32[B, S] (0 = padding), segments. negatives: of a sampled loss, or None.
     """
     x_BSD, table_VD, hidden = student
-    targets_BS = batch["targets"]
+    targets_BS = batch.targets
     real_BS = targets_BS > 0
     if config.weight and negatives is None:
         flat = [(x.reshape(-1, x.shape[-1]), table) for x, table, _ in teachers]
@@ -163,7 +163,7 @@ def _logits(x_TD, table_VD):
 def _candidates(x_BSD, table_VD, batch, negatives, temperature):
     """Scores of the target and the negatives over the temperature, [B, S, 1 + K]; corrected like those of a
     sampled softmax, so that their softmax estimates that over the catalogue."""
-    ids_BSK, targets_BS = negatives.ids_BSK, batch["targets"]
+    ids_BSK, targets_BS = negatives.ids_BSK, batch.targets
     scores_BSK = item_scores(x_BSD, table_VD, ids_BSK) / temperature
     scores_BSK -= negatives.log_prob_BSK + math.log(ids_BSK.shape[-1])
     scores_BSK = jnp.where(ids_BSK == targets_BS[..., None], _DROPPED, scores_BSK)

@@ -109,6 +109,14 @@ def _rounds(config: PruneConfig, total_steps: int) -> tuple[np.ndarray, np.ndarr
     return np.maximum(steps, 1).astype(np.int32), shares
 
 
+def last_rewind(config: PruneConfig, total_steps: int, step: int) -> int:
+    """How many steps were done when the optimizer last began anew before a 0-based step: 0, unless rounds
+    are "iterative"."""
+    if not config.names or config.schedule != "iterative":
+        return 0
+    return int(max((done for done in _rounds(config, total_steps)[0] if done <= step), default=0))
+
+
 class PruneState(NamedTuple):
     """masks, scores and rewind are shaped as the parameters and lie on a mesh as these do."""
 

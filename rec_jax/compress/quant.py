@@ -147,7 +147,7 @@ class _Observer(ParamValue):
 def observe_inputs(model, params, batches) -> dict[str, np.ndarray]:
     """{name of a kernel: all its inputs f32[T, D]} over a few packed batches, without jit.
 
-    batches: dicts of items, segments, positions, each int32[B, S]; padding (segment 0) is left out.
+    batches: of packed rows; padding (segment 0) is left out.
     """
     params = jax.tree.map(jnp.asarray, params)
     samples = {name: [] for name in leaf_names(params) if name.endswith("kernel")}
@@ -155,7 +155,7 @@ def observe_inputs(model, params, batches) -> dict[str, np.ndarray]:
         observers = {name: _Observer(leaf) for name, leaf in leaf_names(params).items() if name in samples}
         leaves = [observers.get(name, leaf) for name, leaf in leaf_names(params).items()]
         model.bind(jax.tree.unflatten(jax.tree.structure(params), leaves))(batch)
-        is_real_T = np.asarray(batch["segments"]).reshape(-1) > 0
+        is_real_T = np.asarray(batch.segments).reshape(-1) > 0
         for name, observer in observers.items():
             samples[name] += [x[is_real_T] if len(x) == len(is_real_T) else x for x in observer.inputs]
     return {name: np.concatenate(inputs) for name, inputs in samples.items() if inputs}

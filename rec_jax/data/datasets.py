@@ -19,17 +19,18 @@ from rec_jax.data.histories import (
     temporal_cuts,
 )
 from rec_jax.data.interactions import InteractionLog, read_log
+from rec_jax.data.schema import Schema, make_schema
 from rec_jax.data.simulator import SimulatorConfig, World
-from rec_jax.data.tables import format_table
 from rec_jax.data.titles import read_titles
+from rec_jax.report import format_table
 
 _ABOUT = "prepared.json"
-_VERSION = 1  # of the files on disk and of the rules behind them; raise it when either changes
+_VERSION = 2  # of the files on disk and of the rules behind them; raise it when either changes
 _CLEANING_AND_SPLIT = (
     *("min_rating", "duplicates", "min_item_events", "min_user_events", "k_core"),
     *("split", "val_time", "test_time", "val_fraction", "test_fraction"),
 )
-_NOT_PREPARED = ("path", "max_len")  # fields that do not change what is on disk
+_NOT_PREPARED = ("path", "max_len", "context")  # fields that do not change what is on disk
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class DataConfig:
     time: str = ""
     rating: str = ""
     features: tuple[str, ...] = ()
+    context: tuple[str, ...] = ()  # features that are known when a recommendation is requested
     delimiter: str = ""
     time_unit: Literal["s", "ms", "us", "ns"] = "s"
     titles: str = ""  # a file of titles: movies.dat, a RecBole .item file, csv, tsv
@@ -91,13 +93,16 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Histories and their split. report: text tables of what was read, removed and held out. world: the
-    simulator that drew the log, or None."""
+    """Histories, their split and the schema of their features.
+
+    report: text tables of what was read, removed and held out. world: the simulator that drew the log, or
+    None."""
 
     histories: Histories
     split: Split
     report: list[str]
     world: World | None
+    schema: Schema = ()
 
 
 def load_dataset(config: DataConfig, directory: Path | str) -> Dataset:
@@ -128,13 +133,13 @@ def prepare_dataset(config: DataConfig, directory: Path | str) -> tuple[Dataset,
     world = World(config.sim) if config.format == "simulator" else None
     path = _source(config)
     if path and Path(path).is_dir():
-        return _load(Path(path), _about_of_directory(config, Path(path)), world), False
+        return _load(Path(path), _about_of_directory(config, Path(path)), world, config.context), False
     fingerprint = _fingerprint(config, path)
     about = _read_about(directory)
     is_new = about is None or about["fingerprint"] != fingerprint
     if is_new:
         about = _prepare(config, path, world, directory, fingerprint)
-    return _load(directory, about, world), is_new
+    return _load(directory, about, world, config.context), is_new
 
 
 def resolve_path(path: str, name: str) -> Path:
@@ -218,7 +223,7 @@ def _about_of_directory(config: DataConfig, path: Path) -> dict[str, Any]:
     return about
 
 
-def _load(directory: Path, about: dict[str, Any], world: World | None) -> Dataset:
+def _load(directory: Path, about: dict[str, Any], world: World | None, context: tuple) -> Dataset:
     if about["fingerprint"]["version"] != _VERSION:
         raise ValueError(f"{directory} was prepared by another version of rec_jax: prepare the data again")
     try:
@@ -226,7 +231,7 @@ def _load(directory: Path, about: dict[str, Any], world: World | None) -> Datase
         split = Split.load(directory / "split", histories)
     except (OSError, KeyError, ValueError) as error:
         raise _damaged(directory, error) from error
-    return Dataset(histories, split, about["report"], world)
+    return Dataset(histories, split, about["report"], world, make_schema(histories, split, context))
 
 
 def _prepare(config, path: str, world, directory: Path, fingerprint) -> dict[str, Any]:
@@ -295,9 +300,9 @@ def _report(log, cleaning: CleaningReport, histories: Histories, split: Split, w
     rows = [(x, _iso(value) if x.endswith(" time") else value) for x, value in split.notes.items()]
     return [
         "\n".join(("Reading", *source)),
-        format_table("Cleaning", CleaningReport.HEADER, cleaning.rows),
-        format_table("Histories", ("what", "count"), list(about.items())),
-        format_table(f"Split: {split.kind}", ("what", "count"), rows) + f"\nchecksum {split.checksum}",
+        "Cleaning\n" + format_table(CleaningReport.HEADER, cleaning.rows),
+        "Histories\n" + format_table(("what", "count"), about.items()),
+        f"Split: {split.kind}\n{format_table(('what', 'count'), rows)}\nchecksum {split.checksum}",
     ]
 
 

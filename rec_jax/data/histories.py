@@ -21,7 +21,8 @@ class Histories:
     items: int32[N] in 1..V, an array or a memory map. times: int64[N] seconds UTC, or None.
     offsets: int64[U + 1]. user_ids: str[U] and item_ids: str[V + 1] are the ids of the log;
     item_ids[0] == "" is padding. titles: item id -> title, where known. features: other columns of the
-    events, [N] each. notes: what sorting met.
+    events, [N] each: numbers as float64 with NaN where missing, texts as int32 codes of feature_values, 0
+    where missing. notes: what sorting met.
     """
 
     items: np.ndarray
@@ -31,6 +32,7 @@ class Histories:
     item_ids: np.ndarray
     titles: dict[str, str] = field(default_factory=dict)
     features: dict[str, np.ndarray] = field(default_factory=dict)
+    feature_values: dict[str, tuple[str, ...]] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -45,6 +47,12 @@ class Histories:
     def num_events(self) -> int:
         return len(self.items)
 
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        """All columns of the events by name: "item", "time" where the log has times, and the features."""
+        times = {} if self.times is None else {"time": self.times}
+        return {"item": self.items} | times | self.features
+
     def save(self, directory: Path) -> None:
         """Writes the arrays, all or nothing; `load` maps them into memory."""
         with replaced_directory(Path(directory), "vocabulary.json") as new:
@@ -53,15 +61,13 @@ class Histories:
             if self.times is not None:
                 np.save(new / "times.npy", self.times)
             for i, column in enumerate(self.features.values()):
-                if column.dtype == object:
-                    (new / f"feature_{i}.json").write_text(json.dumps(column.tolist()))
-                else:
-                    np.save(new / f"feature_{i}.npy", column)
+                np.save(new / f"feature_{i}.npy", column)
             about = {
                 "user_ids": [str(x) for x in self.user_ids],
                 "item_ids": [str(x) for x in self.item_ids],
                 "titles": self.titles,
                 "features": list(self.features),
+                "feature_values": self.feature_values,
                 "notes": self.notes,
             }
             (new / "vocabulary.json").write_text(json.dumps(about))
@@ -74,10 +80,6 @@ class Histories:
         def mapped(name: str) -> np.ndarray:
             return np.load(directory / f"{name}.npy", mmap_mode="r")
 
-        def feature(name: str) -> np.ndarray:
-            text = directory / f"{name}.json"
-            return np.array(json.loads(text.read_text()), object) if text.exists() else mapped(name)
-
         return cls(
             items=mapped("items"),
             times=mapped("times") if (directory / "times.npy").exists() else None,
@@ -85,7 +87,8 @@ class Histories:
             user_ids=np.array(about["user_ids"], object),
             item_ids=np.array(about["item_ids"], object),
             titles=about["titles"],
-            features={name: feature(f"feature_{i}") for i, name in enumerate(about["features"])},
+            features={name: mapped(f"feature_{i}") for i, name in enumerate(about["features"])},
+            feature_values={name: tuple(values) for name, values in about["feature_values"].items()},
             notes=about["notes"],
         )
 
@@ -144,9 +147,22 @@ def build_histories(log, titles: dict[str, str] | None = None) -> Histories:
         user_ids=log.user_ids,
         item_ids=log.item_ids,
         titles={x: titles[x] for x in log.item_ids.tolist() if x in titles},
-        features={name: column[order] for name, column in log.features.items()},
         notes=notes,
+        **_features(log, order),
     )
+
+
+def _features(log, order) -> dict[str, dict]:
+    """The features of the log in that order of events, texts as codes in the order of their alphabet."""
+    features, feature_values = {}, {}
+    for name, column in log.features.items():
+        features[name] = column[order]
+        if column.dtype == object:
+            values, codes = np.unique(column[order].astype(str), return_inverse=True)
+            is_first_missing = len(values) > 0 and values[0] == ""
+            feature_values[name] = ("", *values[is_first_missing:].tolist())
+            features[name] = (codes + (not is_first_missing)).astype(np.int32)
+    return {"features": features, "feature_values": feature_values}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rec_jax.data.batch import Batch
+from rec_jax.data.schema import Schema
+
 
 @dataclass(frozen=True)
 class PackingPlan:
@@ -82,16 +85,13 @@ def shuffled_users(plan: PackingPlan, rng: np.random.Generator) -> np.ndarray:
     return users
 
 
-def fill_rows(
-    items, plan: PackingPlan, rows, slot_users, ends, num_rows: int, *, times=None
-) -> dict[str, np.ndarray]:
-    """Builds packed rows.
+def fill_rows(columns: dict, plan: PackingPlan, rows, slot_users, ends, num_rows: int, schema: Schema = ()):
+    """Builds a `Batch` of packed rows, of NumPy arrays.
 
-    items: all events, CSR order. rows: int[R] row numbers of the plan, R <= num_rows. slot_users: the
-    user of each slot. ends: int64[U], the absolute index just behind each user's last input; the targets
-    are the inputs moved on by one. times: int64 seconds of all events, if the model reads them.
-    Returns items, targets, segments and positions, each int32[num_rows, row_len], and times, if given, in
-    seconds since the first event of the segment. What is not filled is 0.
+    columns: {"item": int32[N], and a column for each feature of the schema}, all events, CSR order. rows:
+    int[R] row numbers of the plan, R <= num_rows. slot_users: the user of each slot. ends: int64[U], the
+    absolute index just after each user's last input; the targets are the inputs moved on by one. What is not
+    filled is 0.
     """
     first, counts = plan.row_starts[rows], np.diff(plan.row_starts)[rows]
     slots = _ranges(first, counts)
@@ -101,23 +101,32 @@ def fill_rows(
     first_of_row = np.cumsum(counts) - counts
     in_row = starts - starts[first_of_row][row_of_slot]
     into = _ranges(row_of_slot * plan.row_len + in_row, lengths)
-    # A row may end with a token that is asked for, where the log has no event.
-    source = np.minimum(_ranges(ends[slot_users[slots]] - lengths, lengths), len(items) - 1)
+    # A row may end with a query token, where the log has no event.
+    last = len(columns["item"]) - 1
+    source = np.minimum(_ranges(ends[slot_users[slots]] - lengths, lengths), last)
+    following = np.minimum(source + 1, last)
     segment = np.arange(len(slots)) - first_of_row[row_of_slot] + 1
 
-    batch = {name: np.zeros((num_rows, plan.row_len), np.int32) for name in FIELDS}
-    batch["items"].reshape(-1)[into] = items[source]
-    batch["targets"].reshape(-1)[into] = items[np.minimum(source + 1, len(items) - 1)]
-    batch["segments"].reshape(-1)[into] = np.repeat(segment, lengths)
-    batch["positions"].reshape(-1)[into] = _ranges(np.zeros_like(lengths), lengths)
-    if times is not None:
-        since = times[source] - np.repeat(times[source[starts]], lengths)
-        batch["times"] = np.zeros((num_rows, plan.row_len), np.int32)
-        batch["times"].reshape(-1)[into] = np.minimum(since, np.iinfo(np.int32).max)  # 68 years
-    return batch
+    def filled(values, dtype=np.int32):
+        array = np.zeros((num_rows, plan.row_len), dtype)
+        array.reshape(-1)[into] = values
+        return array
 
+    def at(feature, tokens):
+        values = columns[feature.name][tokens]
+        if feature.kind == "time":  # seconds since the first event of the segment, 68 years at most
+            values = values - np.repeat(columns[feature.name][source[starts]], lengths)
+            values = np.minimum(values, np.iinfo(np.int32).max)
+        return filled(feature.encode(values), feature.dtype)
 
-FIELDS = ("items", "targets", "segments", "positions")
+    return Batch(
+        events={"item": filled(columns["item"][source])} | {f.name: at(f, source) for f in schema},
+        next={"item": filled(columns["item"][following])}
+        | {f.name: at(f, following) for f in schema if not f.is_outcome},
+        segments=filled(np.repeat(segment, lengths)),
+        positions=filled(_ranges(np.zeros_like(lengths), lengths)),
+        schema=schema,
+    )
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ import grain.python as grain
 import numpy as np
 
 from rec_jax.data.packing import fill_rows, plan_packing, shuffled_users
+from rec_jax.data.schema import Schema
 
 
 class BatchSource:
@@ -18,7 +19,7 @@ class BatchSource:
     rows of an epoch are spread evenly over its steps, so a batch may hold a few empty rows.
 
     is_causal=False: items end with the last training event instead of the one before it, and targets are the
-    items themselves, for models that foretell what is masked. reads_times: batches have times.
+    items themselves, for models that predict what is masked. schema: the features that batches have.
     """
 
     def __init__(
@@ -32,14 +33,13 @@ class BatchSource:
         seed: int,
         all_windows: bool = False,
         is_causal: bool = True,
-        reads_times: bool = False,
+        schema: Schema = (),
         host: int = 0,
         num_hosts: int = 1,
     ):
         if batch_rows % num_hosts:
             raise ValueError(f"batch_rows={batch_rows} must be divisible by {num_hosts} hosts (TrainConfig)")
-        self._items, self._is_causal = histories.items, is_causal
-        self._times = histories.times if reads_times else None
+        self._columns, self._schema, self._is_causal = histories.columns, schema, is_causal
         lengths = np.asarray(split.train_end) - histories.offsets[:-1] - is_causal
         if not is_causal:  # a single event tells nothing of itself
             lengths = np.where(lengths < 2, 0, lengths)
@@ -60,11 +60,9 @@ class BatchSource:
         per_host = self._batch_rows // self._num_hosts
         mine = rows[self._host * per_host : (self._host + 1) * per_host]
         batch = fill_rows(
-            self._items, self.plan, mine, slot_windows, self._window_end, per_host, times=self._times
+            self._columns, self.plan, mine, slot_windows, self._window_end, per_host, self._schema
         )
-        if not self._is_causal:
-            batch["targets"] = batch["items"]
-        return batch
+        return batch if self._is_causal else batch.with_targets(batch.items)
 
     def users(self, step: int) -> np.ndarray:
         """The users (row numbers of the histories) whose events are in the batch of a step."""

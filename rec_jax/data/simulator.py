@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rec_jax.data.interactions import InteractionLog
+from rec_jax.data.queries import Queries
 
 
 @dataclass(frozen=True)
@@ -108,38 +109,51 @@ class World:
             item_ids=np.array(["", *(f"i{item}" for item in range(1, config.num_items + 1))]),
         )
 
-    def next_item_probs(self, histories_BS: np.ndarray) -> np.ndarray:
-        """P(next item | history), exactly: f64[B, V + 1].
+    def next_item_probs(self, queries: Queries, world_item_V=None) -> np.ndarray:
+        """P(next item | history), exactly: f64[B, V + 1]. Histories with one start share one pass.
 
-        histories_BS: int[B, S], oldest first, padded behind with 0. Source: the forward algorithm,
-        Rabiner 1989, eq. 19 to 20.
+        world_item_V: int[V + 1], this world's number of each item of the queries, where they are numbered
+        otherwise. Source: the forward algorithm, Rabiner 1989, eq. 19 to 20.
         """
-        belief_BZ = np.tile(self.start_Z, (len(histories_BS), 1))  # of the interest behind the next event
-        for items_B in histories_BS.T:
-            real_B = items_B > 0
-            posterior_BZ = belief_BZ * self.emission(items_B)
-            posterior_BZ /= np.maximum(posterior_BZ.sum(axis=1, keepdims=True), 1e-300)
-            belief_BZ = np.where(real_B[:, None], posterior_BZ @ self.transition_ZZ, belief_BZ)
+        starts_G, group_B = np.unique(queries.starts, return_inverse=True)
+        lengths_G = np.zeros(len(starts_G), np.int64)
+        np.maximum.at(lengths_G, group_B, queries.lengths)
+        longest_first = np.argsort(-lengths_G, kind="stable")
+        starts_G, lengths_G, row_G = (
+            starts_G[longest_first],
+            lengths_G[longest_first],
+            np.argsort(longest_first),
+        )
+        by_length = np.argsort(queries.lengths, kind="stable")
+        steps = np.arange(lengths_G[0] + 1)
+        num_done = np.searchsorted(queries.lengths[by_length], steps, side="right")
+        num_active = np.searchsorted(-lengths_G, -steps)
+        belief_GZ = np.tile(self.start_Z, (len(starts_G), 1))  # of the interest of the next event
+        belief_BZ = np.empty((len(queries), len(self.start_Z)))
+        for step in steps[:-1]:
+            active = num_active[step]
+            items = queries.columns["item"][starts_G[:active] + step]
+            items = items if world_item_V is None else world_item_V[items]
+            posterior_GZ = belief_GZ[:active] * self.emission(items)
+            posterior_GZ /= np.maximum(posterior_GZ.sum(axis=1, keepdims=True), 1e-300)
+            belief_GZ[:active] = posterior_GZ @ self.transition_ZZ
+            ended = by_length[num_done[step] : num_done[step + 1]]
+            belief_BZ[ended] = belief_GZ[row_G[group_B[ended]]]
         # Of the two interests of an item; one that is both counts once.
         per_total_BZ = belief_BZ / self.total_Z
         share_V = np.where(self.first_V == self.second_V, 0.0, 0.5)
         both_BV = per_total_BZ[:, self.first_V] + share_V * per_total_BZ[:, self.second_V]
         return both_BV * self.popularity_V
 
-    def score_fn(self, histories):
-        """The oracle as a scorer of `histories`, a data set sampled from this world.
+    def oracle(self, histories):
+        """Queries -> f32[B, V + 1]: the best scores there are for histories of a log sampled from this world.
 
-        It is the best there is only when no item is filtered out: items repeat in this world. The ids of
-        `histories` may be renumbered: names like i17 lead back to this world's items.
+        They are the best only when no item is filtered out: items repeat in this world. The log may number
+        items otherwise: names like i17 lead back to this world's items.
         """
         world_item_V = np.array([0, *(int(name[1:]) for name in histories.item_ids[1:])])
 
-        def score_fn(users, ends):
-            starts = histories.offsets[users]
-            lengths = np.asarray(ends) - starts
-            padded_BS = np.zeros((len(users), int(lengths.max())), np.int64)
-            for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
-                padded_BS[row, : end - start] = world_item_V[histories.items[start:end]]
-            return self.next_item_probs(padded_BS)[:, world_item_V].astype(np.float32)
+        def scores(queries):
+            return self.next_item_probs(queries, world_item_V)[:, world_item_V].astype(np.float32)
 
-        return score_fn
+        return scores

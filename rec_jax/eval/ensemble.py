@@ -2,41 +2,26 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from rec_jax.nn.sharded import SpreadScores
+from rec_jax.data.queries import Queries
+from rec_jax.models.ranker import ScoreRanker
+from rec_jax.nn.catalogue import Scores
 
 
-class EnsembleScorer:
-    """A scorer like each of `scorers`, of the mean of their scores, which are first brought to mean 0 and
-    variance 1 over the catalogue, history by history.
+class EnsembleRanker(ScoreRanker):
+    """Ranks by the mean of the scores of several rankers, each first brought to mean 0 and variance 1 over
+    the catalogue, history by history.
 
     The mean of log-probabilities would rank like the mean of raw scores, for the normaliser of a softmax is
     the same for all items: a run with larger scores, by its temperature or its loss, would outvote others.
     """
 
-    def __init__(self, scorers):
-        self._scorers = list(scorers)
+    def __init__(self, rankers):
+        self._rankers = list(rankers)
 
-    def __call__(self, users: np.ndarray, ends: np.ndarray) -> jax.Array:
-        """f32[B, V + 1] on one device, column 0 (padding) -inf."""
-        return sum(_standardised(_whole(scorer(users, ends))) for scorer in self._scorers) / len(
-            self._scorers
-        )
-
-    def score_history(self, items: np.ndarray, times: np.ndarray | None = None) -> jax.Array:
-        """f32[V + 1]; see `SequenceScorer.score_history`."""
-        each = (_standardised(scorer.score_history(items, times)[None])[0] for scorer in self._scorers)
-        return sum(each) / len(self._scorers)
-
-
-def _whole(scores) -> jax.Array:
-    if not isinstance(scores, SpreadScores):
-        return scores
-    whole = NamedSharding(scores.mesh, P())
-    return jax.jit(SpreadScores.in_order, out_shardings=whole)(scores).addressable_data(0)
+    def scores(self, queries: Queries) -> Scores:
+        each = (_standardised(ranker.scores(queries).whole()) for ranker in self._rankers)
+        return Scores(sum(each) / len(self._rankers))
 
 
 @jax.jit
@@ -49,18 +34,19 @@ def _standardised(scores_BV):
 
 
 def check_same_split(experiments) -> None:
-    """Raises ValueError for runs that were trained on different splits, which may have seen each other's test
-    part, and for one that does not score every item."""
+    """Raises ValueError where several runs were trained on different splits, which may have seen each other's
+    test part, or one of them does not score every item."""
+    if len(experiments) == 1:
+        return
     first = experiments[0]
-    for experiment in experiments:
-        if experiment.model.generates:
+    for other in experiments:
+        if other.model.generates:
             raise ValueError(
-                f"--workdir: {experiment.workdir} (model.type={experiment.config.model.type!r}) scores only "
-                "what its search finds, which has no mean with others: leave it out"
+                f"--workdir: {other.workdir} (model.type={other.config.model.type!r}) scores only what its "
+                "search finds, which has no mean with others: evaluate it alone"
             )
-    for other in experiments[1:]:
         if other.split.checksum != first.split.checksum:
             raise ValueError(
-                f"--workdir: {other.workdir} learnt from split {other.split.checksum}, {first.workdir} from "
+                f"--workdir: {other.workdir} was trained on split {other.split.checksum}, {first.workdir} on "
                 f"{first.split.checksum}: name runs of one split"
             )

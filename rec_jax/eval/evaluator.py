@@ -1,23 +1,19 @@
-"""Full-catalogue evaluation of anything that scores items."""
+"""Full-catalogue evaluation of any ranker."""
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from rec_jax.data.histories import Examples, examples
+from rec_jax.data.queries import Queries
 from rec_jax.eval import metrics as M
-from rec_jax.nn.sharded import AXES, SpreadScores, shard_index, sharded_top_k
+from rec_jax.models.baselines import check_ease
+from rec_jax.models.ranker import Ranker
+from rec_jax.nn.catalogue import Ranks
 
-# score_fn(users int[B], ends int[B]) -> f32[B, V + 1]: scores of the event after each history
-# items[offsets[user]:end]; column 0 is padding and is not read. Or SpreadScores.
-ScoreFn = Callable[[np.ndarray, np.ndarray], jax.Array]
+_BYTES_OF_EVENT = 16  # of a history in a tile, about as much as a few scores
 
 
 @dataclass(frozen=True)
@@ -28,7 +24,7 @@ class EvalConfig:
     sampled_negatives: int = 0  # the SASRec paper's protocol, to reproduce its table; 0 = off
     baselines: tuple[str, ...] = ("popularity", "bigram", "item_knn")  # shown beside the model
     max_examples: int = 0  # so many are drawn, by the seed of the run; 0 = all
-    batch_bytes: int = 2**25  # size of the tile of scores, [B, V + 1] f32
+    batch_bytes: int = 2**25  # size of a tile of scores, [B, V + 1] f32, and of its histories
 
     def __post_init__(self):
         if not self.ks or min(self.ks) < 1:
@@ -40,156 +36,77 @@ class EvalConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 (off) or more (EvalConfig)")
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """Where the target of each example stands, int[E]: items above it and items level with it (itself
-    included), with seen items left out (`greater`, `equal`) or in; top_EK: the best unseen (or all), 0
-    where none is left."""
-
-    greater: np.ndarray
-    equal: np.ndarray
-    greater_unfiltered: np.ndarray
-    equal_unfiltered: np.ndarray
-    top_EK: np.ndarray
-    sampled_greater: np.ndarray | None = None
-    sampled_equal: np.ndarray | None = None
+def check_eval(config: EvalConfig, histories, split, seed: int = 0) -> None:
+    """Raises every ValueError that a later evaluation of either part would raise, so that a training that
+    cannot be evaluated is refused before its first step."""
+    for part in ("val", "test"):
+        ex = _drawn(_held_out(histories, split, part), config.max_examples, seed)
+        if config.sampled_negatives:
+            _check_sampled(histories, ex.users, config.sampled_negatives)
+    if "ease" in config.baselines:
+        check_ease(histories.num_items)
 
 
-def _count_rows(*masks_BV):
-    """How often each mask holds in each row. One pass: XLA:CPU takes ten times as long over several sums."""
-    zeros = (jnp.int32(0),) * len(masks_BV)
-    masks_BV = tuple(mask.astype(jnp.int32) for mask in masks_BV)
-    return jax.lax.reduce(masks_BV, zeros, lambda sums, more: tuple(map(jnp.add, sums, more)), (1,))
+def _held_out(histories, split, part: str) -> Examples:
+    ex = examples(histories, split, part)
+    if len(ex.users) == 0:
+        raise ValueError(f"the {part} part of the split has no example: nothing to evaluate")
+    return ex
 
 
-def _count(scores_BV, target_B1, is_item_V, target_B, seen_rows_P, seen_P):
-    """Counts over the given columns, and which of them are unseen items. target_B, seen_P: columns; those
-    beyond the array are dropped.
-
-    Items are left out by a mask, not by a score of -inf: a model may give that score itself, and is then
-    tied with its own like any other.
-    """
-    is_item_BV = jnp.broadcast_to(is_item_V, scores_BV.shape)
-    is_unseen_BV = is_item_BV.at[seen_rows_P, seen_P].set(False, mode="drop")
-    is_unseen_BV = is_unseen_BV.at[jnp.arange(len(target_B)), target_B].set(
-        True, mode="drop"
-    )  # also a repeat
-    above_BV, level_BV = scores_BV > target_B1, scores_BV == target_B1
-    counts = _count_rows(
-        above_BV & is_unseen_BV,
-        level_BV & is_unseen_BV,
-        above_BV & is_item_BV,
-        level_BV & is_item_BV,
-        jnp.isnan(scores_BV) & is_item_BV,
-    )
-    return counts, is_unseen_BV, is_item_BV
+def _drawn(ex: Examples, num: int, seed: int) -> Examples:
+    """`num` of the examples in their order, or all where that is 0 or more than there are."""
+    if not 0 < num < len(ex.users):
+        return ex
+    drawn = np.sort(np.random.default_rng(seed).choice(len(ex.users), num, replace=False))
+    return dataclasses.replace(ex, users=ex.users[drawn], ends=ex.ends[drawn], targets=ex.targets[drawn])
 
 
-@partial(jax.jit, static_argnames=("top_k", "filter_seen"))
-def _rank(scores_BV, targets_B, seen_rows_P, seen_items_P, *, top_k, filter_seen):
-    """Counts and best items of one tile. seen_*_P: padded pairs; a pair of row B is outside and dropped."""
-    scores_BV = scores_BV.astype(jnp.float32)
-    rows_B = jnp.arange(scores_BV.shape[0])
-    target_B1 = scores_BV[rows_B, targets_B][:, None]
-    is_item_V = jnp.arange(scores_BV.shape[1]) > 0
-    (*counts, num_bad_B), is_unseen_BV, is_item_BV = _count(
-        scores_BV, target_B1, is_item_V, targets_B, seen_rows_P, seen_items_P
-    )
-    is_listed_BV = is_unseen_BV if filter_seen else is_item_BV
-    finite_BV = jnp.maximum(scores_BV, jnp.finfo(jnp.float32).min)  # still before what is left out
-    top_BK = jax.lax.top_k(jnp.where(is_listed_BV, finite_BV, -jnp.inf), top_k)[1]
-    top_BK = jnp.where(is_listed_BV[rows_B[:, None], top_BK], top_BK, 0)  # fewer than top_k are left
-    return (*counts, top_BK), num_bad_B > 0
+def rank_examples(ranker: Ranker, histories, ex: Examples, config: EvalConfig, seed: int = 0) -> Ranks:
+    """The exact place of every target in the whole catalogue, as NumPy arrays; a tile of examples at a time,
+    which bounds memory whatever the histories.
 
-
-@partial(jax.jit, static_argnames=("top_k", "filter_seen"))
-def _rank_spread(spread: SpreadScores, targets_B, seen_rows_P, seen_items_P, *, top_k, filter_seen):
-    """The same where each device has the scores of some items: counts and the best of each travel."""
-    placement = spread.placement
-
-    def part(scores_Bv, target_B, seen_rows_P, seen_P):
-        size = scores_Bv.shape[1]
-        first = shard_index() * size
-
-        def here(rows):
-            return jnp.where((rows >= first) & (rows < first + size), rows - first, size)
-
-        target_B = here(target_B)
-        own_B = scores_Bv.at[jnp.arange(len(target_B)), target_B].get(mode="fill", fill_value=-jnp.inf)
-        target_B1 = jax.lax.pmax(own_B, AXES)[:, None]
-        is_item_v = placement.is_real(first + jnp.arange(size))
-        counts, is_unseen_Bv, is_item_Bv = _count(
-            scores_Bv, target_B1, is_item_v, target_B, seen_rows_P, here(seen_P)
-        )
-        is_listed_Bv = is_unseen_Bv if filter_seen else is_item_Bv
-        finite_Bv = jnp.maximum(scores_Bv, jnp.finfo(jnp.float32).min)
-        best_BK, row_BK = sharded_top_k(jnp.where(is_listed_Bv, finite_Bv, -jnp.inf), top_k)
-        top_BK = jnp.where(best_BK > -jnp.inf, placement.to_ids(row_BK), 0)
-        return *jax.lax.psum(counts, AXES), top_BK
-
-    targets_B, seen_items_P = placement.to_physical(targets_B), placement.to_physical(seen_items_P)
-    *counts, num_bad_B, top_BK = jax.shard_map(
-        part, mesh=spread.mesh, in_specs=(P(None, AXES), P(), P(), P()), out_specs=P(), check_vma=False
-    )(spread.scores_BV, targets_B, seen_rows_P, seen_items_P)
-    return (*counts, top_BK), num_bad_B > 0
-
-
-@jax.jit
-def _rank_sampled(scores, targets_B, negatives_BK):
-    mesh = None
-    if isinstance(scores, SpreadScores):
-        targets_B, negatives_BK = (scores.placement.to_physical(x) for x in (targets_B, negatives_BK))
-        scores, mesh = scores.scores_BV, scores.mesh
-    rows_B = jnp.arange(scores.shape[0])[:, None]
-    chosen_BK = scores[rows_B, jnp.concatenate([targets_B[:, None], negatives_BK], axis=1)]
-    if mesh is not None:  # every process is to read the counts
-        chosen_BK = jax.lax.with_sharding_constraint(chosen_BK, NamedSharding(mesh, P()))
-    target_B1, sampled_BK = chosen_BK[:, :1], chosen_BK[:, 1:]
-    return jnp.sum(sampled_BK > target_B1, -1), 1 + jnp.sum(sampled_BK == target_B1, -1)
-
-
-def rank_examples(score_fn: ScoreFn, histories, ex: Examples, config: EvalConfig, seed: int = 0) -> Ranks:
-    """The exact place of every target in the whole catalogue, a tile of users at a time.
-
-    The target is compared with scores of the same array, so ties are exact.
     Raises ValueError at a NaN score, naming the user.
     """
-    num_rows = histories.num_items + 1
-    size = int(np.clip(config.batch_bytes // (4 * num_rows), 1, len(ex.users)))
+    if config.sampled_negatives:
+        _check_sampled(histories, ex.users, config.sampled_negatives)
+    queries = Queries.of(histories, ex.users, ex.ends)
+    max_rows = config.batch_bytes // (4 * (histories.num_items + 1))
+    tiles = list(queries.tiles(max_rows, config.batch_bytes // _BYTES_OF_EVENT))
+    size = max(map(len, tiles))
     top_k = min(max(config.ks), histories.num_items)
-    columns = []
-    for first in range(0, len(ex.users), size):
-        chunk = np.arange(first, min(first + size, len(ex.users)))
-        padded = np.pad(chunk, (0, size - len(chunk)), mode="edge")  # one shape, compiled once
-        users, ends, targets = ex.users[padded], ex.ends[padded], ex.targets[padded]
-        scores = score_fn(users, ends)
-        seen = _seen_pairs(histories, users, ends)
-        rank = _rank_spread if isinstance(scores, SpreadScores) else _rank
-        tile, is_bad_B = rank(scores, targets, *seen, top_k=top_k, filter_seen=config.filter_seen)
-        bad = np.asarray(is_bad_B)
-        if bad.any():
-            user = histories.user_ids[users[np.argmax(bad)]]
-            raise ValueError(f"NaN among the scores of user {user}: the model or baseline is broken")
+    parts = []
+    for tile in tiles:
+        padded = np.pad(tile, (0, size - len(tile)), mode="edge")  # one shape, compiled once
+        sampled = None
         if config.sampled_negatives:
-            negatives_BK = sample_unseen(histories, users, config.sampled_negatives, seed)
-            tile += _rank_sampled(scores, targets, negatives_BK)
-        columns.append([np.asarray(x)[: len(chunk)] for x in tile])
-    return Ranks(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+            sampled = sample_unseen(histories, ex.users[padded], config.sampled_negatives, seed)
+        ranks = ranker.rank(
+            queries[padded],
+            ex.targets[padded],
+            top_k=top_k,
+            filter_seen=config.filter_seen,
+            sampled_ids=sampled,
+        )
+        ranks = jax.tree.map(lambda x: np.asarray(x)[: len(tile)], ranks)  # noqa: B023
+        if ranks.num_nan.any():
+            user = histories.user_ids[ex.users[tile[np.argmax(ranks.num_nan > 0)]]]
+            raise ValueError(f"NaN among the scores of user {user}: the model or baseline is broken")
+        parts.append(ranks)
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
-def _seen_pairs(histories, users, ends) -> tuple[np.ndarray, np.ndarray]:
-    """(row, item) of every earlier event, padded to a power of two with rows that do not exist."""
-    starts = histories.offsets[users]
-    lengths = ends - starts
-    total = int(lengths.sum())
-    size = max(1024, 1 << (total - 1).bit_length())
-    rows = np.full(size, len(users), np.int32)
-    items = np.zeros(size, np.int32)
-    rows[:total] = np.repeat(np.arange(len(users)), lengths)
-    ends_in_list = np.cumsum(lengths)
-    source = np.repeat(starts - (ends_in_list - lengths), lengths) + np.arange(total)
-    items[:total] = histories.items[source]
-    return rows, items
+def _check_sampled(histories, users: np.ndarray, num: int) -> None:
+    """Raises ValueError for a user with fewer than `num` items that they touched in no part."""
+    queries = Queries.of(histories, np.unique(users))
+    for tile in queries.tiles(len(queries), 2**22):
+        num_left = histories.num_items - np.bincount(queries[tile].seen()[0])
+        if (num_left < num).any():
+            first = np.argmax(num_left < num)
+            raise ValueError(
+                f"sampled_negatives={num} but user {histories.user_ids[queries.users[tile[first]]]} has only "
+                f"{num_left[first]} untouched items: lower it, or set it to 0 (EvalConfig)"
+            )
 
 
 def sample_unseen(histories, users: np.ndarray, num: int, seed: int) -> np.ndarray:
@@ -201,31 +118,22 @@ def sample_unseen(histories, users: np.ndarray, num: int, seed: int) -> np.ndarr
         is_unseen_V = np.ones(histories.num_items + 1, bool)
         is_unseen_V[0] = is_unseen_V[touched] = False
         unseen = np.flatnonzero(is_unseen_V)
-        if len(unseen) < num:
-            raise ValueError(
-                f"sampled_negatives={num} but user {histories.user_ids[user]} has only {len(unseen)} "
-                "untouched items (EvalConfig)"
-            )
         out[row] = np.random.default_rng((seed, user)).choice(unseen, num, replace=False)
     return out
 
 
-def evaluate(score_fn: ScoreFn, histories, split, part: str, config: EvalConfig, seed: int = 0) -> dict:
+def evaluate(ranker: Ranker, histories, split, part: str, config: EvalConfig, seed: int = 0) -> dict:
     """Every metric of one part ("val" or "test") of a split, as plain numbers.
 
     Headline names (`ndcg@10`) follow `config.filter_seen`; both policies are under `filtered/` and
     `unfiltered/`. `ndcg@10_ci` is the bootstrap interval. `by_history_length` and `by_popularity` break the
-    headline down. `sampled100/...` appears only on request and says what it is.
+    headline down. `sampled100/...` appears only on request and says what it is. `untrained_items` of the
+    catalogue have no training event; they are ranked like others, and get the share `untrained@10` of the
+    places of all top-10 lists.
     """
-    ex = examples(histories, split, part)
-    if len(ex.users) == 0:
-        raise ValueError(f"the {part} part of the split has no example: nothing to evaluate")
-    num_held_out = len(ex.users)
-    if 0 < config.max_examples < num_held_out:
-        drawn = np.random.default_rng(seed).choice(num_held_out, config.max_examples, replace=False)
-        drawn.sort()
-        ex = dataclasses.replace(ex, users=ex.users[drawn], ends=ex.ends[drawn], targets=ex.targets[drawn])
-    ranks = rank_examples(score_fn, histories, ex, config, seed)
+    everything = _held_out(histories, split, part)
+    ex = _drawn(everything, config.max_examples, seed)
+    ranks = rank_examples(ranker, histories, ex, config, seed)
     places = {
         "filtered": (ranks.greater, ranks.equal),
         "unfiltered": (ranks.greater_unfiltered, ranks.equal_unfiltered),
@@ -241,8 +149,11 @@ def evaluate(score_fn: ScoreFn, histories, split, part: str, config: EvalConfig,
         for name in ("hr@10", "ndcg@10"):
             result[f"{name}_ci"] = M.bootstrap_interval(values[name], config.bootstrap, seed, users=ex.users)
     counts = split.train_item_counts(histories)
-    shown = np.bincount(ranks.top_EK[:, :10].reshape(-1), minlength=histories.num_items + 1)
+    shown = np.bincount(ranks.top_BK[:, :10].reshape(-1), minlength=histories.num_items + 1)
     result |= M.recommendation_metrics(shown[1:], counts[1:], 10)
+    is_untrained = counts[1:] == 0
+    result["untrained_items"] = int(is_untrained.sum())
+    result["untrained@10"] = float(shown[1:][is_untrained].sum() / max(1, shown[1:].sum()))
     lengths = ex.ends - histories.offsets[ex.users]
     result["by_history_length"] = _breakdown(values, lengths, (5, 10, 20, 50, 100, 200))
     result["by_popularity"] = _breakdown(values, counts[ex.targets], (1, 5, 20, 100, 500))
@@ -256,18 +167,18 @@ def evaluate(score_fn: ScoreFn, histories, split, part: str, config: EvalConfig,
             "ranks against a few random items; orders models wrongly (Krichene & Rendle, KDD 2020) and is "
             "here only to reproduce the table of the SASRec paper"
         )
-    result["num_examples"], result["num_held_out"] = len(ex.users), num_held_out
+    result["num_examples"], result["num_held_out"] = len(ex.users), len(everything.users)
     result["filter_seen"] = config.filter_seen
     return result
 
 
 def per_example(
-    score_fn: ScoreFn, histories, split, part: str, config: EvalConfig, seed: int = 0
+    ranker: Ranker, histories, split, part: str, config: EvalConfig, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """{metric: f64[E], "users": int[E]} of all examples of a part, by the policy of `config.filter_seen`:
     what paired comparisons of models need."""
-    ex = examples(histories, split, part)
-    ranks = rank_examples(score_fn, histories, ex, config, seed)
+    ex = _held_out(histories, split, part)
+    ranks = rank_examples(ranker, histories, ex, dataclasses.replace(config, sampled_negatives=0), seed)
     places = (ranks.greater, ranks.equal)
     if not config.filter_seen:
         places = (ranks.greater_unfiltered, ranks.equal_unfiltered)

@@ -7,8 +7,6 @@ With one target an example, recall@k is the hit rate, precision@k is hit rate / 
 reciprocal rank cut at k.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 
@@ -54,25 +52,6 @@ def rank_metrics(greater, equal, ks, num_items: int) -> dict[str, np.ndarray]:
     values["mrr"] = reciprocal_rank(greater, equal, num_items)
     values["mean_rank"] = mean_rank(greater, equal)
     return values
-
-
-@dataclass
-class Mean:
-    """A mergeable mean: sums add up over batches and hosts, means do not."""
-
-    total: float = 0.0
-    count: float = 0.0
-
-    def add(self, values) -> None:
-        self.total += float(np.sum(values))
-        self.count += np.size(values)
-
-    def merge(self, other: "Mean") -> "Mean":
-        return Mean(self.total + other.total, self.count + other.count)
-
-    @property
-    def value(self) -> float:
-        return self.total / self.count if self.count else float("nan")
 
 
 def _of_users(values, users) -> np.ndarray:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from rec_jax.data.batch import Batch
 from rec_jax.nn.context import Block, Cache, Context
 from rec_jax.nn.dense import dense
 from rec_jax.nn.embedding import Embedding
@@ -64,10 +65,10 @@ class SequenceModel(nnx.Module):
     """
 
     # Does the output at a token predict the next one? Else the event to predict has a masked token of its
-    # own: bool[B, S] `batch["masked"]` says which.
+    # own: `batch.is_query` says which.
     is_causal = True
-    # int32[B, S] `batch["times"]`: seconds since the first event of the segment.
-    reads_times = False
+    # Features of the events that the model reads beside the items; a log must have them.
+    columns: tuple[str, ...] = ()
     # Has no item embedding table, but `codes`, a `loss(batch, key_B)` and a beam search instead.
     generates = False
 
@@ -79,7 +80,7 @@ class SequenceModel(nnx.Module):
     ) -> jax.Array:
         """x_BSD, or x_QD for `at`, scaled by `queries`.
 
-        batch: items, segments, positions, each int32[B, S] (segment 0 = padding), and what the class reads.
+        batch: with the features in `columns`.
         key_B: uint32[B] from `hashing.row_keys`, or None for no dropout. at: (rows int[Q], columns int[Q]) of
         the only tokens to return, without dropout; or None. hidden: a list to which the output of each layer
         is appended; with `at` the last of them is x_QD. penalties: a list to which layers, given a key_B,
@@ -90,16 +91,16 @@ class SequenceModel(nnx.Module):
 
     def look_up(self, batch):
         """The vectors of the events, [..., table_dim]."""
-        return self.items(batch["items"])
+        return self.items(batch.place("items", "events", batch.items))
 
     def inputs(self, batch):
         """What the first block sees, before dropout."""
         x = self.look_up(batch) * self.config.width**0.5
-        return x if self.positions is None else x + self.positions(batch["positions"])
+        return x if self.positions is None else x + self.positions(batch.positions)
 
     def context(self, batch, key_B=None) -> Context:
-        columns = {"time": batch["times"]} if self.reads_times else {}
-        return Context(batch["positions"], batch["segments"], columns, key_B)
+        columns = {name: batch.events[name] for name in self.columns}
+        return Context(batch.positions, batch.segments, columns, key_B)
 
     @property
     def stack(self) -> list[Block]:
@@ -136,14 +137,14 @@ class SequenceModel(nnx.Module):
             layers.append(cache)
         return x if stack else x[at], Cache.of(layers, ctx.positions[at] + 1, room)
 
-    def step(self, items_BK, cache: Cache, columns: dict | None = None) -> tuple[jax.Array, Cache]:
+    def step(self, events: dict[str, jax.Array], cache: Cache) -> tuple[jax.Array, Cache]:
         """(x_BKD, cache): one more event for each of K continuations of the cache's B histories.
 
-        K may grow from 1. columns: {"times": int32[B, K]}, for a model that reads them. Equals the full
-        forward pass up to max_len events; more than `room` events give NaN.
+        K may grow from 1. events: columns [B, K], as those of a batch. Equals the full forward pass up to
+        max_len events; more than `room` events give NaN.
         """
-        batch = {"items": items_BK, "positions": cache.positions(items_BK.shape[1])} | (columns or {})
-        x_BKD, cache = self.advance(self.inputs(batch), self.context(batch | {"segments": None}), cache)
+        batch = Batch(events, segments=None, positions=cache.positions(events["item"].shape[1]))
+        x_BKD, cache = self.advance(self.inputs(batch), self.context(batch), cache)
         return self.read_out(x_BKD), cache
 
     def advance(self, x_BKD, ctx: Context, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -156,7 +157,7 @@ class SequenceModel(nnx.Module):
         return x_BKD, cache.after(own)
 
     def training_batch(self, batch, key_B):
-        """The batch as this model learns from it. targets: int32[B, S], 0 where there is nothing to learn."""
+        """The batch as this model learns from it."""
         return batch
 
     def queries(self, x):
@@ -204,7 +205,7 @@ class Model:
     graphdef: Any
     abstract_params: Any
     is_causal: bool = True  # these as of the module's class
-    reads_times: bool = False
+    columns: tuple[str, ...] = ()
     generates: bool = False
 
     def bind(self, params) -> SequenceModel:
@@ -216,7 +217,7 @@ def define_model(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     graphdef, state = nnx.split(module, nnx.Param)
     abstract_params = jax.tree.map(_abstract, nnx.to_pure_dict(state))
-    return Model(graphdef, abstract_params, module.is_causal, module.reads_times, module.generates)
+    return Model(graphdef, abstract_params, module.is_causal, module.columns, module.generates)
 
 
 def _abstract(leaf) -> jax.ShapeDtypeStruct:

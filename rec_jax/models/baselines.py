@@ -1,25 +1,24 @@
-"""Baselines that keep everyone honest: fitted on the training part of a split, scored like a model."""
-
-from collections.abc import Callable
+"""Baselines that keep everyone honest: fitted on the training part of a split, rankers like a model."""
 
 import numpy as np
 import scipy.linalg
 import scipy.sparse as sp
 
 from rec_jax.models.bpr import bpr
+from rec_jax.models.ranker import ScoreRanker
+
+_BLOCK_SCORES = 2**22  # of items by items that are made at once
+_EASE_ITEMS = 20_000
 
 
-def popularity(histories, split) -> Callable:
+def popularity(histories, split) -> ScoreRanker:
     """Training events of each item, the same for every user."""
     counts_V = split.train_item_counts(histories).astype(np.float32)
 
-    def score_fn(users, ends):
-        return np.broadcast_to(counts_V, (len(users), len(counts_V)))
-
-    return score_fn
+    return _same_for_all(counts_V)
 
 
-def recent_popularity(histories, split, share_of_time: float = 0.1, events_per_user: int = 3) -> Callable:
+def recent_popularity(histories, split, share_of_time: float = 0.1, events_per_user: int = 3) -> ScoreRanker:
     """Training events of each item in the recent past, the same for every user; popularity breaks ties.
 
     Recent are the events in the last `share_of_time` of the time from the first training event to the last;
@@ -40,15 +39,14 @@ def recent_popularity(histories, split, share_of_time: float = 0.1, events_per_u
         recent = in_train & (np.arange(histories.num_events) >= train_end - events_per_user)
     popular_V = split.train_item_counts(histories).astype(np.float32)
     counts_V = np.bincount(np.asarray(histories.items)[recent], minlength=len(popular_V))
-    scores_V = counts_V + popular_V / (popular_V.max() + 1)
-
-    def score_fn(users, ends):
-        return np.broadcast_to(scores_V.astype(np.float32), (len(users), len(scores_V)))
-
-    return score_fn
+    return _same_for_all((counts_V + popular_V / (popular_V.max() + 1)).astype(np.float32))
 
 
-def bigram(histories, split) -> Callable:
+def _same_for_all(scores_V) -> ScoreRanker:
+    return ScoreRanker(lambda queries: np.broadcast_to(scores_V, (len(queries), len(scores_V))))
+
+
+def bigram(histories, split) -> ScoreRanker:
     """How often an item directly followed the last one in training; popularity breaks ties and backs off."""
     items, in_train, starts = _train_events(histories, split)
     follows = in_train[1:] & in_train[:-1] & ~starts[1:]
@@ -58,27 +56,28 @@ def bigram(histories, split) -> Callable:
     popular_V = split.train_item_counts(histories).astype(np.float32)
     popular_V /= popular_V.max() + 1  # below one: less than any seen pair
 
-    def score_fn(users, ends):
-        last = histories.items[np.asarray(ends) - 1]
-        return counts_VV[last].toarray() + popular_V
+    def scores(queries):
+        return counts_VV[queries.columns["item"][queries.ends - 1]].toarray() + popular_V
 
-    return score_fn
+    return ScoreRanker(scores)
 
 
-def item_knn(histories, split, num_neighbours: int = 100) -> Callable:
+def item_knn(histories, split, num_neighbours: int = 100) -> ScoreRanker:
     """Sum over the history of the cosine between items as sets of training users, nearest neighbours only.
 
     Source: Sarwar et al., WWW'01, on binary interactions.
     """
     cosine_VV = _cosines(histories, split, num_neighbours)
 
-    def score_fn(users, ends):
-        return (_history_matrix(histories, users, ends) @ cosine_VV).toarray()
+    def scores(queries):
+        rows, items, counts = queries.item_counts()
+        shape = len(queries), len(cosine_VV.indptr) - 1
+        return (sp.csr_matrix((counts.astype(np.float32), (rows, items)), shape) @ cosine_VV).toarray()
 
-    return score_fn
+    return ScoreRanker(scores)
 
 
-def ease(histories, split, regularization: float = 250.0, max_items: int = 20_000) -> Callable:
+def ease(histories, split, regularization: float = 250.0, max_items: int | None = None) -> ScoreRanker:
     """The linear item-to-item model with a zero diagonal that has a closed form; dense, V x V.
 
     regularization: the paper's lambda; chosen on validation, 2026-11-23: with 100, 250 and 500 NDCG@10 is
@@ -87,13 +86,8 @@ def ease(histories, split, regularization: float = 250.0, max_items: int = 20_00
     Source: Steck, WWW'19 (arXiv 1905.03375), equation 8 and algorithm 1.
     Raises ValueError above `max_items` items, for memory and time.
     """
+    check_ease(histories.num_items, max_items)
     size = histories.num_items + 1
-    if size - 1 > max_items:
-        raise ValueError(
-            f"max_items={max_items:,} but there are {size - 1:,} items: ease would fill "
-            f"{12 * size**2 / 1e9:,.0f} GB with items x items and take the cube of time; leave it out of "
-            "eval.baselines, or train on fewer items (data.k_core)"
-        )
     seen_UV = _train_matrix(histories, split)
     gram_VV = (seen_UV.T @ seen_UV).toarray().astype(np.float64)
     gram_VV[np.diag_indices(size)] += regularization
@@ -102,12 +96,24 @@ def ease(histories, split, regularization: float = 250.0, max_items: int = 20_00
     np.fill_diagonal(weights_VV, 0)
     weights_VV = weights_VV.astype(np.float32)
 
-    def score_fn(users, ends):
-        history_BV = _history_matrix(histories, users, ends)
-        history_BV.data[:] = 1  # as in training: repeats count once
-        return history_BV @ weights_VV
+    def scores(queries):
+        rows, items = queries.seen()  # as in training: repeats count once
+        return (
+            sp.csr_matrix((np.ones(len(rows), np.float32), (rows, items)), (len(queries), size)) @ weights_VV
+        )
 
-    return score_fn
+    return ScoreRanker(scores)
+
+
+def check_ease(num_items: int, max_items: int | None = None) -> None:
+    """Raises ValueError for more items than `ease` takes."""
+    max_items = max_items or _EASE_ITEMS
+    if num_items > max_items:
+        raise ValueError(
+            f"max_items={max_items:,} but there are {num_items:,} items: ease would fill "
+            f"{12 * (num_items + 1) ** 2 / 1e9:,.0f} GB with items x items and take the cube of time; "
+            "leave it out of eval.baselines, or train on fewer items (data.k_core)"
+        )
 
 
 def nearest_items(histories, split, num_neighbours: int) -> np.ndarray:
@@ -128,9 +134,10 @@ def _cosines(histories, split, num_neighbours: int):
     return _keep_largest(scaled_UV.T.tocsr(), scaled_UV.tocsr(), num_neighbours)
 
 
-def _keep_largest(left, right, num: int, block: int = 512):
+def _keep_largest(left, right, num: int):
     """The rows of left @ right without the diagonal, cut to their `num` largest entries."""
     rows, columns, values = [], [], []
+    block = int(np.clip(_BLOCK_SCORES // right.shape[1], 1, 512))
     for first in range(0, left.shape[0], block):
         dense = (left[first : first + block] @ right).toarray()
         here = np.arange(len(dense))
@@ -156,18 +163,6 @@ def _train_matrix(histories, split):
     seen_UV = sp.csr_matrix((ones, (users, np.asarray(histories.items)[in_train])), shape=shape)
     seen_UV.data[:] = 1  # repeats count once
     return seen_UV
-
-
-def _history_matrix(histories, users, ends):
-    """f32[B, V + 1], sparse: how often each item is in the history of each row."""
-    starts = histories.offsets[users]
-    lengths = np.asarray(ends) - starts
-    rows = np.repeat(np.arange(len(users)), lengths)
-    last = np.cumsum(lengths)
-    source = np.repeat(starts - (last - lengths), lengths) + np.arange(last[-1])
-    ones = np.ones(len(rows), np.float32)
-    shape = (len(users), histories.num_items + 1)
-    return sp.csr_matrix((ones, (rows, histories.items[source])), shape=shape)
 
 
 def _train_events(histories, split):

@@ -1,4 +1,4 @@
-"""Beam search over the codes of a catalogue, and scores from it for evaluation."""
+"""Beam search over the semantic ids of a catalogue, and a ranker by what it finds."""
 
 from functools import partial
 
@@ -8,9 +8,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rec_jax.data.batch import Batch
+from rec_jax.data.queries import Queries
 from rec_jax.mesh import place_whole_batch, replicate
 from rec_jax.models.base import Model
-from rec_jax.models.scoring import SequenceScorer
+from rec_jax.models.ranker import ScoreRanker
+from rec_jax.nn.catalogue import Scores
 
 _HISTORIES = 32  # searched for at once, over all devices
 
@@ -56,44 +59,41 @@ def _generate_on(model: Model, params, batch, last_N, num_beams: int, mesh: Mesh
     return jax.lax.with_sharding_constraint(found(params, batch, last_N), NamedSharding(mesh, P()))
 
 
-class BeamScorer(SequenceScorer):
-    """Scores by a model that generates: log-probabilities of the items that a beam search finds, -inf for all
-    others.
+class BeamRanker(ScoreRanker):
+    """Ranks by a generative retrieval model: log-probabilities of the items that a beam search finds, -inf
+    for all others, which are tied: an evaluator takes their expected metric over random orderings.
 
-    An evaluator ranks what is at -inf behind, level with its own, as if at random. Seen items take beams like
-    others: ask for as many beams as the longest list and a usual history together.
+    Seen items take beams like others: give as many beams as the longest list and a usual history together.
     """
 
-    def __init__(self, model: Model, params, histories, max_len: int, mesh: Mesh, num_beams: int):
-        self._model, self._histories, self._max_len, self._mesh = model, histories, max_len, mesh
+    def __init__(self, model: Model, params, num_items: int, max_len: int, mesh: Mesh, num_beams: int):
+        self._model, self._num_items, self._max_len, self._mesh = model, num_items, max_len, mesh
         self._params, self._num_beams = replicate(params, mesh), num_beams
         num_devices = mesh.shape["data"]
         self._rows = -(-_HISTORIES // num_devices) * num_devices
 
-    def _score(self, items, ends, lengths, times=None):
+    def scores(self, queries: Queries) -> Scores:
         """Searches for blocks of histories of about a length, each length of block compiled once."""
-        if np.any(lengths < 1):
-            raise ValueError(f"history {int(np.argmin(lengths))} of the batch is empty: nothing to encode")
-        lengths = np.minimum(lengths, self._max_len)
-        scores_BV = np.full((len(ends), self._histories.num_items + 1), -np.inf, np.float32)
+        items = queries.columns["item"]
+        lengths = np.minimum(queries.lengths, self._max_len)
+        scores_BV = np.full((len(queries), self._num_items + 1), -np.inf, np.float32)
         by_length = np.argsort(lengths, kind="stable")
-        for first in range(0, len(ends), self._rows):
+        for first in range(0, len(queries), self._rows):
             block = by_length[first : first + self._rows]
             longest = min(self._max_len, max(8, 1 << int(lengths[block].max() - 1).bit_length()))
-            places_NS = ends[block, None] - lengths[block, None] + np.arange(longest)
+            places_NS = queries.ends[block, None] - lengths[block, None] + np.arange(longest)
             real_NS = np.arange(longest) < lengths[block, None]
-            batch = {
-                "items": np.where(real_NS, items[np.where(real_NS, places_NS, 0)], 0).astype(np.int32),
-                "segments": real_NS.astype(np.int32),
-                "positions": np.where(real_NS, np.arange(longest), 0).astype(np.int32),
-                "last": np.asarray(lengths[block] - 1, np.int32),
-            }
-            behind = self._rows - len(block)
-            batch = {name: np.pad(x, [(0, behind)] + [(0, 0)] * (x.ndim - 1)) for name, x in batch.items()}
-            batch = place_whole_batch(batch, self._mesh)
-            last_N = batch.pop("last")
+            items_NS = items[np.where(real_NS, places_NS, 0)]
+            batch = Batch(
+                events={"item": np.where(real_NS, items_NS, 0).astype(np.int32)},
+                segments=real_NS.astype(np.int32),
+                positions=np.where(real_NS, np.arange(longest), 0).astype(np.int32),
+            )
+            last_N, missing = np.asarray(lengths[block] - 1, np.int32), self._rows - len(block)
+            widths = (0, missing), (0, 0)
+            padded = jax.tree.map(lambda x: np.pad(x, widths[: x.ndim]), (batch, last_N))  # noqa: B023
+            batch, last_N = place_whole_batch(padded, self._mesh)
             found = _generate_on(self._model, self._params, batch, last_N, self._num_beams, self._mesh)
             items_NK, log_prob_NK = (np.asarray(x)[: len(block)] for x in found)
             scores_BV[block[:, None], items_NK] = log_prob_NK
-        scores_BV[:, 0] = -np.inf
-        return jnp.asarray(scores_BV)
+        return Scores(scores_BV)

@@ -43,11 +43,11 @@ class BERT4Rec(SASRec):
 
     def look_up(self, batch):
         x_BSD = super().look_up(batch)
-        return jnp.where(batch["masked"][..., None], self.mask[...].astype(x_BSD.dtype), x_BSD)
+        return jnp.where(batch.is_query[..., None], self.mask[...].astype(x_BSD.dtype), x_BSD)
 
     def training_batch(self, batch, key_B):
         """Masks items and asks for them."""
-        segments_BS, positions_BS = batch["segments"], batch["positions"]
+        segments_BS, positions_BS = batch.segments, batch.positions
         shape = segments_BS.shape[1:]
         is_real_BS = segments_BS > 0
         following_BS = jnp.pad(positions_BS[:, 1:], ((0, 0), (0, 1)))
@@ -58,7 +58,8 @@ class BERT4Rec(SASRec):
         column_BS = jnp.arange(shape[0]) - positions_BS
         asks_last_BS = jnp.take_along_axis(draws_BS, column_BS, axis=1) < _threshold(self.config.last_share)
         masked_BS = is_real_BS & jnp.where(asks_last_BS, is_last_BS, masked_BS)
-        return {**batch, "masked": masked_BS, "targets": jnp.where(masked_BS, batch["items"], 0)}
+        targets_BS = jnp.where(masked_BS, batch.items, 0)
+        return batch.hide(masked_BS).replace(is_query=masked_BS).with_targets(targets_BS)
 
 
 def _threshold(share: float):

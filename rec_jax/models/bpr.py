@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rec_jax.models.ranker import ScoreRanker
+
 _BATCH = 4096  # pairs in a step, or all there are
 
 
@@ -19,7 +21,7 @@ def bpr(
     learning_rate: float = 6e-3,
     regularization: float = 0.005,
     seed: int = 0,
-) -> Callable:
+) -> ScoreRanker:
     """Inner product of a vector per user and one per item, plus a bias per item, learned pair by pair.
 
     The user's vector comes from training events alone: later events do not move it. A user without one has
@@ -45,10 +47,12 @@ def bpr(
     params = jax.tree.map(np.array, params)
     params["users_UD"][np.bincount(users, minlength=histories.num_users) == 0] = 0
 
-    def score_fn(users, ends):
-        return params["users_UD"][users] @ params["items_VD"].T + params["bias_V"]
+    def scores(queries):
+        if queries.users is None:  # histories of nobody in the log
+            return np.broadcast_to(params["bias_V"], (len(queries), len(params["bias_V"])))
+        return params["users_UD"][queries.users] @ params["items_VD"].T + params["bias_V"]
 
-    return score_fn
+    return ScoreRanker(scores)
 
 
 def _init(num_users: int, num_rows: int, width: int, seed: int) -> dict:

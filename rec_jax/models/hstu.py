@@ -86,7 +86,7 @@ class HSTU(SequenceModel):
 
     def __init__(self, config: HSTUConfig, num_items: int, max_len: int, *, rngs: nnx.Rngs):
         self.config = config
-        self.reads_times = config.time_bias
+        self.columns = ("time",) if config.time_bias else ()
         self.items = Embedding(num_items + 1, config.width, rngs=rngs)
         init = nnx.initializers.truncated_normal(config.width**-0.5)
         self.positions = Embedding(max_len, config.width, init=init, rngs=rngs)

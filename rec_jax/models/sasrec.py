@@ -135,7 +135,7 @@ class SASRec(SequenceModel):
             x_TD = dense(x.reshape(-1, config.item_dim), self.project.kernel[...])
             x = x_TD.reshape(*x.shape[:2], config.width)
         x = x * (config.full_width or config.width) ** 0.5
-        return x if self.positions is None else x + self.positions(batch["positions"])
+        return x if self.positions is None else x + self.positions(batch.positions)
 
     def read_out(self, x):
         """Queries, of item_dim dims if that is set."""

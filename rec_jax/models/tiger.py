@@ -99,8 +99,8 @@ class Tiger(SequenceModel):
         return self._embed(batch, _following(batch))
 
     def context(self, batch, key_B=None) -> Context:
-        num_levels, segments_BS = self.codes.num_levels, batch["segments"]
-        positions_BSQ = batch["positions"][..., None] * num_levels + jnp.arange(num_levels)
+        num_levels, segments_BS = self.codes.num_levels, batch.segments
+        positions_BSQ = batch.positions[..., None] * num_levels + jnp.arange(num_levels)
         segments_BT = jnp.repeat(segments_BS, num_levels, axis=1)
         return Context(positions_BSQ.reshape(segments_BT.shape), segments_BT, key_B=key_B)
 
@@ -110,7 +110,7 @@ class Tiger(SequenceModel):
 
     def loss(self, batch, key_B):
         """(sum over targets of -log p(item), number of targets): p is the product over its codes."""
-        targets_BS = batch["targets"]
+        targets_BS = batch.targets
         ahead_BS = jnp.where(targets_BS > 0, targets_BS, _following(batch))
         x_BTD = self.run(self._embed(batch, ahead_BS), self.context(batch, key_B))
         x_BTD = self.read_out(x_BTD)
@@ -162,7 +162,8 @@ class Tiger(SequenceModel):
         x, cache = self.fill(self.inputs(batch), self.context(batch), at, room * num_levels)
         return self.read_out(x), cache
 
-    def step(self, items_BK, cache, columns=None):
+    def step(self, events, cache):
+        items_BK = events["item"]
         paths, codes = (
             jnp.asarray(self.codes.trie.paths_VQ)[items_BK],
             jnp.asarray(self.codes.codes_VQ)[items_BK],
@@ -203,10 +204,10 @@ class Tiger(SequenceModel):
 
     def _embed(self, batch, ahead_BS):
         """x_BTD, T = S * Q tokens. ahead_BS: the next items, 0 where they are not known."""
-        whole_BSD = jnp.sum(self._vectors(batch["items"]), axis=2)
+        whole_BSD = jnp.sum(self._vectors(batch.items), axis=2)
         ahead_BSQD = self._vectors(ahead_BS)[:, :, :-1]
         x_BSQD = jnp.concatenate([whole_BSD[:, :, None], ahead_BSQD], axis=2)
-        x_BSQD = self._placed(x_BSQD, batch["positions"][..., None], jnp.arange(self.codes.num_levels))
+        x_BSQD = self._placed(x_BSQD, batch.positions[..., None], jnp.arange(self.codes.num_levels))
         return x_BSQD.reshape(x_BSQD.shape[0], -1, x_BSQD.shape[-1])
 
 
@@ -216,4 +217,4 @@ def _following(batch):
     def shift(x_BS):
         return jnp.pad(x_BS[:, 1:], ((0, 0), (0, 1)))
 
-    return jnp.where(shift(batch["segments"]) == batch["segments"], shift(batch["items"]), 0)
+    return jnp.where(shift(batch.segments) == batch.segments, shift(batch.items), 0)

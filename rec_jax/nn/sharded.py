@@ -10,7 +10,7 @@ further rounds. A round takes, for each owner, the rows below a bound that all d
 gradients of a row meet in one round and an optimizer sees their sum.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -69,32 +69,6 @@ class Placement:
         before, after = array.shape[:axis], array.shape[axis + 1 :]
         groups = array.reshape(*before, NUM_GROUPS, -1, *after).swapaxes(axis, axis + 1)
         return jax.lax.slice_in_dim(groups.reshape(array.shape), 0, self.num_rows, axis=axis)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class SpreadScores:
-    """Scores of a catalogue where its rows lie: a column for each row of the array, none gathered."""
-
-    scores_BV: jax.Array  # P(None, AXES)
-    placement: Placement = field(metadata={"static": True})
-    mesh: jax.sharding.Mesh = field(metadata={"static": True})
-
-    def in_order(self) -> jax.Array:
-        """f32[B, V + 1] in the order of ids; column 0 (padding) is -inf."""
-        return self.placement.unplace(self.scores_BV, axis=1).at[:, 0].set(-jnp.inf)
-
-
-def sharded_top_k(scores_Bv, k: int) -> tuple[jax.Array, jax.Array]:
-    """(scores, physical rows), each [B, k], of the best of all devices, exact; on equal scores any of them.
-
-    Inside a shard_map. What travels is the best k of each device.
-    """
-    best_BK, column_BK = jax.lax.top_k(scores_Bv, min(k, scores_Bv.shape[1]))
-    row_BK = column_BK + shard_index() * scores_Bv.shape[1]
-    best_BN, row_BN = (jax.lax.all_gather(x, AXES, axis=1, tiled=True) for x in (best_BK, row_BK))
-    best_BK, place_BK = jax.lax.top_k(best_BN, k)
-    return best_BK, jnp.take_along_axis(row_BN, place_BK, axis=1)
 
 
 def shard_index():

@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from rec_jax.hashing import mix
@@ -89,15 +88,6 @@ def dedupe_by_hash(ids_N: jax.Array, num_rows: int) -> Touched:
 
     place_N, _ = jax.lax.while_loop(is_open, one_round, (jnp.full(size, size, jnp.int32), jnp.uint32(0)))
     return Touched(jnp.where(place_N == own_N, ids_N, num_rows + 1 + own_N), place_N)
-
-
-def host_dedupe(ids_N: np.ndarray, num_rows: int) -> Touched:
-    """The same on the host, by NumPy: for a loader that works while the device does."""
-    ids_N = np.where((ids_N < 0) | (ids_N > num_rows), num_rows, ids_N)
-    distinct, place_N = np.unique(ids_N, return_inverse=True)
-    rows_U = num_rows + 1 + np.arange(ids_N.size)
-    rows_U[: distinct.size] = distinct
-    return Touched(rows_U.astype(np.int32), place_N.astype(np.int32))
 
 
 def gather_rows(table_VD: jax.Array, rows_U: jax.Array) -> jax.Array:

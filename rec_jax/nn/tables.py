@@ -9,7 +9,7 @@
     states = tables.init(arrays)
 
     def step(arrays, states, batch):  # on what one device has
-        ids = {"items": {"history": batch["items"], "targets": batch["targets"]}, "tags": batch["tags"]}
+        ids = {"items": {"history": batch.items, "targets": batch.targets}, "tags": batch["tags"]}
         rows, places, touched, rounds = tables.read(arrays, states, ids)
         loss, grads = jax.value_and_grad(loss_sum)(rows, places)  # rows["tags"][places["tags"]] is a lookup
         touched, grads = tables.sum_grads(touched, grads)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from rec_jax.data.batch import Batch, select
 from rec_jax.hashing import words
 
-_CHANGED = ("items", "targets", "segments", "positions")
 _SITE = 2**29  # of the first draw, far from those of dropouts and samplers
 
 
@@ -37,12 +37,12 @@ class AugmentConfig:
         return any((self.crop, self.mask, self.reorder, self.substitute))
 
 
-def augment(config: AugmentConfig, batch: dict, key_B, neighbours_VK=None) -> dict:
+def augment(config: AugmentConfig, batch: Batch, key_B, neighbours_VK=None) -> Batch:
     """The batch with each segment changed; no segment sees anything of another.
 
     key_B: uint32[B] from `hashing.row_keys`. neighbours_VK: int32[V + 1, K] of each item, nearest first (0 =
-    none), for substitute. Changes items, targets, segments and positions; padding is left where tokens were
-    cropped off.
+    none), for substitute. Padding is left where tokens were cropped off; a masked event loses its item and
+    all that gives it away; reordered events move with all of their columns.
 
     Source: CL4SRec, Xie et al., ICDE'22 (arXiv 2010.14395), section 3.2.3; substitute: CoSeRec, Liu et al.
     2021 (arXiv 2108.06479), section 3.2.1.
@@ -54,26 +54,23 @@ def augment(config: AugmentConfig, batch: dict, key_B, neighbours_VK=None) -> di
         changes.append(_crop(config.crop, batch, key_B))
     if config.mask:
         hidden_BS = _coins(config.mask, batch, key_B, 3)
-        changes.append({**batch, "items": jnp.where(hidden_BS, 0, batch["items"])})
+        changes.append(batch.hide(hidden_BS))
     if config.reorder:
         changes.append(_reorder(config.reorder, batch, key_B))
     if config.substitute:
         changes.append(_substitute(config.substitute, config.num_neighbours, batch, key_B, neighbours_VK))
     choice_BS = _per_segment(batch, key_B, 0) % len(changes)
-    changed = dict(batch)
-    for name in _CHANGED:
-        changed[name] = sum(jnp.where(choice_BS == i, view[name], 0) for i, view in enumerate(changes))
-    return changed
+    return select(choice_BS, changes)
 
 
-def segment_lengths(batch: dict) -> jax.Array:
+def segment_lengths(batch: Batch) -> jax.Array:
     """int32[B, S]: tokens of the segment that each token is in; of padding, anything."""
-    return batch["positions"] + 1 + _to_the_end(batch)
+    return batch.positions + 1 + _to_the_end(batch)
 
 
 def _to_the_end(batch):
     """Tokens of the same segment after each one."""
-    segments_BS = batch["segments"]
+    segments_BS = batch.segments
     length = segments_BS.shape[1]
     is_last_BS = segments_BS != jnp.pad(segments_BS[:, 1:], ((0, 0), (0, 1)))
     column_S = jnp.arange(length)
@@ -83,13 +80,13 @@ def _to_the_end(batch):
 
 def _per_segment(batch, key_B, site: int):
     """uint32[B, S], the same for all tokens of a segment: what is drawn for its first."""
-    draws_BS = words(key_B, _SITE + site, batch["segments"].shape[1:])
-    first_BS = jnp.arange(draws_BS.shape[1]) - batch["positions"]
+    draws_BS = words(key_B, _SITE + site, batch.segments.shape[1:])
+    first_BS = jnp.arange(draws_BS.shape[1]) - batch.positions
     return jnp.take_along_axis(draws_BS, first_BS, axis=1)
 
 
 def _coins(share: float, batch, key_B, site: int):
-    draws_BS = words(key_B, _SITE + site, batch["segments"].shape[1:])
+    draws_BS = words(key_B, _SITE + site, batch.segments.shape[1:])
     return (draws_BS >> 8).astype(jnp.float32) * 2.0**-24 < share
 
 
@@ -104,28 +101,30 @@ def _span(share: float, batch, key_B, site: int):
 
 def _crop(share: float, batch, key_B):
     first_BS, number_BS = _span(share, batch, key_B, 1)
-    positions_BS = batch["positions"] - first_BS
+    positions_BS = batch.positions - first_BS
     is_kept_BS = (positions_BS >= 0) & (positions_BS < number_BS)
-    cropped = {**batch, "positions": positions_BS}
-    return {name: jnp.where(is_kept_BS, x, 0) for name, x in cropped.items() if name in _CHANGED}
+    return batch.replace(positions=positions_BS).keep(is_kept_BS)
 
 
 def _reorder(share: float, batch, key_B):
     first_BS, number_BS = _span(share, batch, key_B, 2)
-    inside_BS = batch["positions"] - first_BS
+    inside_BS = batch.positions - first_BS
     is_shuffled_BS = (inside_BS >= 0) & (inside_BS < number_BS)
-    column_S = jnp.arange(batch["items"].shape[1])
+    column_S = jnp.arange(batch.segments.shape[1])
     # Sorted by place, those of a stretch all by its first place and then at random.
     place_BS = jnp.where(is_shuffled_BS, column_S - inside_BS, column_S)
-    random_BS = words(key_B, _SITE + 4, batch["items"].shape[1:])
-    items_BS = jax.lax.sort((place_BS, random_BS, batch["items"]), dimension=1, num_keys=2)[2]
-    is_told_BS = is_shuffled_BS & (inside_BS < number_BS - 1)
-    return {**batch, "items": items_BS, "targets": jnp.where(is_told_BS, 0, batch["targets"])}
+    random_BS = words(key_B, _SITE + 4, batch.segments.shape[1:])
+    names = list(batch.events)
+    columns = (place_BS, random_BS, *(batch.events[name] for name in names))
+    moved = jax.lax.sort(columns, dimension=1, num_keys=2)[2:]
+    is_given_away_BS = is_shuffled_BS & (inside_BS < number_BS - 1)
+    targets_BS = jnp.where(is_given_away_BS, 0, batch.targets)
+    return batch.replace(events=dict(zip(names, moved, strict=True))).with_targets(targets_BS)
 
 
 def _substitute(share: float, num: int, batch, key_B, neighbours_VK):
-    items_BS = batch["items"]
+    items_BS = batch.items
     draws_BS = words(key_B, _SITE + 5, items_BS.shape[1:]) % min(num, neighbours_VK.shape[1])
     others_BS = neighbours_VK[items_BS, draws_BS]
     is_other_BS = _coins(share, batch, key_B, 6) & (others_BS > 0)
-    return {**batch, "items": jnp.where(is_other_BS, others_BS, items_BS)}
+    return batch.with_items(jnp.where(is_other_BS, others_BS, items_BS))

@@ -1,4 +1,4 @@
-"""Checkpoints: what a run needs to go on exactly, kept so that no single failure loses it.
+"""Checkpoints: what a run needs to resume exactly, kept so that no single failure loses it.
 
     checkpoints/latest/STEP    the newest `keep` states
     checkpoints/best/STEP      states of the best validation scores, the newest two
@@ -21,6 +21,7 @@ import logging
 import pathlib
 import sys
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,24 +30,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from rec_jax import processes
+from rec_jax.train.same_run import plain_json
 
 _NUM_BEST = 2
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_DISK_TEXTS = ("No space left", "File too large", "quota exceeded", "RESOURCE_EXHAUSTED")
-# Keys of a run that may change between its sessions: they steer when it stops, what it writes down and how
-# its work is divided, not what a step computes (but for rounding).
-_FREE_KEYS = (
-    ".epochs",
-    ".patience",
-    ".checkpoint_every_steps",
-    ".log_every_steps",
-    ".keep_checkpoints",
-    ".micro_rows",
-    ".capacity_factor",
-    ".mesh.data",
-    ".mesh.model",
-    ".mesh.fully_sharded",
-)
 
 
 class SaveError(RuntimeError):
@@ -94,15 +82,15 @@ class Saver:
             except OSError as error:
                 raise self._save_error(error) from error
 
-    def save(self, step: int, state, record: dict, *, best: bool) -> None:
-        """Starts writing `state`; returns once it may be donated to the next step.
+    def save(self, state, record: dict, *, best: bool) -> None:
+        """Starts writing `state` under record["step"]; returns once it may be donated to the next step.
 
         Raises:
           SaveError: this save or the one before it failed.
         """
         self.wait()
-        self._pending = step
-        record = _plain_json({"step": step, "digests": _digests(state), **record})
+        self._pending = step = record["step"]
+        record = plain_json({"digests": _digests(state), **record})
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
             record=ocp.args.JsonSave({"record": record, "digest": _record_digest(record)}),
@@ -142,7 +130,7 @@ class Saver:
         kept = [path.name for path in _candidates(self._directory, ("best", "latest"))]
         intact = (
             f"the checkpoint of step {kept[0]} is intact: make room and run the same command "
-            "again to go on from it"
+            "again to resume from it"
             if kept
             else "no checkpoint was written yet: make room and run the same command again"
         )
@@ -153,7 +141,7 @@ class Saver:
         )
 
 
-def restore(directory, state, run_info: dict) -> Restored | None:
+def restore(directory, state, check: Callable[[dict, pathlib.Path], None] | None = None) -> Restored | None:
     """The newest checkpoint that is whole, or None where there is none at all.
 
     A checkpoint that is truncated, incomplete or altered is named on stderr, moved to `damaged/`,
@@ -162,18 +150,18 @@ def restore(directory, state, run_info: dict) -> Restored | None:
     Args:
       directory: the `checkpoints` folder.
       state: a pytree of arrays: the structure, shapes, types and placement to restore into.
-      run_info: what the run is (config, split checksum); must equal what was saved, except for
-        the number of epochs, the mesh and the keys that only steer stopping and logging.
+      check: `(record, path)`, raises ValueError if the run must not resume from what was saved there; called
+        before the arrays are read.
 
     Raises:
-      ValueError: the run differs from the saved one.
+      ValueError: by `check`.
       DamagedError: there are checkpoints, but none is whole.
     """
     directory = pathlib.Path(directory).absolute()
     reasons = {}
     for path in _candidates(directory, ("best", "latest")):
         try:
-            restored = _read(path, state, run_info)
+            restored = _read(path, state, check)
         except DamagedError as error:
             _say(str(error))
             reasons[path] = str(error)
@@ -212,7 +200,7 @@ def restore_best(directory, params, max_step: int | None = None) -> Restored | N
         if max_step is not None and int(path.name) > max_step:
             continue
         try:
-            restored = _read(path, {"params": params}, None)
+            restored = _read(path, {"params": params})
         except DamagedError as error:
             _say(str(error))
             continue
@@ -245,8 +233,7 @@ def _candidates(directory: pathlib.Path, kinds) -> list[pathlib.Path]:
     return sorted(paths, key=lambda path: -int(path.name))
 
 
-def _read(path: pathlib.Path, target, run_info: dict | None) -> Restored:
-    """Reads one checkpoint back; a run_info of None is not compared."""
+def _read(path: pathlib.Path, target, check=None) -> Restored:
     _silence_orbax()
     with _damage_raised(path):
         with _reader() as reader:
@@ -254,8 +241,8 @@ def _read(path: pathlib.Path, target, run_info: dict | None) -> Restored:
         record = saved["record"]
         if _record_digest(record) != saved["digest"]:
             raise DamagedError("the checksum of its record differs from the one saved")
-    if run_info is not None:
-        _check_same_run(record["run_info"], run_info, path)
+    if check:
+        check(record, path)
     with _damage_raised(path):
         return Restored(_read_state(path, target, record["digests"]), record, path)
 
@@ -326,35 +313,6 @@ def _digest(leaf) -> int:
 
 def _record_digest(record: dict) -> int:
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
-
-
-def _check_same_run(saved: dict, current: dict, path: pathlib.Path) -> None:
-    saved, current = _flatten(_plain_json(saved)), _flatten(_plain_json(current))
-    differing = [
-        f"{key} (saved {saved.get(key, 'nothing')}, now {current.get(key, 'nothing')})"
-        for key in sorted(saved.keys() | current.keys())
-        if saved.get(key) != current.get(key) and not f".{key}".endswith(_FREE_KEYS)
-    ]
-    if differing:
-        raise ValueError(
-            f"the run saved in {path} is another one: {'; '.join(differing)}. Use a new workdir "
-            "for the changed run, or the saved values to go on with this one"
-        )
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _plain_json(tree: dict) -> dict:
-    """`tree` as JSON gives it back: lists for tuples, numbers for NumPy scalars."""
-    return json.loads(json.dumps(tree, default=lambda value: value.item()))
 
 
 def _set_aside(path: pathlib.Path, directory: pathlib.Path) -> None:

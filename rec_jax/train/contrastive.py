@@ -6,13 +6,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from rec_jax.data.batch import Batch
 from rec_jax.hashing import mix, row_keys
 from rec_jax.models.base import SequenceConfig, unit
 from rec_jax.models.registry import MODELS
 from rec_jax.train.augment import AugmentConfig, augment
 
 _MASKED = -1e30
-_VIEWED = ("items", "segments", "positions")  # of a batch, as view_items and so on with both views in dim 1
 
 
 @dataclass(frozen=True)
@@ -64,21 +64,19 @@ class Views:
             self.contrastive.augments and self.contrastive.augment.substitute > 0
         )
 
-    def change(self, batch: dict, step_seed) -> dict:
-        """batch: with ids of items, and row_ids."""
-        key_B = row_keys(step_seed, batch["row_ids"])
-        changed = dict(batch)
+    def change(self, batch: Batch, step_seed) -> Batch:
+        key_B = row_keys(step_seed, batch.row_ids)
+        changed = batch
         if self.augment.is_on:
             changed = augment(self.augment, batch, mix(key_B, 1), self.neighbours_VK)
         if self.contrastive.augments:
             config = self.contrastive.augment
             views = [augment(config, batch, mix(key_B, site), self.neighbours_VK) for site in (2, 3)]
-            for name in _VIEWED:
-                changed[f"view_{name}"] = jnp.stack([view[name] for view in views], axis=1)
+            changed = changed.replace(views=tuple(views))
         return changed
 
 
-def contrastive_sum(config: ContrastiveConfig, module, x_BSD, batch: dict, key_B) -> jax.Array:
+def contrastive_sum(config: ContrastiveConfig, module, x_BSD, batch: Batch, key_B) -> jax.Array:
     """weight * the sum over histories of -log(exp(s+) / sum of exp(s)), a f32 scalar.
 
     s: cosines over temperature, of the output at the last token of each history with at least two; s+ that of
@@ -92,18 +90,17 @@ def contrastive_sum(config: ContrastiveConfig, module, x_BSD, batch: dict, key_B
     """
     row_N, column_N, real_N = _last_tokens(batch)
     if config.view == "dropout":
-        pairs = [(x_BSD, batch["segments"]), (module(batch, mix(key_B, 1)), batch["segments"])]
+        pairs = [(x_BSD, batch.segments), (module(batch, mix(key_B, 1)), batch.segments)]
     else:
-        views = [{**batch, **{name: batch[f"view_{name}"][:, i] for name in _VIEWED}} for i in range(2)]
-        pairs = [(module(view, mix(key_B, 1 + i)), view["segments"]) for i, view in enumerate(views)]
-    segment_N = batch["segments"][row_N, column_N]
+        pairs = [(module(view, mix(key_B, 1 + i)), view.segments) for i, view in enumerate(batch.views)]
+    segment_N = batch.segments[row_N, column_N]
     last = [_of_segments(x, segments_BS, row_N, segment_N) for x, segments_BS in pairs]
     z_ND = unit(jnp.concatenate(last).astype(jnp.float32))
 
     history_N, real_N = jnp.tile(jnp.arange(len(row_N)), 2), jnp.tile(real_N, 2)
     is_positive_NN = history_N[:, None] == history_N
     if config.same_target:
-        target_N = jnp.tile(batch["targets"][row_N, column_N], 2)
+        target_N = jnp.tile(batch.targets[row_N, column_N], 2)
         is_positive_NN |= target_N[:, None] == target_N
     is_other_NN = real_N & ~jnp.eye(len(z_ND), dtype=bool)
     scores_NN = jnp.where(is_other_NN, z_ND @ z_ND.T / config.temperature, _MASKED)
@@ -116,9 +113,9 @@ def contrastive_sum(config: ContrastiveConfig, module, x_BSD, batch: dict, key_B
 def _last_tokens(batch):
     """(rows, columns, which are real) of the last tokens of all segments with at least two, of which there
     cannot be more than half the tokens."""
-    segments_BS = batch["segments"]
+    segments_BS = batch.segments
     is_last_BS = segments_BS != jnp.pad(segments_BS[:, 1:], ((0, 0), (0, 1)))
-    is_last_BS &= (segments_BS > 0) & (batch["positions"] > 0)
+    is_last_BS &= (segments_BS > 0) & (batch.positions > 0)
     row_N, column_N = jnp.nonzero(is_last_BS, size=max(1, segments_BS.size // 2), fill_value=0)
     return row_N, column_N, jnp.arange(len(row_N)) < jnp.sum(is_last_BS)
 
@@ -130,7 +127,7 @@ def _of_segments(x_BSD, segments_BS, row_N, segment_N):
     return x_BSD[row_N, column_N]
 
 
-def check(augment: AugmentConfig, contrastive: ContrastiveConfig, model: SequenceConfig, host_dedupe: bool):
+def check(augment: AugmentConfig, contrastive: ContrastiveConfig, model: SequenceConfig):
     """Raises ValueError for configs that do not go together."""
     names = {"augment": augment.is_on, f"contrastive.weight={contrastive.weight}": contrastive.weight > 0}
     for name, is_on in names.items():
@@ -143,9 +140,4 @@ def check(augment: AugmentConfig, contrastive: ContrastiveConfig, model: Sequenc
         raise ValueError(
             "contrastive.view='dropout' needs model.dropout above 0, without which both views are the same: "
             "set it, or contrastive.view='augment' (ContrastiveConfig)"
-        )
-    if host_dedupe and (augment.is_on or contrastive.augments):
-        raise ValueError(
-            "table.host_dedupe=True finds the ids of a batch before it is changed: turn it off, or augment "
-            "and contrastive.view='augment' (TableConfig)"
         )

@@ -1,12 +1,8 @@
 """One loss for several views of the same vectors: their first dims, and the heads that look further ahead."""
 
-import jax.numpy as jnp
-
 from rec_jax.models.base import SequenceConfig
 from rec_jax.models.registry import MODELS
 from rec_jax.train.losses import LossConfig
-
-_OF_TARGETS = ("targets", "target_rows", "target_weights", "target_biases")
 
 
 def sum_over_heads(config: LossConfig, module, loss_of, x_BSD, table_VD, batch) -> tuple:
@@ -18,7 +14,7 @@ def sum_over_heads(config: LossConfig, module, loss_of, x_BSD, table_VD, batch) 
     """
     loss, count = _mean_over_dims(config, module, loss_of, x_BSD, table_VD, batch)
     for steps in range(1, module.config.num_future):
-        later, x_later_BSD = shifted(batch, steps), module.ahead(x_BSD, steps)
+        later, x_later_BSD = batch.shift_targets(steps), module.ahead(x_BSD, steps)
         more, _ = _mean_over_dims(config, module, loss_of, x_later_BSD, table_VD, later)
         loss += config.future_weight * more
     return loss, count
@@ -35,18 +31,6 @@ def _mean_over_dims(config: LossConfig, module, loss_of, x_BSD, table_VD, batch)
     return loss / (1 + len(config.matryoshka)), count
 
 
-def shifted(batch: dict, steps: int) -> dict:
-    """The batch with the targets of the tokens `steps` later in the same segment; 0 where there is none."""
-
-    def later(x_BS):
-        return jnp.pad(x_BS[:, steps:], ((0, 0), (0, steps)))
-
-    segments_BS = batch["segments"]
-    is_same_BS = (segments_BS > 0) & (later(segments_BS) == segments_BS)
-    moved = {name: jnp.where(is_same_BS, later(batch[name]), 0) for name in _OF_TARGETS if name in batch}
-    return {**batch, **moved}
-
-
 def check(config: LossConfig, model: SequenceConfig, max_len: int, teachers: tuple = ()) -> None:
     """Raises ValueError for configs that do not go together."""
     if config.matryoshka and config.matryoshka[-1] >= model.table_dim:
@@ -57,7 +41,7 @@ def check(config: LossConfig, model: SequenceConfig, max_len: int, teachers: tup
     name = type(model).__name__
     if model.num_future > 1 and not MODELS[type(model)].is_causal:
         raise ValueError(
-            f"model.num_future={model.num_future}: type={model.type!r} foretells masked items, of which none "
+            f"model.num_future={model.num_future}: type={model.type!r} predicts masked items, of which none "
             f"is further ahead; set num_future=1, or use a causal model ({name})"
         )
     if model.num_future > max_len:

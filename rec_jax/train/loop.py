@@ -4,7 +4,6 @@ Its order is evaluate the current state, save, next batch, step, log. The host r
 ahead of the device and waits for it only to log: metrics stay (total, count) pairs on the device.
 """
 
-import collections
 import contextlib
 import dataclasses
 import math
@@ -16,75 +15,47 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from rec_jax import processes
 from rec_jax.train.checkpoint import DamagedError, Saver, is_finite, restore, restore_best
 from rec_jax.train.monitor import Monitor, SilentMonitor
+from rec_jax.train.same_run import changes, check_same_run
+from rec_jax.train.schedule import Progress, Schedule, TrainConfig
+from rec_jax.train.window import Window
 
 _WAY_OUT = "Lower the learning rate, clip the gradients, or use f32."
-_MAX_STEPS_AHEAD = 4  # Steps that the host may have queued: enough to hide it, bounded in memory.
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    epochs: int = 100
-    batch_rows: int = 32  # packed rows per step, over all devices
-    micro_rows: int = 4  # rows per device that a step works on at a time
-    all_windows: bool = False  # learn from whole histories, not only from their last data.max_len events
-    eval_every_epochs: float = 1.0
-    patience: int = 10  # evaluations without improvement until the run stops; 0 = never
-    metric: str = "ndcg@10"  # of the validation, larger is better
-    checkpoint_every_steps: int = 1000  # besides those after every evaluation; 0 = only those
-    log_every_steps: int = 50
-    keep_checkpoints: int = 2  # the newest ones; the two best are kept apart
+class TrainingData:
+    """The batches of all epochs, and how they reach the devices.
 
-    def __post_init__(self):
-        for name, least in {
-            "epochs": 1,
-            "batch_rows": 1,
-            "micro_rows": 1,
-            "patience": 0,
-            "checkpoint_every_steps": 0,
-            "log_every_steps": 1,
-            "keep_checkpoints": 1,
-        }.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least} (TrainConfig)")
-        if not self.eval_every_epochs > 0:
-            raise ValueError(f"eval_every_epochs={self.eval_every_epochs} must be positive (TrainConfig)")
+    Attributes:
+      batches: a grain DatasetIterator over host batches.
+      steps_per_epoch: batches in an epoch.
+      place: puts a host batch on the devices.
+      describe: what the batch of a 0-based step holds, for the message of a NaN.
+    """
+
+    batches: Any
+    steps_per_epoch: int
+    place: Callable[[Any], Any] = jax.device_put
+    describe: Callable[[int], str] | None = None
 
 
-@dataclasses.dataclass
-class Progress:
-    """What a resumed run must know besides the state and the data position; saved as JSON."""
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """What picks the best parameters.
 
-    eval_step: int = 0  # of the last evaluation
-    best_step: int = 0  # 0 = no evaluation yet
-    best_value: float = 0.0
-    num_bad_evals: int = 0  # evaluations since the best one
-    tokens: float = 0.0  # those of the timed steps only: all but the first of a session
-    train_secs: float = 0.0  # of the timed steps
-    compile_secs: float = 0.0  # first steps, which compile
-    eval_secs: float = 0.0
+    Attributes:
+      evaluate: maps parameters to metrics, TrainConfig.metric among them.
+      prepare: maps the state, which it consumes, to one whose parameters can be evaluated and saved.
+      begin: share of the run before which nothing is evaluated, and so cannot be the best.
+    """
 
-    def add_window(self, window: dict, secs: float, *, is_compiling: bool) -> None:
-        """Counts the time and the real tokens of the steps since the last log."""
-        if is_compiling:
-            self.compile_secs += secs
-        else:
-            self.train_secs += secs
-            self.tokens += float(window["metrics"]["tokens"][0])
-
-    def add_evaluation(self, step: int, value: float) -> bool:
-        """Counts an evaluation; returns whether it is the best so far."""
-        self.eval_step = step
-        is_best = self.best_step == 0 or value > self.best_value
-        if is_best:
-            self.best_step, self.best_value, self.num_bad_evals = step, value, 0
-        else:
-            self.num_bad_evals += 1
-        return is_best
+    evaluate: Callable[[Any], dict]
+    prepare: Callable[[Any], Any] | None = None
+    begin: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +68,7 @@ class FitResult:
       best_step, best_value: where and what that metric was.
       steps: steps taken over all sessions of the run.
       stopped_by: `epochs` or `patience`.
-      train_secs: seconds of training steps over all sessions, without the first step of each
-        session (it compiles), evaluations and saves.
-      compile_secs, eval_secs: seconds of those first steps and of the evaluations.
-      tokens_per_sec: real tokens (`metrics["tokens"]`) per second of `train_secs`.
+      progress: seconds and tokens over all sessions of the run.
       history: the lines of `metrics.jsonl`.
     """
 
@@ -110,27 +78,21 @@ class FitResult:
     best_value: float
     steps: int
     stopped_by: str
-    train_secs: float
-    compile_secs: float
-    eval_secs: float
-    tokens_per_sec: float
+    progress: Progress
     history: list[dict]
 
 
 def fit(
     state,
     step_fn: Callable,
-    batches,
-    evaluate_fn: Callable[[Any], dict],
+    data: TrainingData,
+    validation: Validation,
     *,
     config: TrainConfig,
-    steps_per_epoch: int,
     workdir,
     run_info: dict,
-    place: Callable[[Any], Any] = jax.device_put,
-    describe_batch: Callable[[int], str] | None = None,
-    before_eval: Callable[[Any], Any] | None = None,
-    eval_from: float = 0.0,
+    learning_rate: Callable[[int], float],
+    on_best: Callable[[Any, dict], None] | None = None,
 ) -> FitResult:
     """Trains until the last epoch or until validation stops improving; resumes what it finds.
 
@@ -141,159 +103,219 @@ def fit(
       state: a registered dataclass with `step` (int32 scalar) and `params`; donated.
       step_fn: `(state, batch) -> (state, metrics)`, jitted; metrics map a name to a pair of device
         scalars (total, count) and include `loss` and `tokens` (real tokens as the total).
-      batches: a grain DatasetIterator over the batches of all epochs.
-      evaluate_fn: maps `params` to validation metrics, `config.metric` among them.
-      steps_per_epoch: batches in an epoch.
       workdir: takes `metrics.jsonl`, `tensorboard/`, `checkpoints/` and `curves.png`.
-      run_info: what the run is (config, split checksum), JSON-able; a resumed run must agree.
-      place: puts a host batch on the devices.
-      before_eval: maps the state, which it consumes, to one whose parameters can be evaluated and saved.
-      eval_from: share of the run before which nothing is evaluated, and so cannot be the best.
-      describe_batch: tells what the batch of a 0-based step holds, for the message of a NaN.
+      run_info: what the run is (config, split checksum), JSON-able; `check_same_run` says how a resumed run
+        may differ.
+      learning_rate: maps a 0-based step to its rate, for the log: a line has that of its last step.
+      on_best: `(params, record)`, called after each evaluation that is the best so far, once its checkpoint
+        is on the disk, and again for the best of the run before `fit` returns (also where no step was left
+        to take), in case a killed session could not. `record["step"]` is the step of that evaluation. The
+        next step donates `params`: copy what must outlive the call. All processes call it.
 
     Raises:
       ValueError: the workdir holds another run, or only damaged checkpoints; no such metric.
       FloatingPointError: the loss or the parameters became NaN or infinite.
       SaveError: a checkpoint could not be written.
     """
-    workdir = pathlib.Path(workdir)
-    folder = workdir / "checkpoints"
-    schedule = _Schedule(config, steps_per_epoch, eval_from)
-
-    # Restore.
-    progress, saved_step = Progress(), 0
-    restored = restore(folder, state, run_info)
-    if restored:
-        state, record = restored.state, restored.record
-        batches.set_state(record["data"])
-        progress, saved_step = Progress(**record["progress"]), record["step"]
-    step = int(state.step)
-    make_monitor = Monitor if processes.is_first() else SilentMonitor
-    monitor = make_monitor(workdir, total_steps=schedule.total, step=step, eval_step=progress.eval_step)
-
     with contextlib.ExitStack() as stack:
-        stack.callback(monitor.close)
-        if restored:
-            monitor.say(f"resumed from step {step} ({restored.path})")
-            _check_best(folder, state.params, step, progress, monitor)
-        saver = Saver(folder, config.keep_checkpoints)
-        stack.callback(saver.close)
+        session = _Session(pathlib.Path(workdir), config, data, validation, run_info)
+        state = session.resume(state, stack)
+        schedule, progress = session.schedule, session.progress
         stop = stack.enter_context(_StopSignal())
-        sums, stopping, is_first = None, None, True
-        in_flight = collections.deque()
+        window, step, stopping = Window(), session.saved_step, None
         while True:
             # Evaluate the current state.
             is_best = False
             if schedule.evaluates(step) and progress.eval_step != step and not stopping:
-                start = time.perf_counter()
-                state = before_eval(state) if before_eval else state
-                metrics = evaluate_fn(state.params)
-                progress.eval_secs += time.perf_counter() - start
-                value = processes.of_first(_pick(metrics, config.metric))
-                is_best = progress.add_evaluation(step, value)
-                monitor.log(step, step / steps_per_epoch, _under("val", metrics))
-                monitor.say(_evaluation_text(step, steps_per_epoch, config.metric, value, progress))
+                state, is_best = session.evaluate(state, step)
             stopped_by = schedule.stopped_by(step, progress)
 
-            # Save the state and the data position. An evaluation that is the best goes to `best`.
-            is_due = stopping or schedule.saves(step)
-            if step > 0 and (is_best or (is_due and saved_step != step)):
-                _check_params(state.params, step)
-                record = {
-                    "data": batches.get_state(),
-                    "progress": dataclasses.asdict(progress),
-                    "run_info": run_info,
-                }
-                saver.save(step, state, record, best=is_best)
-                saved_step = step
+            # Save the state and the data position.
+            is_due = session.saved_step != step and (stopping or schedule.saves(step))
+            if step > 0 and (is_best or is_due):
+                record = session.save(state, step, is_best)
+                if is_best and on_best:
+                    session.saver.wait()  # What is made of the best is never newer than its checkpoint.
+                    on_best(state.params, record)
             if stopped_by or stopping:
                 break
 
-            # Take the next batch and a step. The host runs ahead of the device, but not far.
-            if sums is None:
-                start = time.perf_counter()
-            state, metrics = step_fn(state, place(_next(batches, step, schedule.total)))
-            sums = _start(metrics, step) if sums is None else _add(sums, metrics, step)
+            # Take the next batch and a step.
+            window.open()
+            state, metrics = step_fn(state, data.place(session.next_batch(step)))
+            window.add(metrics, step)
             step += 1
-            in_flight.append(sums["first_bad"])
-            if len(in_flight) > _MAX_STEPS_AHEAD:
-                in_flight.popleft().block_until_ready()
-            monitor.advance()
-            is_logged = is_first or schedule.logs(step)
-            stopping = stop.agreed(is_logged)
+            session.monitor.advance()
 
             # Log, and always before an evaluation or a save, so that these see finite numbers.
+            is_logged = window.is_first or schedule.logs(step)
+            stopping = stop.agreed(is_logged)
             if is_logged or stopping:
-                window = jax.device_get(sums)
-                secs = time.perf_counter() - start
-                _check_finite(window, steps_per_epoch, saved_step, describe_batch)
-                progress.add_window(window, secs, is_compiling=is_first)
-                monitor.log(step, step / steps_per_epoch, _train_metrics(window, secs, is_first))
-                saver.check()
-                sums, is_first = None, False
-
-        saver.wait()
-        monitor.plot(config.metric)
-        if stopping and not stopped_by:
-            monitor.say(f"{stopping.name}: stopped and saved at step {step}; run again to go on")
+                session.log(window, step, learning_rate)
+        session.saver.wait()
+        if stopping:  # The last step, too, is evaluated by the next session.
+            session.monitor.say(f"{stopping.name}: stopped and saved at step {step}; run again to resume")
             raise SystemExit(0 if stopping == signal.SIGTERM else 130)
-        result = _result(state, step, stopped_by, progress, folder, monitor.history())
-        monitor.say(
-            f"{'already ' if is_first else ''}finished at step {step} ({stopped_by}); best "
+        result = session.result(state, step, stopped_by, on_best)
+        session.monitor.say(
+            f"{'already ' if window.is_first else ''}finished at step {step} ({stopped_by}); best "
             f"{config.metric} {result.best_value:.4f} at step {result.best_step}"
         )
         return result
 
 
-def _result(state, step: int, stopped_by: str, progress: Progress, folder, history) -> FitResult:
-    best = restore_best(folder, state.params)
-    if best is None:
-        raise DamagedError(
-            f"no best checkpoint in {folder / 'best'} can be read back; run the same command "
-            "again to evaluate and save the last state"
+class _Session:
+    """One session of a run: how far the run is, and the files that it reads and writes."""
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        config: TrainConfig,
+        data: TrainingData,
+        validation: Validation,
+        run_info: dict,
+    ):
+        self._workdir, self._config, self._data, self._validation = workdir, config, data, validation
+        self._folder, self._run_info = workdir / "checkpoints", run_info
+        self.schedule = Schedule(config, data.steps_per_epoch, validation.begin)
+        self.progress, self.saved_step = Progress(), 0
+
+    def resume(self, state, stack: contextlib.ExitStack):
+        """The state to start from: the newest that is saved, or the given one. `stack` closes the files."""
+        restored = restore(self._folder, state, self._check)
+        if restored:
+            state, record = restored.state, restored.record
+            self._data.batches.set_state(record["data"])
+            self.progress, self.saved_step = Progress(**record["progress"]), record["step"]
+        self.monitor = (Monitor if processes.is_first() else SilentMonitor)(
+            self._workdir,
+            total_steps=self.schedule.total,
+            step=self.saved_step,
+            eval_step=self.progress.eval_step,
         )
-    return FitResult(
-        state=state,
-        best_params=best.state,
-        best_step=best.record["progress"]["best_step"],
-        best_value=best.record["progress"]["best_value"],
-        steps=step,
-        stopped_by=stopped_by,
-        train_secs=progress.train_secs,
-        compile_secs=progress.compile_secs,
-        eval_secs=progress.eval_secs,
-        tokens_per_sec=progress.tokens / max(progress.train_secs, 1e-9),
-        history=history,
-    )
+        stack.callback(self.monitor.close)
+        if restored:
+            self.monitor.say(f"resumed from step {self.saved_step} ({restored.path})")
+            for key, values in changes(restored.record["run_info"], self._run_info).items():
+                self.monitor.say(f"changed since then: {key} ({values})")
+            self._check_best(state.params)
+        self.saver = Saver(self._folder, self._config.keep_checkpoints)
+        stack.callback(self.saver.close)
+        return state
 
+    def _check(self, record: dict, path: pathlib.Path) -> None:
+        is_finished = self.schedule.is_finished(record["step"], Progress(**record["progress"]))
+        check_same_run(record["run_info"], self._run_info, path, is_finished=is_finished)
 
-class _Schedule:
-    """What is due after which step."""
+    def _check_best(self, params) -> None:
+        """Makes `progress` agree with the best checkpoint that is there, should the best be damaged."""
+        progress = self.progress
+        best = restore_best(self._folder, params, max_step=self.saved_step)
+        if best is None:
+            if progress.best_step:
+                self.monitor.say(
+                    f"the best checkpoint (step {progress.best_step}) is lost: the next evaluation "
+                    "counts as the best"
+                )
+                # An evaluation of this very step, if it is due, is done again.
+                progress.eval_step = progress.best_step = progress.num_bad_evals = 0
+            return
+        found = best.record["progress"]
+        if found["best_step"] != progress.best_step:
+            self.monitor.say(
+                f"the best checkpoint (step {progress.best_step}) is lost: the best is now that of "
+                f"step {found['best_step']} ({found['best_value']:.4f})"
+            )
+            progress.best_step, progress.best_value = found["best_step"], found["best_value"]
 
-    def __init__(self, config: TrainConfig, steps_per_epoch: int, eval_from: float):
-        self.total = config.epochs * steps_per_epoch
-        self._eval_from = math.ceil(eval_from * self.total)
-        self._eval_every = max(1, round(config.eval_every_epochs * steps_per_epoch))
-        self._save_every = config.checkpoint_every_steps
-        self._log_every = config.log_every_steps
-        self._patience = config.patience
+    def evaluate(self, state, step: int) -> tuple[Any, bool]:
+        """Evaluates and logs; returns the state and whether this evaluation is the best so far."""
+        name, epoch, start = self._config.metric, step / self._data.steps_per_epoch, time.perf_counter()
+        state = self._validation.prepare(state) if self._validation.prepare else state
+        metrics = self._validation.evaluate(state.params)
+        self.progress.eval_secs += time.perf_counter() - start
+        value = processes.of_first(_pick(metrics, name))
+        is_best = self.progress.add_evaluation(step, value)
+        self.monitor.log(step, epoch, _under("val", metrics))
+        best = f"best {self.progress.best_value:.4f} at step {self.progress.best_step}"
+        verdict = "best so far" if is_best else best
+        self.monitor.say(f"epoch {epoch:g}, step {step}: val/{name} {value:.4f} ({verdict})")
+        return state, is_best
 
-    def evaluates(self, step: int) -> bool:
-        is_due = step > self._eval_from and step % self._eval_every == 0
-        return step > 0 and (is_due or step >= self.total)
+    def save(self, state, step: int, is_best: bool) -> dict:
+        """Starts to save the state, in `best` if its evaluation is; returns the record beside it."""
+        if not is_finite(state.params):
+            raise FloatingPointError(
+                f"the parameters are not finite after step {step}, though its loss is; they were not "
+                f"saved. {_WAY_OUT}"
+            )
+        record = {
+            "step": step,
+            "data": self._data.batches.get_state(),
+            "progress": dataclasses.asdict(self.progress),
+            "run_info": self._run_info,
+        }
+        self.saver.save(state, record, best=is_best)
+        self.saved_step = step
+        return record
 
-    def saves(self, step: int) -> bool:
-        is_due = self._save_every > 0 and step % self._save_every == 0
-        return is_due or self.evaluates(step)
+    def next_batch(self, step: int):
+        try:
+            return next(self._data.batches)
+        except StopIteration:
+            raise ValueError(
+                f"the data ended at step {step} of {self.schedule.total}: the iterator must give the "
+                "batches of all epochs"
+            ) from None
 
-    def logs(self, step: int) -> bool:
-        return step % self._log_every == 0 or self.saves(step)
+    def log(self, window: Window, step: int, learning_rate: Callable[[int], float]) -> None:
+        """Waits for the steps of the window and logs them.
 
-    def stopped_by(self, step: int, progress: Progress) -> str:
-        """Why the run is at its end, or an empty string."""
-        if 0 < self._patience <= progress.num_bad_evals:
-            return "patience"
-        return "epochs" if step >= self.total else ""
+        Raises FloatingPointError if a metric of one is not finite, SaveError if a save has failed meanwhile.
+        """
+        is_compiling = window.is_first
+        metrics, first_bad, secs = window.close()
+        if first_bad >= 0:
+            raise FloatingPointError(self._not_finite_text(metrics, first_bad))
+        tokens = float(metrics["tokens"][0])
+        self.progress.add_steps(tokens, secs, is_compiling=is_compiling)
+        values = {name: float(total) / max(float(count), 1e-9) for name, (total, count) in metrics.items()}
+        values["learning_rate"] = float(learning_rate(step - 1))
+        if not is_compiling:
+            values["tokens_per_sec"] = tokens / secs
+        self.monitor.log(step, step / self._data.steps_per_epoch, _under("train", values))
+        self.saver.check()
+
+    def _not_finite_text(self, metrics: dict, step: int) -> str:
+        names = [name for name, pair in metrics.items() if not all(math.isfinite(x) for x in pair)]
+        epoch, batch = divmod(step, self._data.steps_per_epoch)
+        holds = f", holding {self._data.describe(step)}" if self._data.describe else ""
+        return (
+            f"{' and '.join(names)} became NaN or infinite at step {step + 1}: epoch {epoch + 1}, batch "
+            f"{batch + 1} of {self._data.steps_per_epoch}{holds}. The last saved step is {self.saved_step}. "
+            f"{_WAY_OUT}"
+        )
+
+    def result(self, state, step: int, stopped_by: str, on_best) -> FitResult:
+        self.monitor.plot(self._config.metric)
+        best = restore_best(self._folder, state.params)
+        if best is None:
+            raise DamagedError(
+                f"no best checkpoint in {self._folder / 'best'} can be read back; run the same command "
+                "again to evaluate and save the last state"
+            )
+        if on_best:
+            on_best(best.state, best.record)
+        return FitResult(
+            state=state,
+            best_params=best.state,
+            best_step=best.record["progress"]["best_step"],
+            best_value=best.record["progress"]["best_value"],
+            steps=step,
+            stopped_by=stopped_by,
+            progress=self.progress,
+            history=self.monitor.history(),
+        )
 
 
 class _StopSignal:
@@ -327,83 +349,6 @@ class _StopSignal:
         self._restore()
 
 
-@jax.jit
-def _start(metrics: dict, step) -> dict:
-    is_bad = ~jnp.isfinite(jnp.stack(jax.tree.leaves(metrics))).all()
-    return {"metrics": metrics, "first_bad": jnp.where(is_bad, step, -1)}
-
-
-@jax.jit
-def _add(sums: dict, metrics: dict, step) -> dict:
-    """Adds the (total, count) pairs of a step; keeps the first step with a value not finite."""
-    new = _start(metrics, step)
-    return {
-        "metrics": jax.tree.map(jnp.add, sums["metrics"], metrics),
-        "first_bad": jnp.where(sums["first_bad"] >= 0, sums["first_bad"], new["first_bad"]),
-    }
-
-
-def _train_metrics(window: dict, secs: float, is_compiling: bool) -> dict:
-    values = {
-        name: float(total) / max(float(count), 1e-9) for name, (total, count) in window["metrics"].items()
-    }
-    if not is_compiling:
-        values["tokens_per_sec"] = float(window["metrics"]["tokens"][0]) / secs
-    return _under("train", values)
-
-
-def _check_params(params, step: int) -> None:
-    if not is_finite(params):
-        raise FloatingPointError(
-            f"the parameters are not finite after step {step}, though its loss is; they were not "
-            f"saved. {_WAY_OUT}"
-        )
-
-
-def _check_finite(window: dict, steps_per_epoch: int, saved_step: int, describe_batch) -> None:
-    bad = int(window["first_bad"])
-    if bad < 0:
-        return
-    names = [n for n, pair in window["metrics"].items() if not all(math.isfinite(x) for x in pair)]
-    holds = f", holding {describe_batch(bad)}" if describe_batch else ""
-    raise FloatingPointError(
-        f"{' and '.join(names)} became NaN or infinite at step {bad + 1}: epoch "
-        f"{bad // steps_per_epoch + 1}, batch {bad % steps_per_epoch + 1} of {steps_per_epoch}"
-        f"{holds}. The last saved step is {saved_step}. {_WAY_OUT}"
-    )
-
-
-def _check_best(folder, params, step: int, progress: Progress, monitor: Monitor) -> None:
-    """Makes `progress` agree with the best checkpoint that is there, should the best be damaged."""
-    best = restore_best(folder, params, max_step=step)
-    if best is None:
-        if progress.best_step:
-            monitor.say(
-                f"the best checkpoint (step {progress.best_step}) is lost: the next evaluation "
-                "counts as the best"
-            )
-            # An evaluation of this very step, if it is due, is done again.
-            progress.eval_step = progress.best_step = progress.num_bad_evals = 0
-        return
-    found = best.record["progress"]
-    if found["best_step"] != progress.best_step:
-        monitor.say(
-            f"the best checkpoint (step {progress.best_step}) is lost: the best is now that of "
-            f"step {found['best_step']} ({found['best_value']:.4f})"
-        )
-        progress.best_step, progress.best_value = found["best_step"], found["best_value"]
-
-
-def _next(batches, step: int, total_steps: int):
-    try:
-        return next(batches)
-    except StopIteration:
-        raise ValueError(
-            f"the data ended at step {step} of {total_steps}: the iterator must give the batches "
-            "of all epochs"
-        ) from None
-
-
 def _pick(metrics: dict, name: str) -> float:
     if name not in metrics:
         raise ValueError(
@@ -417,12 +362,3 @@ def _pick(metrics: dict, name: str) -> float:
 
 def _under(part: str, metrics: dict) -> dict:
     return {f"{part}/{name}": value for name, value in metrics.items()}
-
-
-def _evaluation_text(step: int, steps_per_epoch: int, metric: str, value: float, progress: Progress) -> str:
-    verdict = (
-        "best so far"
-        if progress.best_step == step
-        else f"best {progress.best_value:.4f} at step {progress.best_step}"
-    )
-    return f"epoch {step / steps_per_epoch:g}, step {step}: val/{metric} {value:.4f} ({verdict})"

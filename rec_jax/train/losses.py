@@ -59,6 +59,7 @@ class Negatives(NamedTuple):
     ids_BSK: jax.Array
     log_prob_BSK: jax.Array
     bias_BSK: jax.Array | None = None  # added to their scores
+    places_BSK: jax.Array | None = None  # where they are among the entries of the table that were read
 
 
 def draw_shared(config: LossConfig, sampler: Sampler | None, seed, targets_BS) -> Negatives:
@@ -92,7 +93,7 @@ def draw_negatives(
 
 def _described(config: LossConfig, sampler: Sampler, ids_BSK) -> Negatives:
     bias_BSK = sampler.bias_V[ids_BSK] if config.popularity_discount else None
-    return Negatives(ids_BSK, sampler.log_prob(ids_BSK), bias_BSK)
+    return Negatives(ids_BSK, sampler.log_prob(ids_BSK), bias_BSK, ids_BSK)
 
 
 def loss_sum(
@@ -100,29 +101,30 @@ def loss_sum(
 ) -> tuple:
     """The summed loss of one micro-batch and the number of its real tokens, both f32 scalars.
 
-    table_VD: the catalogue's vectors; or, but for "softmax", any rows with padding first that the ids in
-    batch and negatives refer to. batch: targets int32[B, S] (0 = padding), segments, items; what
-    `popularity.mark_targets` adds, whose sampler it then is.
+    table_VD: the catalogue's vectors; or, but for "softmax", those of any ids, among which batch.places and
+    negatives.places_BSK say where targets and negatives are.
 
     Source of popularity_discount: Menon et al., ICLR'21 (arXiv 2007.07314), eq. 10. Differs: also for losses
     of sampled negatives.
     """
-    targets_BS = batch["targets"]
+    targets_BS = batch.targets
     real_BS = targets_BS > 0
     count = jnp.sum(real_BS, dtype=jnp.float32)
     if config.type == "softmax":
         flat = x_BSD.reshape(-1, x_BSD.shape[-1])
         if config.popularity_discount:
             flat, table_VD = _with_bias(flat, table_VD, sampler.bias_V)
-        weights_T = _weights(config, batch, real_BS)
+        weights_T = _weights(config, sampler, targets_BS)
         return softmax_cross_entropy(flat, table_VD, targets_BS.reshape(-1), weights_T), count
 
     neg_BSK = negatives.ids_BSK
-    neg_scores_BSK = item_scores(x_BSD, table_VD, neg_BSK)
-    pos_BS = jnp.sum(x_BSD * table_VD[targets_BS], axis=-1, dtype=jnp.float32)
+    neg_scores_BSK = item_scores(x_BSD, table_VD, negatives.places_BSK)
+    pos_BS = jnp.sum(
+        x_BSD * table_VD[batch.place("items", "targets", targets_BS)], axis=-1, dtype=jnp.float32
+    )
     if config.popularity_discount:
         neg_scores_BSK += negatives.bias_BSK
-        pos_BS += batch["target_biases"]
+        pos_BS += sampler.bias_V[targets_BS]
     dropped_BSK = neg_BSK == targets_BS[..., None]
     if config.exclude_history:
         dropped_BSK |= _in_history(neg_BSK, batch)
@@ -138,30 +140,31 @@ def loss_sum(
         neg_BSK = jnp.where(dropped_BSK, _DROPPED, neg_scores_BSK + prior)
         loss_BS = jnp.sum(jax.nn.softplus(neg_BSK), axis=-1) - beta * jax.nn.log_sigmoid(pos_BS + prior)
     if config.ips_power:
-        loss_BS *= batch["target_weights"]
+        loss_BS *= sampler.weight_V[targets_BS]
     return jnp.sum(jnp.where(real_BS, loss_BS, 0)), count
 
 
 def sharded_softmax_sum(config: LossConfig, sampler, placement: Placement, x_BSD, table_vD, batch):
     """The same for "softmax" where the rows of the table are spread over a mesh, inside a shard_map.
 
-    table_vD: the rows of this device. batch: targets (0 = padding), and target_rows, their rows in the whole
-    array.
+    table_vD: the rows of this device. batch.places: of the targets in the whole array.
     """
     rows_v = shard_index() * len(table_vD) + jnp.arange(len(table_vD))
     flat = x_BSD.reshape(-1, x_BSD.shape[-1])
     if config.popularity_discount:
         flat, table_vD = _with_bias(flat, table_vD, sampler.bias_V[placement.to_ids(rows_v)])
-    real_BS = batch["targets"] > 0
-    rows_T, weights_T = batch["target_rows"].reshape(-1), _weights(config, batch, real_BS)
+    real_BS = batch.targets > 0
+    rows_T = batch.places["items"]["targets"].reshape(-1)
+    weights_T = _weights(config, sampler, batch.targets)
     loss = sharded_softmax_cross_entropy(flat, table_vD, placement.is_real(rows_v), rows_T, weights_T)
     return loss, jnp.sum(real_BS, dtype=jnp.float32)
 
 
-def _weights(config: LossConfig, batch, real_BS) -> jax.Array:
+def _weights(config: LossConfig, sampler, targets_BS) -> jax.Array:
     """f32[T] of each token; 0 for padding."""
-    weights_T = real_BS.reshape(-1).astype(jnp.float32)
-    return weights_T * batch["target_weights"].reshape(-1) if config.ips_power else weights_T
+    targets_T = targets_BS.reshape(-1)
+    weights_T = (targets_T > 0).astype(jnp.float32)
+    return weights_T * sampler.weight_V[targets_T] if config.ips_power else weights_T
 
 
 def _with_bias(x_TD, table_VD, bias_V):
@@ -195,11 +198,11 @@ def _sampled_softmax(pos_BS, neg_scores_BSK, neg_log_prob_BSK, dropped_BSK):
 
 def _in_history(neg_BSK, batch):
     """bool[B, S, K]: does the negative occur anywhere in the token's own segment, as item or target?"""
-    same_BST = batch["segments"][:, :, None] == batch["segments"][:, None, :]
-    neg_BSK = jnp.broadcast_to(neg_BSK, batch["segments"].shape + neg_BSK.shape[-1:])
+    same_BST = batch.segments[:, :, None] == batch.segments[:, None, :]
+    neg_BSK = jnp.broadcast_to(neg_BSK, batch.segments.shape + neg_BSK.shape[-1:])
 
     def occurs(ids_BS):
         equal_BSTK = ids_BS[:, None, :, None] == neg_BSK[:, :, None, :]
         return jnp.any(equal_BSTK & same_BST[..., None], axis=2)
 
-    return occurs(batch["items"]) | occurs(batch["targets"])
+    return occurs(batch.items) | occurs(batch.targets)

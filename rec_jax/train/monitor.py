@@ -18,7 +18,7 @@ from rec_jax.train.checkpoint import SaveError
 
 
 class Monitor:
-    """Writes the metrics of one run, going on from step `step` of an earlier session.
+    """Writes the metrics of one run, from step `step` of an earlier session on.
 
     Every line of `metrics.jsonl` is a JSON object with `step` and `epoch`; lines of training have
     `train/...` keys and lines of evaluations `val/...` keys. Lines past the restored step, which
@@ -27,7 +27,7 @@ class Monitor:
     Args:
       workdir: folder for `metrics.jsonl`, `tensorboard/` and `curves.png`.
       total_steps: the length of the whole run, for the time left.
-      step: the step the run goes on from, 0 for a new one.
+      step: the step the run resumes from, 0 for a new one.
       eval_step: the last step whose evaluation is part of the restored run.
     """
 
@@ -113,7 +113,7 @@ def _full_disk_reported(workdir: pathlib.Path):
     except OSError as error:
         raise SaveError(
             f"metrics could not be written to {workdir} ({error.strerror}); make room and run the "
-            "same command again to go on from the last checkpoint"
+            "same command again to resume from the last checkpoint"
         ) from error
 
 
@@ -124,7 +124,7 @@ class _Board:
         folder.mkdir(exist_ok=True)
         self._events = EventsWriter(str(folder / "events"))
         self._flushed = time.monotonic()
-        if step:  # Hides what an earlier session wrote past the step that this one goes on from.
+        if step:  # Hides what an earlier session wrote past the step that this one resumes from.
             start = SessionLog(status=SessionLog.START)
             self._events.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
 

@@ -22,11 +22,11 @@ def make_objective(
     extras=None,
     contrastive=None,
 ):
-    """Returns objective(params, catalogue_vD, micro, context) -> (loss times context["scale"], tokens).
+    """Returns objective(params, catalogue_vD, micro, context) -> (loss, tokens).
 
     params: as they are trained, their table with the rows that `micro` refers to. catalogue_vD: this device's
     rows of a table that a whole softmax reads, spread by `placement`; None for other losses. context: step,
-    step_seed, shared negatives, scale, and the frozen arrays of `extras`: a `compress.training.Compression`.
+    step_seed, shared negatives, and the frozen arrays of `extras`: a `compress.training.Compression`.
     contrastive: a `ContrastiveConfig` whose weight is above 0, or None.
     """
 
@@ -34,11 +34,11 @@ def make_objective(
         if extras:
             params = extras.adapt(params, context["frozen"], context["step"])
         module = model.bind(cast_floats(params, precision.compute_dtype))
-        key_B = row_keys(context["step_seed"], micro["row_ids"])
+        key_B = row_keys(context["step_seed"], micro.row_ids)
         micro = module.training_batch(micro, key_B)
         if model.generates:
             loss, tokens = module.loss(micro, key_B)
-            return loss * context["scale"], tokens
+            return loss, tokens
         hidden, penalties = [], []
         x_BSD = module(micro, key_B, hidden=hidden, penalties=penalties).astype(precision.output_dtype)
         penalty = sum(map(jnp.sum, penalties))
@@ -49,11 +49,12 @@ def make_objective(
             loss, tokens = sum_over_heads(loss_config, module, spread, x_BSD, table_vD, micro)
             if contrastive:
                 loss += contrastive_sum(contrastive, module, x_BSD, micro, key_B)
-            return (loss + penalty) * context["scale"], tokens
-        if "negatives" in micro:
-            negatives = micro["negatives"]
-        else:
-            length = micro["items"].shape[1]
+            return loss + penalty, tokens
+        negatives = context["shared"]
+        if "negatives" in micro.places.get("items", {}):
+            negatives = micro.places["items"]["negatives"]
+        elif loss_config.type != "softmax" and loss_config.sharing != "batch":
+            length = micro.segments.shape[1]
             negatives = draw_negatives(loss_config, sampler, key_B, length, context["shared"])
         table_VD = model.bind(cast_floats(params, precision.output_dtype)).item_vectors()
         whole = partial(loss_sum, loss_config, sampler, negatives=negatives)
@@ -63,6 +64,6 @@ def make_objective(
             loss = extras.distil(loss, x_BSD, table_VD, hidden, micro, negatives, context["frozen"])
         if contrastive:
             loss += contrastive_sum(contrastive, module, x_BSD, micro, key_B)
-        return (loss + penalty) * context["scale"], tokens
+        return loss + penalty, tokens
 
     return objective

@@ -57,8 +57,8 @@ def layout_costs(
     touched = num_ids * (4 + row)  # ids and their gradients
     over_data, over_model = (data - 1) / data, (model - 1) / model
 
-    def cost(layout, parts, sent, more_rows=0):
-        rows = num_rows / parts + more_rows
+    def cost(layout, parts, sent):
+        rows = num_rows / parts
         return LayoutCost(layout, round(rows * row), round(rows * state_row), round(sent))
 
     if config.optimizer == "dense":
@@ -73,10 +73,6 @@ def layout_costs(
     exchanged = over_data * config.capacity_factor * touched / model
     summed = 2 * over_model * num_ids * row
     costs.append(cost("rows", num_devices, 2 * exchanged + summed))
-    if config.optimizer != "dense" and config.hot_rows < num_rows:
-        hot = config.hot_rows
-        sent = 2 * exchanged + summed + 2 * over_data * hot * row  # exchanges keep room for all ids
-        costs.append(cost("hot_cold", num_devices, sent, more_rows=hot))
     return costs
 
 

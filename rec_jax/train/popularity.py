@@ -67,14 +67,3 @@ def log_popularity(item_counts: np.ndarray) -> np.ndarray:
 
 def _counts(item_counts: np.ndarray) -> np.ndarray:
     return np.maximum(np.asarray(item_counts, np.float64), 1)
-
-
-def mark_targets(config: LossConfig, sampler, batch: dict) -> dict:
-    """The batch with f32[B, S] target_weights and target_biases, as the loss asks for them: to be called
-    while targets are ids, for later they may be places in rows that were read."""
-    batch = dict(batch)
-    if config.ips_power:
-        batch["target_weights"] = sampler.weight_V[batch["targets"]]
-    if config.popularity_discount:
-        batch["target_biases"] = sampler.bias_V[batch["targets"]]
-    return batch

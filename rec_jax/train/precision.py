@@ -1,7 +1,7 @@
 """Number formats of training: the compute, the scores, the parameters and the optimizer, each by itself."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,29 +9,20 @@ import optax
 
 from rec_jax.tree import cast_floats
 
-DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16}
-
-_FIRST_SCALE = 2.0**10  # of a sum over tokens, not of a mean
-_GROWTH_STEPS = 500  # finite steps in a row after which the scale is tried twice as large
+DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 
 
 @dataclass(frozen=True)
 class PrecisionConfig:
     """Scores are summed in f32 and every softmax is taken in f32, whatever is chosen.
 
-    Usual choices: all f32; compute="bf16"; compute="bf16" with output="f32"; compute="f16".
+    Usual choices: all f32; compute="bf16"; compute="bf16" with output="f32".
     """
 
-    compute: Literal["f32", "bf16", "f16"] = "f32"  # of the model; "f16" scales its loss
-    # Of vectors whose products are scores; "" = as compute, but f32 for f16, for a softmax has probabilities
-    # that are too small for f16 before any scaling of the loss.
-    output: Literal["", "f32", "bf16"] = ""
+    compute: Literal["f32", "bf16"] = "f32"  # of the model
+    output: Literal["", "f32", "bf16"] = ""  # of vectors whose products are scores; "" = as compute
     params: Literal["f32", "bf16"] = "f32"  # as they are kept; updates smaller than their rounding are lost
     optimizer: Literal["f32", "bf16"] = "f32"  # its moments, as they are kept
-
-    @property
-    def scales_loss(self) -> bool:
-        return self.compute == "f16"
 
     @property
     def compute_dtype(self):
@@ -39,7 +30,7 @@ class PrecisionConfig:
 
     @property
     def output_dtype(self):
-        return DTYPES[self.output or ("f32" if self.compute == "f16" else self.compute)]
+        return DTYPES[self.output or self.compute]
 
 
 F32 = PrecisionConfig()
@@ -61,24 +52,3 @@ def kept_as(inner: optax.GradientTransformation, state_dtype: str) -> optax.Grad
         return updates, cast(state, DTYPES[state_dtype])
 
     return optax.GradientTransformation(init, update)
-
-
-class LossScale(NamedTuple):
-    """What the loss is multiplied with, so that small gradients of f16 do not vanish.
-
-    Source: Micikevicius et al., ICLR'18 (arXiv 1710.03740), section 3.2, with a scale that adapts.
-    """
-
-    scale: jax.Array  # f32
-    good_steps: jax.Array  # int32: since it last changed
-
-    @classmethod
-    def first(cls) -> "LossScale":
-        return cls(jnp.float32(_FIRST_SCALE), jnp.int32(0))
-
-    def after(self, is_finite) -> "LossScale":
-        """Half of it after gradients that were not finite, twice after many that were."""
-        good = jnp.where(is_finite, self.good_steps + 1, 0)
-        grows = good >= _GROWTH_STEPS
-        factor = jnp.where(is_finite, jnp.where(grows, 2.0, 1.0), 0.5)
-        return LossScale(jnp.maximum(self.scale * factor, 1.0), jnp.where(grows, 0, good))

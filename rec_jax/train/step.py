@@ -15,16 +15,12 @@ from rec_jax.models.base import Model, get_table, with_table, without_table
 from rec_jax.nn import parallel
 from rec_jax.nn.layouts import shardings
 from rec_jax.nn.sharded import AXES
-from rec_jax.nn.sparse import Touched
 from rec_jax.train.losses import LossConfig, draw_negatives, draw_shared
 from rec_jax.train.objective import make_objective
-from rec_jax.train.popularity import mark_targets
-from rec_jax.train.precision import DTYPES, F32, LossScale, PrecisionConfig
+from rec_jax.train.precision import DTYPES, F32, PrecisionConfig
 from rec_jax.train.state import TrainState
 from rec_jax.train.tables import ItemTable
 from rec_jax.tree import cast_floats
-
-_LOOKED_UP = ("items", "targets", "view_items")  # of a batch, in the table of items
 
 
 def state_specs(
@@ -40,8 +36,6 @@ def state_specs(
     opt_specs = optax.tree.map_params(
         optimizer, lambda _, spec: spec, opt_state, specs, transform_non_params=lambda _: P()
     )
-    if precision.scales_loss:
-        opt_specs = (opt_specs, LossScale(P(), P()))
     if item_table is None:
         return TrainState(P(), specs, opt_specs)
     layout = item_table.layout
@@ -65,12 +59,8 @@ def init_state(
     step = jax.device_put(jnp.zeros((), jnp.int32), wanted.step)
     if item_table is None:
         params = jax.device_put(cast_floats(params, DTYPES[precision.params]), wanted.params)
-
-        def init(params):
-            state = optimizer.init(params)
-            return (state, LossScale.first()) if precision.scales_loss else state
-
-        return TrainState(step, params, jax.jit(init, out_shardings=wanted.opt_state)(params))
+        opt_state = jax.jit(optimizer.init, out_shardings=wanted.opt_state)(params)
+        return TrainState(step, params, opt_state)
     dense = jax.device_put(without_table(params), without_table(wanted.params))
     dense_state = jax.jit(optimizer.init, out_shardings=wanted.opt_state[0])(dense)
     arrays = item_table.layout.place(get_table(params))
@@ -97,7 +87,7 @@ def make_train_step(
 ):
     """Returns jitted `step(state, batch) -> (state, metrics)`, which consumes `state`.
 
-    batch: items, targets, segments, positions, each int32[B, S] split over the mesh axis "data".
+    batch: a `Batch`, its rows split over the mesh axis "data".
     Each device walks its rows `micro_rows` at a time and sums loss and gradients in f32, so neither the
     number of devices nor of micro-steps changes the result but for rounding. On a CPU small micro-batches
     stay in cache. All randomness follows from (seed, state.step, row of the batch).
@@ -109,8 +99,6 @@ def make_train_step(
 
     metrics: {"loss": (sum, tokens), "grad_norm": (norm, 1), "tokens": (tokens, 1)} of f32 scalars; with an
     item_table also "table_rounds": (rounds, 1), more than 1 where ids exceeded the capacity of an exchange.
-    Where the loss is scaled, "loss_scale", and "skipped", the share of steps whose gradients were not finite:
-    these change nothing but the scale, and do not count for "grad_norm".
     """
     abstract_params = model.abstract_params if extras is None else extras.abstract_params
     state_spec = state_specs(abstract_params, optimizer, specs, item_table, precision)
@@ -122,7 +110,7 @@ def make_train_step(
 
     def micro_sums(params, catalogue_vD, batch, context):
         """((loss, tokens), gradients of the first two) of this device's rows."""
-        num_rows = batch["items"].shape[0]
+        num_rows = len(batch.segments)
         size = min(micro_rows, num_rows)
         if num_rows % size:
             raise ValueError(f"micro_rows={micro_rows} does not divide the {num_rows} rows of a device")
@@ -140,56 +128,42 @@ def make_train_step(
 
     def read_table(array, table_state, batch, step_seed, shared):
         """What the batch refers to in the table of items, and batch and negatives as places in it."""
-        batch = dict(batch)
         ids, drawn = lookups(loss_config, sampler, step_seed, batch, shared)
-        touched = None
-        if "rows" in batch:  # the loader has found the distinct ids, of each device in a row
-            touched = Touched(batch.pop("rows")[0], batch.pop("places")[0])
-        read, places = item_table.read(array, table_state, ids, touched)
-        shared = shared._replace(ids_BSK=places["shared"])
-        placed = {**batch, **{name: places[name] for name in _LOOKED_UP if name in places}}
+        read, places = item_table.read(array, table_state, ids)
+        shared = shared._replace(places_BSK=places.pop("shared"))
         if "negatives" in places:
-            placed["negatives"] = drawn._replace(ids_BSK=places["negatives"])
+            places["negatives"] = drawn._replace(places_BSK=places["negatives"])
         if item_table.is_dense:
-            placed["target_rows"] = item_table.placement.to_physical(batch["targets"])
-        return read, placed, shared
+            places["targets"] = item_table.placement.to_physical(batch.targets)
+        views = zip(batch.views, places.pop("views"), strict=True)
+        views = tuple(view.replace(places={"items": {"events": place}}) for view, place in views)
+        return read, batch.replace(places={"items": places}, views=views), shared
 
     def clip(squares, grads):
         norm = jnp.sqrt(squares)
         return jax.tree.map(lambda g: jnp.where(norm < clip_norm, g, g / norm * clip_norm), grads)
 
     def dense_step(state: TrainState, batch, context):
-        opt_state, loss_scale = state.opt_state if precision.scales_loss else (state.opt_state, None)
-        scale = loss_scale.scale if precision.scales_loss else 1.0
         params = cast_floats(
             parallel.gather(state.params, dense_specs), jnp.float32
         )  # as gradients are summed
-        sums, (grads, _) = micro_sums(params, None, batch, {**context, "scale": scale})
+        sums, (grads, _) = micro_sums(params, None, batch, context)
         loss, tokens = parallel.reduce(sums, (P(), P()))
         grads = parallel.reduce(grads, dense_specs, DTYPES[reduce])
-        grads = jax.tree.map(lambda g: g / (jnp.maximum(tokens, 1) * scale), grads)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1), grads)
         squares = parallel.sum_squares(grads, dense_specs)
         if clip_norm:
             grads = clip(squares, grads)
-        updates, new_opt_state = optimizer.update(grads, opt_state, state.params)
+        updates, new_opt_state = optimizer.update(grads, state.opt_state, state.params)
         new = optax.apply_updates(state.params, updates), new_opt_state
         metrics = {"grad_norm": (jnp.sqrt(squares), 1)}
-        if precision.scales_loss:
-            is_finite = jnp.isfinite(squares)
-            new = jax.tree.map(partial(jnp.where, is_finite), new, (state.params, opt_state))
-            new = new[0], (new[1], loss_scale.after(is_finite))
-            metrics = {
-                "grad_norm": (jnp.where(is_finite, jnp.sqrt(squares), 0), is_finite),
-                "loss_scale": (scale, 1),
-                "skipped": (~is_finite, 1),
-            }
-        return TrainState(state.step + 1, *new), (loss / scale, tokens), metrics
+        return TrainState(state.step + 1, *new), (loss, tokens), metrics
 
     def table_step(state: TrainState, batch, context):
         layout, dense, array = item_table.layout, without_table(state.params), get_table(state.params)
         dense_state, table_state = state.opt_state
         read, batch, shared = read_table(array, table_state, batch, context["step_seed"], context["shared"])
-        context = {**context, "shared": shared, "scale": 1.0}
+        context = {**context, "shared": shared}
         params = with_table(parallel.gather(dense, dense_specs), read.rows_UD)
         catalogue_vD = array if item_table.is_dense else None
         sums, (grads, catalogue_grads) = micro_sums(params, catalogue_vD, batch, context)
@@ -235,9 +209,8 @@ def make_train_step(
 
     def step(state: TrainState, batch, frozen=None):
         step_seed = step_seed_of(state.step, seed)
-        batch = {**batch, "row_ids": jnp.arange(batch["items"].shape[0], dtype=jnp.int32)}
-        batch = mark_targets(loss_config, sampler, batch)
-        shared = draw_shared(loss_config, sampler, step_seed, batch["targets"])
+        batch = batch.replace(row_ids=jnp.arange(len(batch.segments), dtype=jnp.int32))
+        shared = draw_shared(loss_config, sampler, step_seed, batch.targets)
         context = {"step_seed": step_seed, "shared": shared, "step": state.step, "frozen": frozen}
         state, (loss, tokens), metrics = on_mesh(state, batch, context)
         metrics |= {"loss": (loss, tokens), "tokens": (tokens, 1)}
@@ -257,11 +230,12 @@ def step_seed_of(step, seed: int):
 
 def lookups(loss_config: LossConfig, sampler, step_seed, batch, shared):
     """({name: ids that rows of a batch look up}, the negatives drawn for them, if any are drawn by row)."""
-    ids = {name: batch[name] for name in _LOOKED_UP if name in batch} | {"shared": shared.ids_BSK}
+    ids = {"events": batch.items, "targets": batch.targets, "shared": shared.ids_BSK}
+    ids["views"] = [view.items for view in batch.views]
     if loss_config.type == "softmax" or loss_config.sharing == "batch":
         return ids, None
-    key_B = row_keys(step_seed, batch["row_ids"])
-    drawn = draw_negatives(loss_config, sampler, key_B, batch["items"].shape[1], shared)
+    key_B = row_keys(step_seed, batch.row_ids)
+    drawn = draw_negatives(loss_config, sampler, key_B, batch.segments.shape[1], shared)
     return ids | {"negatives": drawn.ids_BSK}, drawn
 
 

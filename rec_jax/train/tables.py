@@ -11,9 +11,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from rec_jax.nn.layouts import DimSharded, HotCold, Read, Replicated, RowSharded
+from rec_jax.nn.layouts import DimSharded, Read, Replicated, RowSharded
 from rec_jax.nn.sharded import Placement
-from rec_jax.nn.sparse import RowOptimizer, Touched, catch_up_adam, scale_by_rowwise_rss
+from rec_jax.nn.sparse import RowOptimizer, catch_up_adam, scale_by_rowwise_rss
 from rec_jax.train.losses import LossConfig
 from rec_jax.train.optim import OptimConfig, make_optimizer, make_schedule
 
@@ -26,21 +26,18 @@ class TableConfig:
     does not grow with the catalogue; they need a sampled loss, for an exact softmax touches every row.
     "catch_up_adam" makes up for the steps that "lazy_adam" leaves out.
     layout: "replicated" keeps the whole table on every device, "rows" spreads its rows over the mesh, "dims"
-    its dims over mesh.model, "hot_cold" all but the most frequent rows; "auto" is what
-    `python -m experiments.plan` says.
+    its dims over mesh.model; "auto" is what `python -m experiments.plan` says.
     """
 
     optimizer: Literal["dense", "sgd", "adagrad", "rowwise_adagrad", "lazy_adam", "catch_up_adam"] = "dense"
     learning_rate: float = 0.05  # of touched rows, by the schedule of optim
     weight_decay: float = 0.0  # decoupled, of the touched rows of each step
-    layout: Literal["auto", "replicated", "rows", "dims", "hot_cold"] = "auto"
+    layout: Literal["auto", "replicated", "rows", "dims"] = "auto"
     capacity_factor: float = 1.0  # rows a device sends another at once, over an even share of its ids
-    hot_rows: int = 4096  # replicated ones of layout="hot_cold": the most frequent in training
     device_gbytes: float = 8.0  # what table and optimizer may take of a device, for layout="auto"
-    host_dedupe: bool = False  # the loader finds the distinct ids of a batch, not the device
 
     def __post_init__(self):
-        for name in ("learning_rate", "capacity_factor", "hot_rows", "device_gbytes"):
+        for name in ("learning_rate", "capacity_factor", "device_gbytes"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive (TableConfig)")
         if self.weight_decay < 0:
@@ -50,12 +47,7 @@ class TableConfig:
                 f"weight_decay={self.weight_decay} is not for optimizer={self.optimizer!r}: use "
                 "optim.weight_decay for 'dense', or another optimizer of touched rows (TableConfig)"
             )
-        if self.host_dedupe and (self.layout == "hot_cold" or self.optimizer == "dense"):
-            raise ValueError(
-                f"host_dedupe=True is neither for layout='hot_cold' nor for optimizer='dense', but they are "
-                f"{self.layout!r} and {self.optimizer!r} (TableConfig)"
-            )
-        if self.optimizer == "dense" and self.layout in ("dims", "hot_cold"):
+        if self.optimizer == "dense" and self.layout == "dims":
             raise ValueError(
                 f"layout={self.layout!r} is for tables that are updated by touched rows: choose an optimizer "
                 "other than 'dense', or layout='rows' (TableConfig)"
@@ -104,10 +96,6 @@ def make_item_table(
         return None
     if config.layout == "rows":
         layout = RowSharded(num_rows, mesh, config.capacity_factor)
-    elif config.layout == "hot_cold":
-        num_hot = min(config.hot_rows, num_rows - 1)
-        hot = 1 + np.argpartition(-item_counts[1:], num_hot - 1)[:num_hot]
-        layout = HotCold(num_rows, mesh, config.capacity_factor, jnp.asarray(np.sort(hot), jnp.int32))
     else:
         layout = {"replicated": Replicated, "dims": DimSharded}[config.layout](num_rows, mesh)
     return ItemTable(layout, _make_optimizer(config, optim, total_steps), config.optimizer == "dense")
@@ -128,18 +116,15 @@ class ItemTable:
     def placement(self) -> Placement | None:
         return self.layout.placement if isinstance(self.layout, RowSharded) else None
 
-    def read(self, array, state, ids: dict, touched: Touched | None = None) -> tuple[Read, dict]:
+    def read(self, array, state, ids: dict) -> tuple[Read, dict]:
         """Inside a shard_map: what the ids of one device refer to, and the same arrays of ids as places in
         it.
 
-        ids: int32 arrays, 0 = padding. touched: from `host_dedupe`.
+        ids: int32 arrays, 0 = padding.
         """
         ids_N, unravel = _ravel(ids)
-        read = self.layout.read(None if self.is_dense else self.optimizer, array, state, ids_N, touched)
+        read = self.layout.read(None if self.is_dense else self.optimizer, array, state, ids_N)
         return read, unravel(read.place_N[1:])
-
-    def host_dedupe(self, ids: dict) -> Touched:
-        return self.layout.host_dedupe(np.asarray(_ravel(ids)[0]))
 
     def update_dense(self, array_vD, state, grads_vD) -> tuple:
         updates_vD, state = self.optimizer.update(grads_vD, state, array_vD)

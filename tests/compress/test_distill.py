@@ -53,10 +53,10 @@ def test_the_divergence_from_the_mean_of_two_teachers(views, batch, temperature,
     config = DistillConfig(weight=0.25, temperature=temperature)
     aim = np.mean([softmax(logits(x, table) / temperature) for x, table, _ in views[1:]], axis=0)
     log_probs = np.log(np.maximum(softmax(logits(*views[0][:2]) / temperature), 1e-30))
-    real = batch["targets"] > 0
+    real = batch.next["item"] > 0
     taught = (divergence(aim, log_probs) * real).sum() * temperature**2
     own = np.log(np.maximum(softmax(logits(*views[0][:2])), 1e-30))
-    own = -(np.take_along_axis(own, batch["targets"][..., None], -1)[..., 0])[real].sum()
+    own = -(np.take_along_axis(own, batch.next["item"][..., None], -1)[..., 0])[real].sum()
     loss = jax.jit(lambda: distill_sum(config, None, views[0], views[1:], batch, None))()
     np.testing.assert_allclose(loss, 0.75 * own + 0.25 * taught, rtol=1e-5)
 
@@ -119,7 +119,7 @@ def test_a_sampled_loss_compares_the_target_and_its_negatives(views, batch, temp
         rows = np.zeros((B, S, 5))
         for b in range(B):
             for s in range(S):
-                target = batch["targets"][b, s]
+                target = batch.next["item"][b, s]
                 rows[b, s, 0] = all_scores[b, s, target]
                 for k, item in enumerate(np.asarray(negatives.ids_BSK)[b, 0]):
                     rows[b, s, k + 1] = all_scores[b, s, item] + np.log((V - 1) / 4)
@@ -127,14 +127,14 @@ def test_a_sampled_loss_compares_the_target_and_its_negatives(views, batch, temp
                         rows[b, s, k + 1] = -1e30
         scores.append(rows)
     log_probs = np.log(np.maximum(softmax(scores[0]), 1e-30))
-    taught = (divergence(softmax(scores[1]), log_probs) * (batch["targets"] > 0)).sum() * temperature**2
+    taught = (divergence(softmax(scores[1]), log_probs) * (batch.next["item"] > 0)).sum() * temperature**2
     config = DistillConfig(weight=1.0, temperature=temperature)
     loss = distill_sum(config, 5.0, views[0], views[1:2], batch, negatives)
     np.testing.assert_allclose(loss, taught, rtol=1e-5)
 
 
 def test_similarities_of_real_tokens_do_not_depend_on_width(views, batch):
-    real = batch["targets"] > 0
+    real = batch.next["item"] > 0
 
     def cosines(x):
         unit = x / np.linalg.norm(x, axis=-1, keepdims=True)

@@ -13,7 +13,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from prune_runs import KERNELS, ONCE, make_grads, make_params, one_step, train, with_kernel
 
-from rec_jax.compress.prune import PruneConfig, hold_zeros, make_prune_schedule, prune, share_of_zeros
+from rec_jax.compress.prune import (
+    PruneConfig,
+    hold_zeros,
+    last_rewind,
+    make_prune_schedule,
+    prune,
+    share_of_zeros,
+)
 from rec_jax.mesh import MeshConfig, make_mesh
 from rec_jax.nn import parallel
 from rec_jax.tree import leaf_names
@@ -97,10 +104,14 @@ def test_each_round_goes_back_to_begin_and_trains_as_anew(begin):
     config = PruneConfig(
         names=KERNELS, share=0.75, schedule="iterative", begin=begin, end=begin + 0.4, num_updates=2
     )
-    start, inner = make_params(), optax.adam(0.1)
+    rates = optax.linear_schedule(0.1, 0.0, 10)
+    start, inner = make_params(), optax.adam(rates)
     history = []
     optimizer = prune(inner, config, start, 10)
     train(optimizer, start, 8, each=lambda *both: history.append(jax.device_get(both)))
+    counts = [int(state.inner[-1].count) for _, state in history]
+    rewinds = [last_rewind(config, 10, done) for done in range(1, 9)]
+    assert [done - rewind for done, rewind in zip(range(1, 9), rewinds, strict=True)] == counts
     first = round(10 * begin)  # steps before it
     origin = history[first - 1][0] if first else start
     for pruned_at, share in [(first + 2, 0.5), (first + 4, 0.75)]:
@@ -117,6 +128,8 @@ def test_each_round_goes_back_to_begin_and_trains_as_anew(begin):
         after = history[pruned_at][0]
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), after, expected)
     assert not np.allclose(history[first][0]["items"]["table"], history[-1][0]["items"]["table"])
+    assert last_rewind(dataclasses.replace(config, schedule="cubic"), 10, 9) == 0
+    assert last_rewind(dataclasses.replace(config, names=""), 10, 9) == 0
 
 
 # Meshes

@@ -29,9 +29,9 @@ def source(data, **kwargs):
 
 def segments_of(batch):
     """(items, targets, positions) of every segment of a batch."""
-    for row in range(len(batch["items"])):
-        for segment in range(1, batch["segments"][row].max() + 1):
-            inside = batch["segments"][row] == segment
+    for row in range(len(batch.events["item"])):
+        for segment in range(1, batch.segments[row].max() + 1):
+            inside = batch.segments[row] == segment
             yield tuple(batch[name][row][inside] for name in ("items", "targets", "positions"))
 
 
@@ -87,7 +87,9 @@ def test_no_batch_ever_holds_a_held_out_event():
         batches = source((histories, split), all_windows=all_windows)
         for step in range(len(batches)):
             batch = batches[step]
-            assert not held_out & set(np.concatenate([batch["items"], batch["targets"]]).ravel().tolist())
+            assert not held_out & set(
+                np.concatenate([batch.events["item"], batch.next["item"]]).ravel().tolist()
+            )
 
 
 def test_epochs_differ_and_a_batch_depends_on_seed_and_step_alone():

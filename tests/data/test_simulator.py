@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from rec_jax.data.histories import build_histories, examples, leave_one_out
+from rec_jax.data.queries import Queries
 from rec_jax.data.simulator import SimulatorConfig, World
 from rec_jax.eval.evaluator import EvalConfig, evaluate
 from rec_jax.models.baselines import bigram, popularity
+from rec_jax.models.ranker import ScoreRanker
 
 TINY = SimulatorConfig(num_items=6, num_users=50, num_interests=3, mean_len=8, min_len=3)
 
@@ -27,9 +29,11 @@ def brute_force(world, history):
 
 def test_filter_equals_the_sum_over_all_hidden_paths():
     world = World(TINY)
-    histories = [[1], [2, 5], [3, 3, 1, 6], [4, 2, 2, 1, 5]]
-    padded = np.array([h + [0] * (5 - len(h)) for h in histories])
-    probs = world.next_item_probs(padded)
+    histories = [[1], [2, 5], [3, 3, 1, 6], [4, 2, 2, 1, 5], [4, 2, 2], [2, 5]]
+    # The last two are beginnings of others and share their events.
+    starts, ends = np.array([0, 1, 3, 7, 7, 1]), np.array([1, 3, 7, 12, 10, 3])
+    items = np.concatenate(histories[:4]).astype(np.int32)
+    probs = world.next_item_probs(Queries({"item": items}, starts, ends))
     for row, history in zip(probs, histories, strict=True):
         np.testing.assert_allclose(row, brute_force(world, history), atol=1e-12)
     assert np.all(probs[:, 0] == 0)
@@ -61,10 +65,10 @@ def test_oracle_beats_bigram_beats_popularity():
     world = World(config)
     histories = build_histories(world.sample())
     split = leave_one_out(histories)
-    scorers = {"popularity": popularity(histories, split), "bigram": bigram(histories, split)}
-    scorers["oracle"] = world.score_fn(histories)
+    rankers = {"popularity": popularity(histories, split), "bigram": bigram(histories, split)}
+    rankers["oracle"] = ScoreRanker(world.oracle(histories))
     config = EvalConfig(filter_seen=False, bootstrap=0)
-    ndcg = {n: evaluate(s, histories, split, "test", config)["ndcg@10"] for n, s in scorers.items()}
+    ndcg = {n: evaluate(s, histories, split, "test", config)["ndcg@10"] for n, s in rankers.items()}
     assert ndcg["oracle"] > 1.1 * ndcg["bigram"] > 1.2 * ndcg["popularity"]
 
 
@@ -79,8 +83,8 @@ def test_oracle_reads_renumbered_items():
         order[histories.items], histories.times, histories.offsets, histories.user_ids, names
     )
     ex = examples(histories, leave_one_out(histories), "test")
-    scores = world.score_fn(histories)(ex.users, ex.ends)
-    np.testing.assert_allclose(world.score_fn(renumbered)(ex.users, ex.ends)[:, order], scores)
+    scores, others = (world.oracle(x)(Queries.of(x, ex.users, ex.ends)) for x in (histories, renumbered))
+    np.testing.assert_allclose(others[:, order], scores)
 
 
 def test_impossible_worlds_are_refused():

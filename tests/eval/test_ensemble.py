@@ -1,21 +1,21 @@
 from types import SimpleNamespace
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rec_jax.eval.ensemble import EnsembleScorer, check_same_split
+from rec_jax.data.queries import Queries
+from rec_jax.eval.ensemble import EnsembleRanker, check_same_split
+from rec_jax.models.ranker import ScoreRanker
 
 RNG = np.random.default_rng(0)
 FIRST, SECOND = RNG.normal(size=(2, 3, 6)) * [[[1]], [[50]]] + [[[0]], [[9]]]
 
 
-def scorer(scores_BV):
-    def score_fn(users, ends):
-        return jnp.asarray(scores_BV[users], jnp.float32).at[:, 0].set(-jnp.inf)
+def ranker(scores_BV):
+    return ScoreRanker(lambda queries: scores_BV[queries.users].astype(np.float32))
 
-    score_fn.score_history = lambda items, times=None: score_fn(np.array([items[0]]), None)[0]
-    return score_fn
+
+EVERYONE = Queries({"item": np.ones(3, np.int32)}, np.arange(3), 1 + np.arange(3), np.arange(3))
 
 
 def standardised(scores_BV):
@@ -24,20 +24,20 @@ def standardised(scores_BV):
 
 
 def test_the_mean_of_standardised_scores():
-    ensemble = EnsembleScorer([scorer(FIRST), scorer(SECOND)])
+    ensemble = EnsembleRanker([ranker(FIRST), ranker(SECOND)])
     expected = (standardised(FIRST) + standardised(SECOND)) / 2
-    got = np.asarray(ensemble(np.arange(3), np.arange(3)))
+    got = np.asarray(ensemble.scores(EVERYONE).whole())
     np.testing.assert_allclose(got[:, 1:], expected, rtol=1e-4, atol=1e-5)
     assert np.all(got[:, 0] == -np.inf)
-    np.testing.assert_allclose(ensemble.score_history(np.array([2]))[1:], expected[2], rtol=1e-4, atol=1e-5)
+    alone = ensemble.scores(EVERYONE[2:]).whole()
+    np.testing.assert_allclose(alone[0, 1:], expected[2], rtol=1e-4, atol=1e-5)
 
 
 def test_scales_do_not_vote_and_constants_say_nothing():
-    users = np.arange(3)
-    once = EnsembleScorer([scorer(FIRST), scorer(SECOND)])(users, users)
-    scaled = EnsembleScorer([scorer(FIRST), scorer(SECOND * 100 - 7)])(users, users)
+    once = EnsembleRanker([ranker(FIRST), ranker(SECOND)]).scores(EVERYONE).whole()
+    scaled = EnsembleRanker([ranker(FIRST), ranker(SECOND * 100 - 7)]).scores(EVERYONE).whole()
     np.testing.assert_allclose(scaled[:, 1:], once[:, 1:], rtol=1e-3, atol=1e-4)
-    alone = EnsembleScorer([scorer(FIRST), scorer(np.zeros((3, 6)))])(users, users)
+    alone = EnsembleRanker([ranker(FIRST), ranker(np.zeros((3, 6)))]).scores(EVERYONE).whole()
     np.testing.assert_allclose(alone[:, 1:], standardised(FIRST) / 2, rtol=1e-4, atol=1e-5)
 
 
@@ -51,12 +51,13 @@ def made_up_run(checksum, generates=False):
 
 
 def test_a_run_that_does_not_score_every_item_is_refused():
-    with pytest.raises(ValueError, match="type='tiger'.* leave it out"):
+    with pytest.raises(ValueError, match="type='tiger'.* evaluate it alone"):
         check_same_split([made_up_run("a"), made_up_run("a", generates=True)])
+    check_same_split([made_up_run("a", generates=True)])
 
 
 def test_runs_of_other_splits_are_refused():
     runs = [made_up_run(checksum) for checksum in "aab"]
     check_same_split(runs[:2])
-    with pytest.raises(ValueError, match="runb learnt from split b, runa from a"):
+    with pytest.raises(ValueError, match="runb was trained on split b, runa on a"):
         check_same_split(runs)

@@ -1,13 +1,21 @@
+import dataclasses
+import tracemalloc
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rec_jax.data.histories import Histories, examples, leave_one_out
-from rec_jax.eval.evaluator import EvalConfig, evaluate, per_example, rank_examples, sample_unseen
+from rec_jax.data.histories import Histories, examples, global_temporal, leave_one_out
+from rec_jax.data.queries import Queries
+from rec_jax.eval.evaluator import EvalConfig, check_eval, evaluate, per_example, rank_examples, sample_unseen
 from rec_jax.mesh import MeshConfig, make_mesh
-from rec_jax.nn.sharded import AXES, Placement, SpreadScores
+from rec_jax.models import baselines
+from rec_jax.models.ranker import ScoreRanker
+from rec_jax.nn.catalogue import Scores
+from rec_jax.nn.sharded import AXES, Placement
+from rec_jax.report import format_scores
 
 NUM_ITEMS = 12
 
@@ -27,9 +35,22 @@ def random_histories(seed=0, num_users=40):
     return make_histories([rng.integers(1, NUM_ITEMS + 1, rng.integers(3, 9)) for _ in range(num_users)])
 
 
-def table_scorer(histories, scores_UV):
+def table_ranker(scores_UV):
     """Scores that depend on the user alone."""
-    return lambda users, ends: scores_UV[users].astype(np.float32)
+    return ScoreRanker(lambda queries: scores_UV[queries.users].astype(np.float32))
+
+
+class ShardedRanker(ScoreRanker):
+    """The same, sharded over a mesh."""
+
+    def __init__(self, scores_UV, mesh):
+        self._scores_UV, self._mesh, self._placement = scores_UV, mesh, Placement(NUM_ITEMS + 1)
+
+    def scores(self, queries):
+        scores_BV = self._scores_UV[queries.users].astype(np.float32)
+        physical = np.asarray(self._placement.place(scores_BV.T)).T
+        sharded = jax.device_put(physical, NamedSharding(self._mesh, P(None, AXES)))
+        return Scores(sharded, self._placement, self._mesh)
 
 
 def slow_ranks(histories, ex, scores_UV, filter_seen):
@@ -56,9 +77,7 @@ def test_ranks_equal_a_double_loop(kind, batch_bytes):
         "minus_inf": rng.choice([-np.inf, 0, 1], (40, NUM_ITEMS + 1)),
     }[kind].astype(np.float32)
     ex = examples(histories, leave_one_out(histories), "test")
-    ranks = rank_examples(
-        table_scorer(histories, scores_UV), histories, ex, EvalConfig(batch_bytes=batch_bytes)
-    )
+    ranks = rank_examples(table_ranker(scores_UV), histories, ex, EvalConfig(batch_bytes=batch_bytes))
     filtered = np.stack([ranks.greater, ranks.equal], axis=1)
     unfiltered = np.stack([ranks.greater_unfiltered, ranks.equal_unfiltered], axis=1)
     np.testing.assert_array_equal(filtered, slow_ranks(histories, ex, scores_UV, True))
@@ -69,7 +88,7 @@ def test_ranks_equal_a_double_loop(kind, batch_bytes):
 def test_constant_scores_get_exactly_chance_level(score):
     histories = random_histories()
     result = evaluate(
-        table_scorer(histories, np.full((40, NUM_ITEMS + 1), score)),
+        table_ranker(np.full((40, NUM_ITEMS + 1), score)),
         histories,
         leave_one_out(histories),
         "test",
@@ -85,7 +104,7 @@ def test_a_user_who_saw_everything_but_the_target_ranks_it_first():
     scores_UV = np.zeros((1, NUM_ITEMS + 1))
     scores_UV[0, NUM_ITEMS] = -5  # the worst score of all
     ex = examples(histories, leave_one_out(histories), "test")
-    ranks = rank_examples(table_scorer(histories, scores_UV), histories, ex, EvalConfig())
+    ranks = rank_examples(table_ranker(scores_UV), histories, ex, EvalConfig())
     assert (ranks.greater[0], ranks.equal[0]) == (0, 1)
     assert (ranks.greater_unfiltered[0], ranks.equal_unfiltered[0]) == (NUM_ITEMS - 1, 1)
 
@@ -94,7 +113,7 @@ def test_a_repeated_target_is_still_ranked():
     histories = make_histories([[1, 2, 3, 1]])
     scores_UV = -np.arange(NUM_ITEMS + 1, dtype=np.float64)[None]
     ex = examples(histories, leave_one_out(histories), "test")
-    ranks = rank_examples(table_scorer(histories, scores_UV), histories, ex, EvalConfig())
+    ranks = rank_examples(table_ranker(scores_UV), histories, ex, EvalConfig())
     assert (ranks.greater[0], ranks.equal[0]) == (0, 1)
 
 
@@ -103,8 +122,8 @@ def test_recommended_lists_hold_no_seen_item():
     scores_UV = np.random.default_rng(2).normal(size=(40, NUM_ITEMS + 1))
     ex = examples(histories, leave_one_out(histories), "test")
     config = EvalConfig(ks=(3, 10))
-    ranks = rank_examples(table_scorer(histories, scores_UV), histories, ex, config)
-    for user, end, target, top in zip(ex.users, ex.ends, ex.targets, ranks.top_EK[:, :3], strict=True):
+    ranks = rank_examples(table_ranker(scores_UV), histories, ex, config)
+    for user, end, target, top in zip(ex.users, ex.ends, ex.targets, ranks.top_BK[:, :3], strict=True):
         seen = set(histories.items[histories.offsets[user] : end]) - {target}
         order = [v for v in np.argsort(-scores_UV[user, 1:]) + 1 if v not in seen]
         assert list(top) == order[:3]
@@ -114,10 +133,10 @@ def test_recommended_lists_hold_no_seen_item():
 def test_a_list_is_shorter_when_nothing_unseen_is_left(score):
     histories = make_histories([[*range(1, NUM_ITEMS + 1)]])  # the target alone is unseen
     split = leave_one_out(histories)
-    scorer = table_scorer(histories, np.full((1, NUM_ITEMS + 1), score))
-    ranks = rank_examples(scorer, histories, examples(histories, split, "test"), EvalConfig())
-    assert sorted(ranks.top_EK[0])[::-1] == [NUM_ITEMS] + [0] * (NUM_ITEMS - 1)
-    result = evaluate(scorer, histories, split, "test", EvalConfig(bootstrap=0))
+    ranker = table_ranker(np.full((1, NUM_ITEMS + 1), score))
+    ranks = rank_examples(ranker, histories, examples(histories, split, "test"), EvalConfig())
+    assert sorted(ranks.top_BK[0])[::-1] == [NUM_ITEMS] + [0] * (NUM_ITEMS - 1)
+    result = evaluate(ranker, histories, split, "test", EvalConfig(bootstrap=0))
     assert result["coverage@10"] == pytest.approx(1 / NUM_ITEMS)
 
 
@@ -132,7 +151,7 @@ def test_nan_scores_name_the_user():
     scores_UV = np.zeros((40, NUM_ITEMS + 1))
     scores_UV[3, 5] = np.nan
     with pytest.raises(ValueError, match="u3"):
-        evaluate(table_scorer(histories, scores_UV), histories, leave_one_out(histories), "val", EvalConfig())
+        evaluate(table_ranker(scores_UV), histories, leave_one_out(histories), "val", EvalConfig())
 
 
 def test_sampled_negatives_are_untouched_and_reproducible():
@@ -149,9 +168,7 @@ def test_sampled_protocol_says_what_it_is():
     histories = random_histories()
     scores_UV = np.random.default_rng(3).normal(size=(40, NUM_ITEMS + 1))
     split = leave_one_out(histories)
-    result = evaluate(
-        table_scorer(histories, scores_UV), histories, split, "test", EvalConfig(sampled_negatives=3)
-    )
+    result = evaluate(table_ranker(scores_UV), histories, split, "test", EvalConfig(sampled_negatives=3))
     ex = examples(histories, split, "test")
     negatives = sample_unseen(histories, ex.users, 3, seed=0)
     places = 1 + (scores_UV[ex.users[:, None], negatives] > scores_UV[ex.users, ex.targets][:, None]).sum(1)
@@ -162,9 +179,7 @@ def test_sampled_protocol_says_what_it_is():
 def test_breakdowns_add_up():
     histories = random_histories()
     scores_UV = np.random.default_rng(4).normal(size=(40, NUM_ITEMS + 1))
-    result = evaluate(
-        table_scorer(histories, scores_UV), histories, leave_one_out(histories), "val", EvalConfig()
-    )
+    result = evaluate(table_ranker(scores_UV), histories, leave_one_out(histories), "val", EvalConfig())
     for name in ("by_history_length", "by_popularity"):
         rows = result[name].values()
         assert sum(row["num_examples"] for row in rows) == result["num_examples"] == 40
@@ -177,10 +192,10 @@ def test_breakdowns_add_up():
 def test_the_mean_over_examples_is_the_metric(filter_seen):
     histories = random_histories()
     split = leave_one_out(histories)
-    scorer = table_scorer(histories, np.random.default_rng(1).normal(size=(40, NUM_ITEMS + 1)))
+    ranker = table_ranker(np.random.default_rng(1).normal(size=(40, NUM_ITEMS + 1)))
     config = EvalConfig(filter_seen=filter_seen, bootstrap=0, ks=(3, 10))
-    whole = evaluate(scorer, histories, split, "test", config)
-    values = per_example(scorer, histories, split, "test", config)
+    whole = evaluate(ranker, histories, split, "test", config)
+    values = per_example(ranker, histories, split, "test", config)
     assert len(values["ndcg@3"]) == whole["num_examples"] and 0 < whole["ndcg@3"] < 1
     for name in ("ndcg@3", "hr@10", "mrr"):
         assert values[name].mean() == pytest.approx(whole[name])
@@ -190,24 +205,25 @@ def test_a_drawn_part_is_some_of_the_examples_and_the_same_every_time():
     histories = random_histories()
     split, users_seen = leave_one_out(histories), []
 
-    def score_fn(users, ends):
-        users_seen.extend(users)
-        return np.random.default_rng(2).normal(size=(40, NUM_ITEMS + 1))[users].astype(np.float32)
+    def score_fn(queries):
+        users_seen.extend(queries.users)
+        return np.random.default_rng(2).normal(size=(40, NUM_ITEMS + 1))[queries.users].astype(np.float32)
 
+    ranker = ScoreRanker(score_fn)
     config = EvalConfig(max_examples=9, bootstrap=0, batch_bytes=1)
-    first = evaluate(score_fn, histories, split, "test", config, seed=3)
+    first = evaluate(ranker, histories, split, "test", config, seed=3)
     drawn, users_seen = list(users_seen), []
     assert len(set(drawn)) == 9 and drawn == sorted(drawn)
     assert first["num_examples"] == 9 and first["num_held_out"] == 40
-    assert evaluate(score_fn, histories, split, "test", config, seed=3) == first
-    everyone = evaluate(score_fn, histories, split, "test", EvalConfig(bootstrap=0), seed=3)
-    more = evaluate(score_fn, histories, split, "test", EvalConfig(bootstrap=0, max_examples=41), seed=3)
+    assert evaluate(ranker, histories, split, "test", config, seed=3) == first
+    everyone = evaluate(ranker, histories, split, "test", EvalConfig(bootstrap=0), seed=3)
+    more = evaluate(ranker, histories, split, "test", EvalConfig(bootstrap=0, max_examples=41), seed=3)
     assert more == everyone and everyone["num_examples"] == 40
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "minus_inf"])
 @pytest.mark.parametrize("data, model", [(1, 1), (2, 4)])
-def test_scores_that_lie_spread_over_a_mesh_rank_the_same(kind, data, model):
+def test_sharded_scores_rank_the_same(kind, data, model):
     histories = random_histories()
     rng = np.random.default_rng(1)
     scores_UV = {
@@ -215,20 +231,14 @@ def test_scores_that_lie_spread_over_a_mesh_rank_the_same(kind, data, model):
         "ties": rng.integers(0, 3, (40, NUM_ITEMS + 1)),
         "minus_inf": rng.choice([-np.inf, 0, 1], (40, NUM_ITEMS + 1)),
     }[kind]
-    mesh, placement = make_mesh(MeshConfig(data=data, model=model)), Placement(NUM_ITEMS + 1)
-    sharding = NamedSharding(mesh, P(None, AXES))
-
-    def spread_fn(users, ends):
-        physical = np.asarray(placement.place(scores_UV[users].astype(np.float32).T)).T
-        return SpreadScores(jax.device_put(physical, sharding), placement, mesh)
-
+    mesh = make_mesh(MeshConfig(data=data, model=model))
     ex = examples(histories, leave_one_out(histories), "test")
     for filter_seen in (True, False):
         config = EvalConfig(
             filter_seen=filter_seen, sampled_negatives=3, batch_bytes=4 * (NUM_ITEMS + 1) * 16
         )
-        whole = rank_examples(table_scorer(histories, scores_UV), histories, ex, config)
-        spread = rank_examples(spread_fn, histories, ex, config)
+        whole = rank_examples(table_ranker(scores_UV), histories, ex, config)
+        sharded = rank_examples(ShardedRanker(scores_UV, mesh), histories, ex, config)
         for name in (
             "greater",
             "equal",
@@ -237,16 +247,94 @@ def test_scores_that_lie_spread_over_a_mesh_rank_the_same(kind, data, model):
             "sampled_greater",
             "sampled_equal",
         ):
-            np.testing.assert_array_equal(getattr(spread, name), getattr(whole, name), err_msg=name)
+            np.testing.assert_array_equal(getattr(sharded, name), getattr(whole, name), err_msg=name)
         if kind == "normal":  # where no order is left to choice
-            np.testing.assert_array_equal(spread.top_EK, whole.top_EK)
-        np.testing.assert_array_equal(np.sort(spread.top_EK > 0), np.sort(whole.top_EK > 0))
+            np.testing.assert_array_equal(sharded.top_BK, whole.top_BK)
+        np.testing.assert_array_equal(np.sort(sharded.top_BK > 0), np.sort(whole.top_BK > 0))
 
 
-def test_a_spread_nan_is_found():
-    histories, mesh, placement = random_histories(), make_mesh(MeshConfig(data=2)), Placement(NUM_ITEMS + 1)
-    scores_BV = np.zeros((40, placement.size), np.float32)
-    scores_BV[:, placement.to_physical(5)] = np.nan
-    spread = SpreadScores(jax.device_put(scores_BV, NamedSharding(mesh, P(None, AXES))), placement, mesh)
+def test_a_nan_of_another_device_is_found():
+    histories, mesh = random_histories(), make_mesh(MeshConfig(data=2))
+    scores_UV = np.zeros((40, NUM_ITEMS + 1))
+    scores_UV[:, 5] = np.nan
     with pytest.raises(ValueError, match="NaN among the scores of user u0"):
-        evaluate(lambda users, ends: spread, histories, leave_one_out(histories), "val", EvalConfig())
+        evaluate(ShardedRanker(scores_UV, mesh), histories, leave_one_out(histories), "val", EvalConfig())
+
+
+def test_untrained_items_are_counted_and_get_their_share_of_the_lists():
+    """Training has items 1 to 4; 5 and 6 occur in held-out events alone, 7 to 12 nowhere."""
+    histories = make_histories([[1, 2, 5, 6], [3, 4, 5, 6]])
+    split = leave_one_out(histories)
+    by_id = table_ranker(-np.arange(NUM_ITEMS + 1, dtype=np.float64)[None].repeat(2, 0))  # low ids first
+    result = evaluate(by_id, histories, split, "test", EvalConfig(bootstrap=0))
+    # Test lists leave out three seen items of each user: nine are left, of which 3, 4 and 1, 2 are trained.
+    assert result["untrained_items"] == 8
+    assert result["untrained@10"] == pytest.approx(14 / 18)
+    everything = evaluate(by_id, histories, split, "test", EvalConfig(bootstrap=0, filter_seen=False))
+    assert everything["untrained@10"] == pytest.approx(6 / 10)
+    text = format_scores({"model": result, "other": everything})
+    assert (
+        "8 items have no training event; their share of all top-10 places: model 77.8%, other 60.0%" in text
+    )
+    trained = split.train_item_counts(histories) > 0
+    queries = Queries.of(histories, [0, 1])
+    assert np.asarray(by_id.top_k(queries, 3, queries.seen(), trained)[1]).tolist() == [[3, 4, 0], [1, 2, 0]]
+    known = make_histories([[*range(1, NUM_ITEMS + 1), 1, 2]])
+    result = evaluate(by_id, known, leave_one_out(known), "test", EvalConfig(bootstrap=0))
+    assert result["untrained_items"] == result["untrained@10"] == 0
+    assert "no training event" not in format_scores({"model": result})
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"sampled_negatives": 8}, "sampled_negatives=8 but user u0 has only 7 untouched items"),
+        ({"baselines": ("popularity", "ease")}, "max_items=11 but there are 12 items"),
+    ],
+)
+def test_what_no_evaluation_could_do_is_refused_before_a_training(fields, message, monkeypatch):
+    monkeypatch.setattr(baselines, "_EASE_ITEMS", 11)
+    histories = make_histories([[1, 2, 3, 4, 5, 5], [1, 2, 3]])
+    config, split = EvalConfig(bootstrap=0, **fields), leave_one_out(histories)
+    with pytest.raises(ValueError, match=message):
+        check_eval(config, histories, split)
+    if config.sampled_negatives:
+        with pytest.raises(ValueError, match=message):
+            evaluate(table_ranker(np.zeros((2, NUM_ITEMS + 1))), histories, split, "test", config)
+        check_eval(EvalConfig(sampled_negatives=7), histories, split)
+        # Of a part that is drawn, only the users that are drawn count.
+        drawn = EvalConfig(sampled_negatives=8, max_examples=1)
+        seeds = [seed for seed in range(20) if _is_refused(drawn, histories, split, seed)]
+        assert 0 < len(seeds) < 20
+
+
+def _is_refused(config, histories, split, seed):
+    try:
+        check_eval(config, histories, split, seed)
+    except ValueError:
+        return True
+    return False
+
+
+def test_an_empty_part_is_refused_before_a_training():
+    histories = dataclasses.replace(make_histories([[1, 2], [3, 4], [5]]), times=np.array([0, 5, 0, 5, 3]))
+    split = global_temporal(histories, 3, 5)  # the only validation event has none before it
+    with pytest.raises(ValueError, match="the val part of the split has no example"):
+        check_eval(EvalConfig(), histories, split)
+
+
+@pytest.mark.parametrize("make", [baselines.popularity, baselines.bigram, baselines.item_knn, baselines.ease])
+def test_memory_is_bounded_for_one_long_history(make):
+    """3,000 examples whose histories of 27,000 to 30,000 events would fill 340 MB with int32."""
+    items = np.random.default_rng(0).integers(1, 51, 30_000).astype(np.int32)
+    histories = dataclasses.replace(make_histories([items], 50), times=np.arange(30_000))
+    split = global_temporal(histories, 26_999, 27_000)
+    ranker = make(histories, split)
+    config = EvalConfig(bootstrap=0, batch_bytes=2**20)
+    evaluate(ranker, histories, split, "val", config)  # what is compiled and imported once
+    tracemalloc.start()
+    result = evaluate(ranker, histories, split, "test", config)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert result["num_examples"] == 3000
+    assert peak < 60e6, f"{peak / 1e6:.0f} MB"

@@ -37,15 +37,6 @@ def test_ties_are_the_mean_over_places(greater, equal, k):
     assert M.reciprocal_rank(g, e, k)[0] == pytest.approx(expected)
 
 
-def test_means_merge_as_sums():
-    whole, left, right = M.Mean(), M.Mean(), M.Mean()
-    whole.add([1.0, 2.0, 6.0])
-    left.add([1.0])
-    right.add([2.0, 6.0])
-    assert left.merge(right) == whole and whole.value == 3
-    assert math.isnan(M.Mean().value)
-
-
 def test_bootstrap_interval_is_seeded_and_of_the_right_width():
     values = np.random.default_rng(0).normal(5, 2, 4000)
     low, high = M.bootstrap_interval(values, 1000, seed=1)

@@ -5,18 +5,25 @@ from functools import partial
 import jax
 import numpy as np
 
+from rec_jax.data.batch import Batch
+
 ROW_LEN = 12
 
 
-def pack(rows):
-    """Each row holds its histories in order, then padding."""
-    batch = {name: np.zeros((len(rows), ROW_LEN), np.int32) for name in ("items", "segments", "positions")}
+def pack(rows, times=None, length=ROW_LEN):
+    """Each row holds its histories in order, then padding. times: seconds of their events, like rows."""
+    arrays = {
+        name: np.zeros((len(rows), length), np.int32) for name in ("item", "time", "segment", "position")
+    }
     for row, histories in enumerate(rows):
         for segment, (inside, history) in enumerate(zip(places(histories), histories, strict=True), 1):
-            batch["items"][row, inside] = history
-            batch["segments"][row, inside] = segment
-            batch["positions"][row, inside] = np.arange(len(history))
-    return batch
+            arrays["item"][row, inside] = history
+            arrays["segment"][row, inside] = segment
+            arrays["position"][row, inside] = np.arange(len(history))
+            if times is not None:
+                arrays["time"][row, inside] = times[row][segment - 1]
+    events = {"item": arrays["item"]} | ({} if times is None else {"time": arrays["time"]})
+    return Batch(events, segments=arrays["segment"], positions=arrays["position"])
 
 
 def places(histories):

@@ -4,8 +4,14 @@ import numpy as np
 import pytest
 
 from rec_jax.data.histories import Histories, leave_one_out
+from rec_jax.data.queries import Queries
+from rec_jax.models import baselines
 from rec_jax.models.baselines import BASELINES, bigram, bpr, ease, item_knn, popularity, recent_popularity
 from rec_jax.models.bpr import make_negatives
+
+
+def scores_of(ranker, histories, users, ends):
+    return np.asarray(ranker.scores(Queries.of(histories, users, ends)).values_BV)
 
 
 def make_data(rows, num_items, times=None):
@@ -27,14 +33,14 @@ def data():
 
 def test_popularity_counts_training_events_alone(data):
     histories, split = data
-    scores = popularity(histories, split)(np.array([0, 3]), np.array([3, 16]))
+    scores = scores_of(popularity(histories, split), histories, np.array([0, 3]), np.array([3, 16]))
     np.testing.assert_array_equal(scores, [[0, 3, 4, 2, 2, 0, 0]] * 2)
 
 
 def test_bigram_counts_followers_within_users(data):
     histories, split = data
     # Histories that end in item 2 (user 0 after two events) and in item 4 (user 3 after two).
-    scores = bigram(histories, split)(np.array([0, 3]), np.array([2, 17]))
+    scores = scores_of(bigram(histories, split), histories, np.array([0, 3]), np.array([2, 17]))
     after_2 = {1: 1, 3: 1, 4: 1}
     np.testing.assert_array_equal(np.floor(scores[0]), [after_2.get(v, 0) for v in range(7)])
     # 4 is never followed in training: popularity decides, and stays below any seen pair.
@@ -51,7 +57,7 @@ def test_item_knn_is_the_summed_cosine(data):
             return 0.0
         return len(owners[a] & owners[b]) / np.sqrt(len(owners[a]) * len(owners[b]))
 
-    scores = item_knn(histories, split)(np.array([0, 2]), np.array([3, 13]))
+    scores = scores_of(item_knn(histories, split), histories, np.array([0, 2]), np.array([3, 13]))
     for row, history in zip(scores, [[1, 2, 3], [2, 1, 2]], strict=True):
         expected = [0.0] + [sum(cosine(a, v) for a in history) for v in range(1, 7)]
         np.testing.assert_allclose(row, expected, rtol=1e-6)
@@ -59,13 +65,15 @@ def test_item_knn_is_the_summed_cosine(data):
 
 def test_item_knn_keeps_the_nearest_alone(data):
     histories, split = data
-    scores = item_knn(histories, split, num_neighbours=1)(np.array([0]), np.array([1]))
+    scores = scores_of(item_knn(histories, split, num_neighbours=1), histories, np.array([0]), np.array([1]))
     assert np.count_nonzero(scores[0]) == 1 and np.argmax(scores[0]) == 2  # 1 and 2 share all users
 
 
 def test_recent_popularity_without_times_counts_the_last_events_of_each_user(data):
     histories, split = data
-    scores = recent_popularity(histories, split, events_per_user=1)(np.array([0, 3]), np.array([3, 16]))
+    scores = scores_of(
+        recent_popularity(histories, split, events_per_user=1), histories, np.array([0, 3]), np.array([3, 16])
+    )
     # The last training events are 3, 4, 2 and 4; all training events of 1 to 4 are 3, 4, 2 and 2.
     np.testing.assert_allclose(scores, [[0, 3 / 5, 1 + 4 / 5, 1 + 2 / 5, 2 + 2 / 5, 0, 0]] * 2)
 
@@ -75,13 +83,15 @@ def test_recent_popularity_with_times_counts_the_last_part_of_the_time_of_traini
     # Training ends at 100: its last tenth begins at 90. Held-out events come later.
     times = [0, 10, 20, 200, 300, 50, 89, 90, 200, 300, 95, 95, 100, 200, 300, 10, 20, 200, 300]
     histories = dataclasses.replace(histories, times=np.array(times))
-    scores = recent_popularity(histories, split, share_of_time=0.1)(np.array([1]), np.array([8]))
+    scores = scores_of(
+        recent_popularity(histories, split, share_of_time=0.1), histories, np.array([1]), np.array([8])
+    )
     np.testing.assert_allclose(scores, [[0, 1 + 3 / 5, 2 + 4 / 5, 2 / 5, 1 + 2 / 5, 0, 0]])
 
 
 def test_ease_is_the_best_guess_of_each_item_from_the_others(data):
     histories, split = data
-    scores = ease(histories, split, regularization=0.7)
+    ranker = ease(histories, split, regularization=0.7)
     seen_UV = np.zeros((4, 7))
     for user, items in enumerate([{1, 2, 3}, {1, 2, 4}, {1, 2}, {3, 4}]):
         seen_UV[user, list(items)] = 1
@@ -91,8 +101,9 @@ def test_ease_is_the_best_guess_of_each_item_from_the_others(data):
         x, y = seen_UV[:, others], seen_UV[:, item]
         weights_VV[others, item] = np.linalg.solve(x.T @ x + 0.7 * np.eye(6), x.T @ y)
     # User 2 has item 2 twice: it counts once. One item alone gives its row, 0 on the diagonal.
-    np.testing.assert_allclose(scores(np.array([2]), np.array([13]))[0], seen_UV[2] @ weights_VV, atol=1e-6)
-    alone = scores(np.array([0, 3]), np.array([1, 16]))
+    twice = scores_of(ranker, histories, [2], [13])
+    np.testing.assert_allclose(twice[0], seen_UV[2] @ weights_VV, atol=1e-6)
+    alone = scores_of(ranker, histories, [0, 3], [1, 16])
     np.testing.assert_allclose(alone, weights_VV[[1, 3]], atol=1e-6)
     assert alone[0, 1] == alone[1, 3] == 0
 
@@ -112,8 +123,9 @@ def two_tastes():
 def test_bpr_learns_the_taste_of_each_user(two_tastes):
     histories, split = two_tastes
     users, ends = np.arange(60), split.train_end
-    scores_UV = bpr(histories, split, width=8, epochs=60, learning_rate=0.05)(users, ends)
-    ahead = popularity(histories, split)(users, ends)
+    ranker = bpr(histories, split, width=8, epochs=60, learning_rate=0.05)
+    scores_UV = scores_of(ranker, histories, users, ends)
+    ahead = scores_of(popularity(histories, split), histories, users, ends)
     own = (np.arange(21) - 1) // 10 == users[:, None] % 2
     other = ~own & (np.arange(21) > 0)
 
@@ -126,8 +138,9 @@ def test_bpr_learns_the_taste_of_each_user(two_tastes):
 
 
 def test_bpr_is_the_same_for_the_same_seed(two_tastes):
-    at = np.arange(60), two_tastes[1].train_end
-    first, again, other = (bpr(*two_tastes, width=8, epochs=2, seed=seed)(*at) for seed in (3, 3, 4))
+    at = two_tastes[0], np.arange(60), two_tastes[1].train_end
+    rankers = (bpr(*two_tastes, width=8, epochs=2, seed=seed) for seed in (3, 3, 4))
+    first, again, other = (scores_of(ranker, *at) for ranker in rankers)
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-4
 
@@ -136,9 +149,10 @@ def test_bpr_gives_users_without_training_the_biases_alone(two_tastes):
     histories, split = two_tastes
     train_end = split.train_end.copy()
     train_end[[4, 7]] = histories.offsets[[4, 7]]
-    scores = bpr(histories, dataclasses.replace(split, train_end=train_end), width=8, epochs=2)
-    known, *unknown = scores(np.array([0, 4, 7]), np.array([1, 33, 57]))
+    ranker = bpr(histories, dataclasses.replace(split, train_end=train_end), width=8, epochs=2)
+    known, *unknown = scores_of(ranker, histories, np.array([0, 4, 7]), np.array([1, 33, 57]))
     np.testing.assert_array_equal(*unknown)
+    np.testing.assert_array_equal(ranker.scores(Queries.one([3])).values_BV[0], unknown[0])  # of nobody
     assert np.any(known != unknown[0])
 
 
@@ -167,5 +181,12 @@ def test_held_out_events_are_not_read(two_tastes, name):
     for with_times in (None, times):
         before = dataclasses.replace(histories, times=with_times)
         after = dataclasses.replace(other, times=with_times if with_times is None else with_times + ~in_train)
-        before, after = (BASELINES[name](x, split)(*at) for x in (before, after))
+        before, after = (scores_of(BASELINES[name](x, split), x, *at) for x in (before, after))
         np.testing.assert_array_equal(before, after)
+
+
+def test_item_knn_is_the_same_in_blocks_of_items(two_tastes, monkeypatch):
+    at = two_tastes[0], np.arange(60), two_tastes[1].train_end
+    at_once = scores_of(item_knn(*two_tastes), *at)
+    monkeypatch.setattr(baselines, "_BLOCK_SCORES", 40)
+    np.testing.assert_array_equal(scores_of(item_knn(*two_tastes), *at), at_once)

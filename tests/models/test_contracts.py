@@ -10,12 +10,14 @@ import pytest
 
 from rec_jax.data.histories import Histories
 from rec_jax.data.packing import fill_rows, plan_packing
+from rec_jax.data.queries import Queries
+from rec_jax.data.schema import TIME
 from rec_jax.hashing import row_keys
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch
 from rec_jax.models.base import init_model
-from rec_jax.models.beam import BeamScorer
+from rec_jax.models.beam import BeamRanker
 from rec_jax.models.registry import MODELS, model_builder
-from rec_jax.models.scoring import SequenceScorer
+from rec_jax.models.scoring import SequenceRanker
 from rec_jax.models.semantic_ids import CodesConfig, numbered_codes
 from rec_jax.train.losses import LossConfig
 from rec_jax.train.step import init_state, make_train_step
@@ -75,10 +77,10 @@ def rows(users, num_rows=None):
     slot_users[plan.slots_by_len] = plan.users_by_len
     num_rows = plan.num_rows if num_rows is None else num_rows
     ends = h.offsets[np.asarray(users) + 1]
-    batch = fill_rows(h.items, plan, np.arange(plan.num_rows), slot_users, ends, num_rows, times=h.times)
-    batch["targets"] = batch["items"] % NUM_ITEMS + (batch["items"] > 0)
-    batch["masked"] = (batch["items"] % 5 == 0) & (batch["items"] > 0)
-    return batch
+    columns = {"item": h.items, "time": h.times}
+    batch = fill_rows(columns, plan, np.arange(plan.num_rows), slot_users, ends, num_rows, (TIME,))
+    is_query = (batch.items % 5 == 0) & (batch.items > 0)
+    return batch.with_targets(batch.items % NUM_ITEMS + (batch.items > 0)).replace(is_query=is_query)
 
 
 @EVERY_MODEL
@@ -100,11 +102,11 @@ def test_nothing_that_comes_later_is_seen(config_class):
     before = np.asarray(encode(batch))
     for at in (1, 5, 11):
         later = np.arange(MAX_LEN) >= at
-        changed = batch | {
-            "items": np.where(later, 1 + batch["items"] % NUM_ITEMS, batch["items"]),
-            "times": np.where(later, batch["times"] + 10**6, batch["times"]),
+        events = {
+            "item": np.where(later, 1 + batch.items % NUM_ITEMS, batch.items),
+            "time": np.where(later, batch.events["time"] + 10**6, batch.events["time"]),
         }
-        shorter = {name: np.where(later, 0, x) for name, x in batch.items()}
+        changed, shorter = batch.replace(events=events), batch.keep(~later)
         for other in (changed, shorter):
             np.testing.assert_allclose(
                 np.asarray(encode(other))[0, :at], before[0, :at], rtol=1e-5, atol=1e-6
@@ -122,7 +124,7 @@ def test_asked_tokens_are_those_of_the_whole(config_class):
 @EVERY_MODEL
 def test_dropout_follows_from_its_key(config_class):
     encode, batch = encoder(config_class), rows(range(len(LENGTHS)))
-    keys = [row_keys(jnp.uint32(seed), jnp.arange(len(batch["items"]))) for seed in (1, 1, 2)]
+    keys = [row_keys(jnp.uint32(seed), jnp.arange(len(batch.events["item"]))) for seed in (1, 1, 2)]
     first, again, other = (np.asarray(encode(batch, key_B)) for key_B in keys)
     np.testing.assert_array_equal(first, again)
     assert np.any(first != other) and np.any(first != np.asarray(encode(batch)))
@@ -133,19 +135,22 @@ def test_scores_of_many_are_those_of_one(config_class):
     model, params = make(config_class)
     h = histories()
     users = np.arange(len(LENGTHS))
-    make_scorer = functools.partial(BeamScorer, num_beams=5) if model.generates else SequenceScorer
-    many = make_scorer(model, params, h, MAX_LEN, make_mesh(MeshConfig(data=2)))
-    scores_BV = np.asarray(many(users, h.offsets[1:]))
+    mesh = make_mesh(MeshConfig(data=2))
+    if model.generates:
+        ranker = BeamRanker(model, params, NUM_ITEMS, MAX_LEN, mesh, num_beams=5)
+    else:
+        ranker = SequenceRanker(model, params, MAX_LEN, mesh)
+    scores_BV = np.asarray(ranker.scores(Queries.of(h, users)).whole())
     for user in users:
         inside = slice(*h.offsets[user : user + 2])
-        one = np.asarray(many.score_history(h.items[inside], h.times[inside]))
-        np.testing.assert_allclose(scores_BV[user], one, rtol=1e-3, atol=1e-4)
-    # The event after a history, which stands behind it in the file, is not read.
-    earlier = np.asarray(many(users[1:], h.offsets[2:] - 1))
+        one = ranker.scores(Queries.one(h.items[inside], h.times[inside])).whole()
+        np.testing.assert_allclose(scores_BV[user], one[0], rtol=1e-3, atol=1e-4)
+    # The event after a history, which follows it in the file, is not read.
+    earlier = Queries.of(h, users[1:], h.offsets[2:] - 1)
     hidden = Histories(h.items.copy(), h.times, h.offsets, h.user_ids, h.item_ids)
     hidden.items[h.offsets[1:] - 1] = 1
-    without = make_scorer(model, params, hidden, MAX_LEN, make_mesh(MeshConfig(data=2)))
-    np.testing.assert_array_equal(np.asarray(without(users[1:], h.offsets[2:] - 1)), earlier)
+    without = Queries.of(hidden, users[1:], h.offsets[2:] - 1)
+    np.testing.assert_array_equal(*(ranker.scores(queries).whole() for queries in (without, earlier)))
 
 
 @EVERY_MODEL
@@ -154,9 +159,9 @@ def test_a_step_is_the_same_on_every_mesh_and_a_tiny_set_is_learnt(config_class)
     model, params = init_model(builder(config), seed=0)
     params = jax.device_get(params)  # states are donated
     batch = rows(range(1, len(LENGTHS)), num_rows=8)
-    del batch["masked"]
+    batch = batch.replace(is_query=None)
     if not model.is_causal:
-        batch["targets"] = batch["items"]
+        batch = batch.with_targets(batch.items)
 
     def losses(data, micro_rows, steps):
         mesh, optimizer = make_mesh(MeshConfig(data=data)), optax.adam(0.005)

@@ -6,6 +6,7 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import packed_rows
 import pytest
 
 from rec_jax.config import build
@@ -89,16 +90,8 @@ def draw(lengths, seed=0):
 
 def pack(histories, length=MAX_LEN, with_times=True):
     """All histories in one row, in order."""
-    batch = {name: np.zeros((1, length), np.int32) for name in ("items", "segments", "positions", "times")}
-    at = 0
-    for segment, (items, times) in enumerate(histories, 1):
-        inside = slice(at, at + len(items))
-        for name, values in zip(batch, (items, segment, np.arange(len(items)), times), strict=True):
-            batch[name][0, inside] = values
-        at += len(items)
-    if not with_times:
-        del batch["times"]
-    return batch
+    items, times = zip(*histories, strict=True)
+    return packed_rows.pack([items], [times] if with_times else None, length)
 
 
 HISTORIES = draw([4, 1, 5])
@@ -172,10 +165,10 @@ def test_nothing_later_changes_anything_earlier():
     """Neither another item or another time, nor that a history goes on."""
     _, model, params = make()
     x_SD = encode(model, params, pack(HISTORIES))
-    for name in ("items", "times"):
+    for name in ("item", "time"):
         batch = pack(HISTORIES)
-        batch[name][0, [3, 8, 9]] += np.array([1, 3, 7]) * (1 if name == "items" else 10**6)
-        batch["items"] = (batch["items"] - 1) % NUM_ITEMS + 1
+        batch.events[name][0, [3, 8, 9]] += np.array([1, 3, 7]) * (1 if name == "item" else 10**6)
+        batch.events["item"] = (batch.events["item"] - 1) % NUM_ITEMS + 1
         y_SD = encode(model, params, batch)
         same = np.array([0, 1, 2, 4, 5, 6, 7])  # all before the events that changed
         np.testing.assert_array_equal(x_SD[same], y_SD[same])

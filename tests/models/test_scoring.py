@@ -3,16 +3,17 @@
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rec_jax.data.batch import Batch
+from rec_jax.data.queries import Queries
 from rec_jax.mesh import MeshConfig, make_mesh, replicate
 from rec_jax.models import scoring
 from rec_jax.models.base import get_table, init_model, with_table, without_table
 from rec_jax.models.sasrec import SASRec, SASRecConfig
-from rec_jax.models.scoring import SequenceScorer
-from rec_jax.nn.layouts import HotCold, RowSharded
+from rec_jax.models.scoring import SequenceRanker
+from rec_jax.nn.layouts import RowSharded
 
 NUM_ITEMS, MAX_LEN = 30, 6
 LENGTHS = [1, 3, 6, 7, 20, 2, 1, 5]
@@ -21,23 +22,30 @@ HISTORIES = SimpleNamespace(
     items=np.random.default_rng(0).integers(1, NUM_ITEMS + 1, OFFSETS[-1]).astype(np.int32),
     offsets=OFFSETS,
 )
+HISTORIES.columns = {"item": HISTORIES.items}
 CONFIG = SASRecConfig(width=8, ff_width=8, dropout=0.5)
 MODEL, PARAMS = init_model(lambda rngs: SASRec(CONFIG, NUM_ITEMS, MAX_LEN, rngs=rngs), seed=0)
 PARAMS = jax.tree.map(lambda x: x * 3, PARAMS)
 
 
-def scorer(devices=1):
-    return SequenceScorer(MODEL, PARAMS, HISTORIES, MAX_LEN, make_mesh(MeshConfig(data=devices)))
+def ranker(devices=1):
+    return SequenceRanker(MODEL, PARAMS, MAX_LEN, make_mesh(MeshConfig(data=devices)))
 
 
-def spread_scorer(data, model, hot_ids=None):
-    """The table lies in rows over a mesh, hot rows apart."""
+def scores(ranker, users, ends=None):
+    return ranker.scores(Queries.of(HISTORIES, users, ends)).whole()
+
+
+def scores_of(ranker, history):
+    return np.asarray(ranker.scores(Queries.one(history)).whole())
+
+
+def sharded_ranker(data, model):
+    """The table is row-sharded over a mesh."""
     mesh = make_mesh(MeshConfig(data=data, model=model))
     layout = RowSharded(NUM_ITEMS + 1, mesh)
-    if hot_ids is not None:
-        layout = HotCold(NUM_ITEMS + 1, mesh, hot_ids=jnp.array(hot_ids, jnp.int32))
     params = with_table(replicate(without_table(PARAMS), mesh), layout.place(get_table(PARAMS)))
-    return SequenceScorer(MODEL, params, HISTORIES, MAX_LEN, mesh, layout)
+    return SequenceRanker(MODEL, params, MAX_LEN, mesh, layout)
 
 
 @jax.jit
@@ -50,11 +58,11 @@ def slow(history):
     """Scores after the last MAX_LEN events of one history, alone in its row."""
     history = np.asarray(history)[-MAX_LEN:]
     pad = (0, MAX_LEN - len(history))
-    batch = {
-        "items": np.pad(history, pad)[None],
-        "segments": np.pad(np.ones(len(history), np.int32), pad)[None],
-        "positions": np.pad(np.arange(len(history)), pad)[None],
-    }
+    batch = Batch(
+        events={"item": np.pad(history, pad)[None]},
+        segments=np.pad(np.ones(len(history), np.int32), pad)[None],
+        positions=np.pad(np.arange(len(history)), pad)[None],
+    )
     return np.asarray(forward(batch))[len(history) - 1]
 
 
@@ -65,17 +73,13 @@ def check(scores, histories):
         np.testing.assert_allclose(row[1:], slow(history)[1:], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "data, model, hot_ids", [(1, 1, None), (8, 1, None), (2, 4, None), (2, 4, [2, 7, 30])]
-)
-def test_a_spread_table_gives_the_same_scores(data, model, hot_ids):
-    users, ends = np.arange(len(LENGTHS)), OFFSETS[1:]
-    spread = spread_scorer(data, model, hot_ids)
-    in_order = spread(users, ends).in_order()
-    np.testing.assert_allclose(in_order, scorer()(users, ends), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(
-        spread.score_history([3, 1, 2]), scorer().score_history([3, 1, 2]), rtol=1e-5, atol=1e-6
-    )
+@pytest.mark.parametrize("data, model", [(1, 1), (8, 1), (2, 4)])
+def test_a_sharded_table_gives_the_same_scores(data, model):
+    users = np.arange(len(LENGTHS))
+    sharded = sharded_ranker(data, model)
+    np.testing.assert_allclose(scores(sharded, users), scores(ranker(), users), rtol=1e-5, atol=1e-6)
+    one, other = scores_of(sharded, [3, 1, 2]), scores_of(ranker(), [3, 1, 2])
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -86,49 +90,36 @@ def test_many_histories_equal_each_alone_in_the_order_asked_for(devices, tokens,
     users = np.array([4, 0, 7, 4, 2, 3, 1, 5, 6, 4])
     ends = OFFSETS[users] + np.array([20, 1, 5, 9, 6, 7, 2, 1, 1, 1])
     histories = [HISTORIES.items[OFFSETS[u] : end] for u, end in zip(users, ends, strict=True)]
-    check(scorer(devices)(users, ends), histories)
+    check(scores(ranker(devices), users, ends), histories)
 
 
 def test_one_given_history():
-    model = scorer()
     for history in ([3], [1, 2, 3, 4, 5, 6], list(range(1, 20))):
-        check(model.score_history(np.array(history))[None], [history])
+        check(scores_of(ranker(), history), [history])
 
 
 def test_only_the_last_events_count():
-    model = scorer()
-    a, b = model.score_history([9, 9, *range(1, 7)]), model.score_history([*range(1, 7)])
+    model = ranker()
+    a, b = scores_of(model, [9, 9, *range(1, 7)]), scores_of(model, [*range(1, 7)])
     np.testing.assert_array_equal(a, b)
-    assert np.any(np.asarray(a) != np.asarray(model.score_history([9, *range(2, 7)])))
+    assert np.any(a != scores_of(model, [9, *range(2, 7)]))
 
 
 def test_what_follows_the_end_does_not_count():
-    model = scorer()
-    users, ends = np.array([4]), OFFSETS[[4]] + 4
-    before = np.asarray(model(users, ends))
+    before = Queries.of(HISTORIES, [4], OFFSETS[[4]] + 4)
     changed = HISTORIES.items.copy()
-    changed[ends[0] :] = changed[ends[0] :] % NUM_ITEMS + 1
-    other = SequenceScorer(
-        MODEL, PARAMS, SimpleNamespace(items=changed, offsets=OFFSETS), MAX_LEN, make_mesh(MeshConfig(data=1))
-    )
-    np.testing.assert_array_equal(before, other(users, ends))
-
-
-def test_a_history_needs_an_event():
-    with pytest.raises(ValueError, match="the history is empty"):
-        scorer().score_history([])
-    with pytest.raises(ValueError, match="history 1 of the batch is empty"):
-        scorer()(np.array([3, 4]), OFFSETS[[3, 4]] + [2, 0])
+    changed[before.ends[0] :] = changed[before.ends[0] :] % NUM_ITEMS + 1
+    after = Queries({"item": changed}, before.starts, before.ends)
+    scores = (ranker().scores(queries).whole() for queries in (before, after))
+    np.testing.assert_array_equal(*scores)
 
 
 def test_the_first_dims_score_like_vectors_of_that_size():
     users = np.arange(len(LENGTHS))
-    cut = SequenceScorer(MODEL, PARAMS, HISTORIES, MAX_LEN, make_mesh(MeshConfig(data=1)), dims=3)
+    cut = SequenceRanker(MODEL, PARAMS, MAX_LEN, make_mesh(MeshConfig(data=1)), dims=3)
     x_BD = np.stack([forward_queries(user)[:3] for user in users])
     expected = x_BD @ np.asarray(get_table(PARAMS))[:, :3].T
-    np.testing.assert_allclose(
-        np.asarray(cut(users, OFFSETS[1:]))[:, 1:], expected[:, 1:], rtol=1e-4, atol=1e-4
-    )
+    np.testing.assert_allclose(scores(cut, users)[:, 1:], expected[:, 1:], rtol=1e-4, atol=1e-4)
 
 
 def forward_queries(user):

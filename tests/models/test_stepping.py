@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import packed_rows
 import pytest
 
 from rec_jax.models.base import init_model
@@ -49,20 +50,10 @@ def draw(seed, length=MAX_LEN):
     return rng.integers(1, NUM_ITEMS + 1, length).astype(np.int32), np.cumsum(gaps).astype(np.int32)
 
 
-def pack(model, rows):
+def pack(rows):
     """Each row holds its histories, (items, times), in order, then padding."""
-    names = ("items", "segments", "positions", "times")
-    batch = {name: np.zeros((len(rows), MAX_LEN), np.int32) for name in names}
-    for row, histories in enumerate(rows):
-        end = 0
-        for segment, (items, times) in enumerate(histories, 1):
-            inside = slice(end, end := end + len(items))
-            values = (items, segment, np.arange(len(items)), times)
-            for name, x in zip(names, values, strict=True):
-                batch[name][row, inside] = x
-    if not model.reads_times:
-        del batch["times"]
-    return batch
+    items, times = ([[history[i] for history in row] for row in rows] for i in (0, 1))
+    return packed_rows.pack(items, times, MAX_LEN)
 
 
 class Stepper:
@@ -77,14 +68,13 @@ class Stepper:
 
     def full(self, items, times):
         """x_SD of one whole history."""
-        return np.asarray(self._encode(pack(self.model, [[(items, times)]])))[0, : len(items)]
+        return np.asarray(self._encode(pack([[(items, times)]])))[0, : len(items)]
 
     def prefill(self, rows, at):
-        return self._prefill(pack(self.model, rows), tuple(map(np.array, at)))
+        return self._prefill(pack(rows), tuple(map(np.array, at)))
 
     def step(self, items_BK, times_BK, cache):
-        columns = {"times": times_BK} if self.model.reads_times else {}
-        return self._step(items_BK, cache, columns)
+        return self._step({"item": items_BK, "time": times_BK}, cache)
 
 
 def cut(history, *bounds):
@@ -142,7 +132,7 @@ def test_continuations_fork_and_are_reordered(config):
 def test_more_events_than_there_is_room_for_give_nan():
     stepper = Stepper(CONFIGS[0])
     module, (items, times) = stepper.bind(), draw(0, 2)
-    _, cache = module.prefill(pack(stepper.model, [[(items, times)]]), (np.array([0]), np.array([1])), room=1)
-    x_BKD, cache = module.step(np.array([[1]]), cache)
+    _, cache = module.prefill(pack([[(items, times)]]), (np.array([0]), np.array([1])), room=1)
+    x_BKD, cache = module.step({"item": np.array([[1]])}, cache)
     assert np.isfinite(x_BKD).all()
-    assert np.isnan(module.step(np.array([[1]]), cache)[0]).all()
+    assert np.isnan(module.step({"item": np.array([[1]])}, cache)[0]).all()

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from packed_rows import pack
 
 from rec_jax.compress.config import CompressConfig
 from rec_jax.config import build
@@ -44,11 +45,7 @@ def make(num_items, norm, prefixes):
 
 def packed():
     """One row of two histories, of 5 and 3 events; the last of each are at columns 4 and 7."""
-    return {
-        "items": np.array([[3, 1, 7, 2, 5, 9, 4, 1]], np.int32),
-        "segments": np.array([[1, 1, 1, 1, 1, 2, 2, 2]], np.int32),
-        "positions": np.array([[0, 1, 2, 3, 4, 0, 1, 2]], np.int32),
-    }
+    return pack([[[3, 1, 7, 2, 5], [9, 4, 1]]], length=MAX_LEN)
 
 
 @functools.cache
@@ -70,7 +67,7 @@ def every_item(which, column):
     num_items, loss = which[0], losses(*which)
     targets = np.zeros((num_items, 1, MAX_LEN), np.int32)
     targets[:, 0, column] = 1 + np.arange(num_items)
-    return -np.array([float(loss(packed() | {"targets": target})) for target in targets])
+    return -np.array([float(loss(packed().with_targets(target))) for target in targets])
 
 
 PLAIN = (20, TigerConfig.norm, TigerConfig.prefixes)
@@ -127,7 +124,7 @@ def test_a_target_is_not_seen_before_it_is_foretold():
         row = np.zeros((1, MAX_LEN), np.int32)
         for column, target in targets.items():
             row[0, int(column[1:])] = target
-        return float(losses(*PLAIN)(packed() | {"targets": row}))
+        return float(losses(*PLAIN)(packed().with_targets(row)))
 
     # Column 3 really is followed by item 5: with it as the target, nothing new is to be seen at column 4.
     assert at(c3=5, c4=11) == pytest.approx(at(c3=5) + at(c4=11), rel=1e-5)
@@ -142,8 +139,8 @@ def run_steps(**mesh):
         mesh=MeshConfig(**mesh),
     )
     program = Program(config, 20, make_mesh(config.mesh), 3, np.arange(21), codes=codes)
-    batch = {name: np.repeat(x, 4, axis=0) for name, x in packed().items()}
-    batch["targets"] = 1 + (batch["items"] + np.arange(4)[:, None]) % 20
+    batch = jax.tree.map(lambda x: np.repeat(x, 4, axis=0), packed())
+    batch = batch.with_targets(1 + (batch.items + np.arange(4)[:, None]) % 20)
     state, step = program.init_state(), program.make_step()
     for _ in range(3):
         state, metrics = step(state, place_batch(batch, program.mesh))

@@ -10,11 +10,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from rec_jax.mesh import MeshConfig, make_mesh
-from rec_jax.nn.layouts import DimSharded, HotCold, Replicated, RowSharded, shardings
+from rec_jax.nn.layouts import DimSharded, Replicated, RowSharded, shardings
 
 NUM_ROWS, D, N, STEPS = 3000, 8, 64, 3  # N: ids of the whole batch
 SIZE = 3072  # rows of a spread table: whole groups of 1,024
-HOT = jnp.array([1, 2, 5, 40, 2999], jnp.int32)
 MESHES = [(2, 4), (4, 1)]  # data, model
 RNG = np.random.default_rng(0)
 TABLE = RNG.normal(size=(NUM_ROWS, D)).astype(np.float32)
@@ -23,7 +22,6 @@ LAYOUTS = {
     "replicated": Replicated,
     "dims": DimSharded,
     "rows": functools.partial(RowSharded, capacity_factor=0.05),  # takes many rounds
-    "hot_cold": functools.partial(HotCold, capacity_factor=0.05, hot_ids=HOT),
 }
 each_layout = pytest.mark.parametrize("name", LAYOUTS)
 each_mesh = pytest.mark.parametrize("data, model", MESHES)
@@ -75,7 +73,7 @@ def test_reads_and_updates_are_those_of_a_plain_table(name, data, model):
         np.testing.assert_allclose(squares, jnp.sum(dense**2), rtol=1e-5)
         updates, dense_state = OPTIMIZER.update(dense, dense_state, table)
         table = optax.apply_updates(table, updates)
-        assert (rounds > 1) == (name in ("rows", "hot_cold") and ids.any())
+        assert (rounds > 1) == (name == "rows" and ids.any())
     assert step._cache_size() == 1
     np.testing.assert_allclose(layout.unplace(arrays), table, rtol=1e-5, atol=1e-6)
     untouched = np.setdiff1d(np.arange(NUM_ROWS), np.concatenate([ids for ids, _ in batches()]))
@@ -112,7 +110,6 @@ def test_a_device_holds_what_the_layout_says(name, data, model):
         "replicated": NUM_ROWS * D,
         "dims": NUM_ROWS * D // model,
         "rows": SIZE * D // devices,
-        "hot_cold": len(HOT) * D + SIZE * D // devices,
     }[name]
 
     def elements(tree):  # of each device, counts of steps left out
@@ -120,10 +117,3 @@ def test_a_device_holds_what_the_layout_says(name, data, model):
         return [sum(x.addressable_shards[i].data.size for x in leaves) for i in range(devices)]
 
     assert elements(arrays) == elements(state) == [expected] * devices
-
-
-@pytest.mark.parametrize("hot_ids", [None, [], [0, 1], [5, 3], [3, 3], [3, 3000]])
-def test_hot_ids_that_are_none(hot_ids):
-    hot_ids = None if hot_ids is None else jnp.array(hot_ids, jnp.int32)
-    with pytest.raises(ValueError, match="hot_ids="):
-        HotCold(3000, make_mesh(MeshConfig(data=2)), hot_ids=hot_ids)

@@ -33,8 +33,8 @@ def make_batch(seed=0, rows=ROWS):
             length = int(rng.integers(1, LENGTH - at))
             inside = slice(at, at + length)
             walk = rng.integers(1, NUM_ITEMS + 1, length + 1)
-            batch["items"][row, inside], batch["targets"][row, inside] = walk[:-1], walk[1:]
-            batch["segments"][row, inside], batch["positions"][row, inside] = segment, np.arange(length)
+            batch.events["item"][row, inside], batch.next["item"][row, inside] = walk[:-1], walk[1:]
+            batch.segments[row, inside], batch.positions[row, inside] = segment, np.arange(length)
             at, segment = at + length, segment + 1
     return batch
 
@@ -61,7 +61,7 @@ def make_program(
 ):  # fmt: skip
     """loss: one of LOSSES, or a config. model: further fields of its config. table: an update of touched
     rows, or None for the dense one."""
-    table_fields = {"layout": "replicated", "hot_rows": 8} | table_fields
+    table_fields = {"layout": "replicated"} | table_fields
     config = ExperimentConfig(
         seed=seed,
         data=DataConfig(max_len=LENGTH),
@@ -89,7 +89,7 @@ def run(loss="softmax", devices=1, micro_rows=8, steps=3, batches=None, neighbou
     program = make_program(loss, devices, micro_rows, **fields)
     step, catch_up = program.make_step(neighbours), program.make_catch_up()
     params = initial_params(program.config.model)
-    batches = program.prepare([make_batch(index) for index in range(steps)] if batches is None else batches)
+    batches = [make_batch(index) for index in range(steps)] if batches is None else batches
     state = program.init_state(params)
     losses, norms = [], []
     for index in range(steps):

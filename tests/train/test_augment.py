@@ -21,7 +21,7 @@ NEIGHBOURS = jnp.asarray([[0, 0]] + [[v % NUM_ITEMS + 1, 0] for v in range(1, NU
 
 def segments(batch):
     """(row, columns) of every segment."""
-    for row, ids in enumerate(np.asarray(batch["segments"])):
+    for row, ids in enumerate(np.asarray(batch.segments)):
         for segment in range(1, ids.max(initial=0) + 1):
             yield row, np.flatnonzero(ids == segment)
 
@@ -42,24 +42,24 @@ def test_a_crop_is_one_stretch_that_counts_from_its_start():
     view, firsts = change(crop=0.6), set()
     for row, columns in segments(BATCH):
         segment = BATCH["segments"][row, columns[0]]
-        kept = np.flatnonzero(view["segments"][row] == segment)
+        kept = np.flatnonzero(view.segments[row] == segment)
         assert len(kept) == max(1, int(0.6 * len(columns) + 1e-6))
         assert set(kept) <= set(columns) and np.all(np.diff(kept) == 1)
         for name in ("items", "targets"):
             np.testing.assert_array_equal(view[name][row, kept], BATCH[name][row, kept])
-        np.testing.assert_array_equal(view["positions"][row, kept], np.arange(len(kept)))
+        np.testing.assert_array_equal(view.positions[row, kept], np.arange(len(kept)))
         firsts.add(kept[0] - columns[0])
     assert len(firsts) > 3
-    outside = view["segments"] == 0
+    outside = view.segments == 0
     for name in ("items", "targets", "positions"):
         assert not np.any(view[name][outside])
 
 
 def test_a_mask_hides_a_share_of_the_items():
     view = change(mask=0.3)
-    hidden = (view["items"] == 0) & (BATCH["items"] > 0)
+    hidden = (view.events["item"] == 0) & (BATCH["items"] > 0)
     assert 0.2 < hidden.sum() / np.sum(BATCH["items"] > 0) < 0.4
-    np.testing.assert_array_equal(view["items"], np.where(hidden, 0, BATCH["items"]))
+    np.testing.assert_array_equal(view.events["item"], np.where(hidden, 0, BATCH["items"]))
     for name in ("targets", "segments", "positions"):
         np.testing.assert_array_equal(view[name], BATCH[name])
 
@@ -72,18 +72,18 @@ def test_a_reordered_stretch_tells_no_target():
     view = jax.device_get(jax.jit(lambda b: augment(config, b, KEYS))(batch))
     num_moved = 0
     for row, columns in segments(batch):
-        before, after = batch["items"][row, columns], view["items"][row, columns]
+        before, after = batch.events["item"][row, columns], view.events["item"][row, columns]
         np.testing.assert_array_equal(np.sort(after), before)  # of the same segment, ids counting up
         moved = np.flatnonzero(before != after)
         if len(moved):
             assert moved[-1] - moved[0] < int(0.6 * len(columns) + 1e-6)
         num_moved += len(moved)
-        for place, target in enumerate(view["targets"][row, columns]):
+        for place, target in enumerate(view.next["item"][row, columns]):
             seen = after[: place + 1]
             if target:
-                assert target == batch["targets"][row, columns[place]]
+                assert target == batch.next["item"][row, columns[place]]
                 assert set(seen) == set(before[: place + 1])  # all that came before, and nothing later
-        assert view["targets"][row, columns[-1]] == batch["targets"][row, columns[-1]]
+        assert view.next["item"][row, columns[-1]] == batch.next["item"][row, columns[-1]]
     assert num_moved > 50
     for name in ("segments", "positions"):
         np.testing.assert_array_equal(view[name], batch[name])
@@ -91,10 +91,10 @@ def test_a_reordered_stretch_tells_no_target():
 
 def test_substitutes_are_neighbours():
     view = change(substitute=0.4, num_neighbours=1)
-    replaced = view["items"] != BATCH["items"]
+    replaced = view.events["item"] != BATCH["items"]
     assert 0.3 < replaced.sum() / np.sum(BATCH["items"] > 0) < 0.5
-    np.testing.assert_array_equal(view["items"][replaced], BATCH["items"][replaced] % NUM_ITEMS + 1)
-    np.testing.assert_array_equal(view["targets"], BATCH["targets"])
+    np.testing.assert_array_equal(view.events["item"][replaced], BATCH["items"][replaced] % NUM_ITEMS + 1)
+    np.testing.assert_array_equal(view.next["item"], BATCH["targets"])
     half = change(substitute=0.4, num_neighbours=2)["items"] != BATCH["items"]  # every other has no neighbour
     assert 0.1 < half.sum() / replaced.sum() < 0.9
 

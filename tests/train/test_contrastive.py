@@ -18,7 +18,6 @@ from rec_jax.models.sasrec import SASRecConfig
 from rec_jax.train.augment import AugmentConfig
 from rec_jax.train.contrastive import ContrastiveConfig, Views, contrastive_sum
 from rec_jax.train.losses import LossConfig
-from rec_jax.train.tables import TableConfig
 
 ROWS = 4
 MODEL, PARAMS = init_model(
@@ -84,11 +83,11 @@ def test_views_by_dropout(same_target):
 def test_views_by_change():
     config = ContrastiveConfig(weight=1.0, view="augment")
     batch = jax.jit(Views(AugmentConfig(), config).change)(BATCH, SEED)
-    np.testing.assert_array_equal(batch["items"], BATCH["items"])  # of the model's own loss
+    np.testing.assert_array_equal(batch.events["item"], BATCH["items"])  # of the model's own loss
     pairs = []
     for i in range(2):
         view = BATCH | {name: batch[f"view_{name}"][:, i] for name in ("items", "segments", "positions")}
-        pairs.append((encode(view, mix(KEYS, 1 + i)), view["segments"]))
+        pairs.append((encode(view, mix(KEYS, 1 + i)), view.segments))
     assert np.any(pairs[0][1] != pairs[1][1])  # cropped in two ways
     expected = by_hand(config, *pairs)
     assert loss_of(config)(None, batch, KEYS) == pytest.approx(expected, rel=1e-4)
@@ -96,10 +95,10 @@ def test_views_by_change():
 
 def test_alone_there_is_nothing_to_tell_apart():
     config, batch = ContrastiveConfig(weight=1.0), jax.tree.map(np.copy, BATCH)
-    is_first = (batch["segments"] == 1) & (np.arange(ROWS)[:, None] == 0)
+    is_first = (batch.segments == 1) & (np.arange(ROWS)[:, None] == 0)
     for name in ("items", "targets", "segments", "positions"):
         batch[name] = np.where(is_first, batch[name], 0)
-    assert batch["positions"].max() > 0
+    assert batch.positions.max() > 0
     assert loss_of(config)(encode(batch, KEYS), batch, KEYS) == pytest.approx(0, abs=1e-5)
 
 
@@ -124,13 +123,6 @@ def test_it_runs_on_a_mesh():
     [
         ({"model": BERT4RecConfig(), "augment": AugmentConfig(mask=0.1)}, "type='bert4rec' masks items"),
         ({"model": SASRecConfig(dropout=0.0), "contrastive": ContrastiveConfig(weight=1.0)}, "model.dropout"),
-        (
-            {
-                "table": TableConfig(optimizer="sgd", layout="rows", host_dedupe=True),
-                "contrastive": AUGMENTED,
-            },
-            "host_dedupe=True",
-        ),
     ],
 )
 def test_configs_that_do_not_go_together(sections, message):

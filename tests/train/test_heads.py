@@ -35,14 +35,14 @@ def make(**fields):
 def slow_loss(queries_BSD, table_VD, ahead=0):
     """Cross-entropy token by token, of the target `ahead` places further on in the same segment."""
     batch, total = jax.tree.map(np.asarray, BATCH), 0.0
-    rows, length = batch["items"].shape
+    rows, length = batch.events["item"].shape
     for row in range(rows):
         for place in range(length - ahead):
-            segment = batch["segments"][row, place]
-            if segment == 0 or batch["segments"][row, place + ahead] != segment:
+            segment = batch.segments[row, place]
+            if segment == 0 or batch.segments[row, place + ahead] != segment:
                 continue
             scores = np.asarray(table_VD, np.float64)[1:] @ np.asarray(queries_BSD[row, place], np.float64)
-            total += np.log(np.exp(scores).sum()) - scores[batch["targets"][row, place + ahead] - 1]
+            total += np.log(np.exp(scores).sum()) - scores[batch.next["item"][row, place + ahead] - 1]
     return total
 
 
@@ -80,7 +80,7 @@ def test_shifted_targets_by_hand():
     np.testing.assert_array_equal(once["targets"], [[2, 3, 0, 5, 0, 0, 0]])
     np.testing.assert_allclose(once["target_weights"], [[0.2, 0.3, 0, 0.5, 0, 0, 0]])
     np.testing.assert_array_equal(twice["targets"], [[3, 0, 0, 0, 0, 0, 0]])
-    assert once["items"] is batch["items"]
+    assert once["items"] is batch.events["item"]
 
 
 def test_heads_ask_for_later_items_of_the_same_history():

@@ -8,7 +8,7 @@ from rec_jax.train.losses import LossConfig
 from rec_jax.train.plan import choose_layout, ids_per_device, layout_costs
 from rec_jax.train.tables import TableConfig
 
-CONFIG = TableConfig(optimizer="rowwise_adagrad", hot_rows=100, device_gbytes=1e-3)
+CONFIG = TableConfig(optimizer="rowwise_adagrad", device_gbytes=1e-3)
 
 
 def costs(config=CONFIG, num_rows=1000, dim=8, num_ids=64, data=2, model=4, optimizer="adam"):
@@ -37,14 +37,12 @@ def test_costs_by_hand():
         "replicated": 1000 * row,
         "dims": 1000 * row // 4,
         "rows": 1000 * row // 8,
-        "hot_cold": 1000 * row // 8 + 100 * row,
     }
     assert found["replicated"].state_bytes == 4000 and found["rows"].state_bytes == 500
     assert found["replicated"].sent_bytes == touched  # to the one other device of "data"
     assert found["dims"].sent_bytes == 64 * row * 3 // 4 + 64 * (4 + row // 4)
     # Half of what a device of a column asks for is the other's, there and back; columns add up.
     assert found["rows"].sent_bytes == touched // 4 + 2 * 64 * row * 3 // 4
-    assert found["hot_cold"].sent_bytes == found["rows"].sent_bytes + 100 * row  # sums over two devices
 
 
 def test_costs_of_a_table_that_is_like_any_parameter():
@@ -62,11 +60,11 @@ def test_the_rule():
     found = list(costs(num_rows=10_000).values())
     by_layout = {cost.layout: cost for cost in found}
     fitting = {name for name, cost in by_layout.items() if cost.fits(CONFIG)}
-    assert fitting == {"replicated", "dims", "rows", "hot_cold"}
+    assert fitting == {"replicated", "dims", "rows"}
     assert choose_layout(CONFIG, found) == min(found, key=lambda cost: cost.sent_bytes).layout
     assert choose_layout(dataclasses.replace(CONFIG, layout="rows"), found) == "rows"
     tight = dataclasses.replace(CONFIG, device_gbytes=5e-5)
-    assert choose_layout(tight, found) in ("rows", "hot_cold")
+    assert choose_layout(tight, found) == "rows"
     with pytest.raises(ValueError, match="device_gbytes=1e-05.*layout='rows'"):
         choose_layout(dataclasses.replace(CONFIG, device_gbytes=1e-5), found)
     dense = dataclasses.replace(CONFIG, optimizer="dense")

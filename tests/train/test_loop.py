@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ import pytest
 sys.path.insert(0, os.path.dirname(__file__))
 import toy_run
 
+from rec_jax.train.checkpoint import SaveError, Saver, restore_best
 from rec_jax.train.loop import TrainConfig
 from rec_jax.train.monitor import Monitor, read_metrics
 
@@ -39,7 +41,8 @@ def test_a_run_trains_evaluates_and_reports(tmp_path):
     assert toy_run.evaluate(result.best_params)["ndcg@10"] == result.best_value
     assert (tmp_path / "curves.png").stat().st_size > 1000
     assert list((tmp_path / "tensorboard").iterdir())
-    assert result.tokens_per_sec > 0 and result.train_secs > 0 and result.compile_secs > 0
+    assert result.progress.tokens_per_sec > 0
+    assert result.progress.train_secs > 0 and result.progress.compile_secs > 0
 
 
 def test_metrics_are_totals_over_counts_of_the_window(tmp_path):
@@ -87,19 +90,63 @@ def test_nothing_is_evaluated_before_it_may_be(tmp_path):
     assert [line["step"] for line in result.history if "val/ndcg@10" in line] == [28]
 
 
+def _no_step(state, batch):
+    raise AssertionError("a step was taken")
+
+
+def _stopping_step(num: int):
+    """A step that sends SIGTERM to its process at its `num`th call."""
+    inner, calls = toy_run.make_step(), []
+
+    def step(state, batch):
+        calls.append(1)
+        if len(calls) == num:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner(state, batch)
+
+    return step
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
     first = toy_run.run(tmp_path)
     lines = (tmp_path / "metrics.jsonl").read_text()
 
-    def no_step(state, batch):
-        raise AssertionError("a finished run took a step")
-
-    again = toy_run.run(tmp_path, step=no_step, evaluate_fn=None)
+    again = toy_run.run(tmp_path, step=_no_step, evaluate_fn=None)
     assert "already finished at step 28" in capsys.readouterr().err
     assert toy_run.digest(again.state) == toy_run.digest(first.state)
     assert toy_run.digest(again.best_params) == toy_run.digest(first.best_params)
     assert (tmp_path / "metrics.jsonl").read_text() == lines
-    assert again.train_secs == first.train_secs and again.best_step == first.best_step
+    assert again.progress == first.progress and again.best_step == first.best_step
+
+
+def test_the_best_is_handed_over_once_it_is_on_the_disk(tmp_path):
+    values, calls = {7: 0.1, 14: 0.5, 21: 0.4, 28: 0.3}, []
+    evaluations = iter(values.values())
+
+    def on_best(params, record):
+        restored = restore_best(tmp_path / "checkpoints", params)
+        assert restored.record["step"] == record["step"]
+        jax.tree.map(np.testing.assert_array_equal, restored.state, params)
+        calls.append((record["step"], record["progress"]["best_value"]))
+
+    fields = {"evaluate_fn": lambda params: {"ndcg@10": next(evaluations)}, "on_best": on_best}
+    toy_run.run(tmp_path, **fields)
+    assert calls == [(7, 0.1), (14, 0.5), (14, 0.5)]  # The last one: the best of the run, at its end.
+    toy_run.run(tmp_path, **fields)  # Nothing is left to train: should the file be lost, it is made again.
+    assert calls[3:] == [(14, 0.5)]
+
+
+def test_a_failed_save_hands_over_nothing(tmp_path, monkeypatch):
+    calls = []
+
+    def fail(self):
+        if self._pending >= 0:
+            raise SaveError("the disk is full")
+
+    monkeypatch.setattr(Saver, "wait", fail)
+    with pytest.raises(SaveError):
+        toy_run.run(tmp_path, checkpoint_every_steps=0, on_best=lambda *best: calls.append(best))
+    assert not calls
 
 
 def test_a_run_can_be_extended(tmp_path):
@@ -107,6 +154,49 @@ def test_a_run_can_be_extended(tmp_path):
     extended = toy_run.run(tmp_path / "a", epochs=4)
     whole = toy_run.run(tmp_path / "b", epochs=4)
     assert toy_run.digest(extended.state) == toy_run.digest(whole.state)
+
+
+@pytest.mark.parametrize("epochs", [1, 4])
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_a_run_with_a_decaying_rate_keeps_its_length(tmp_path, epochs, is_finished):
+    """Refused before a step is taken, and nothing is written."""
+    cosine = {"optim": {"schedule": "cosine"}}
+    with contextlib.nullcontext() if is_finished else pytest.raises(SystemExit):
+        toy_run.run(tmp_path, epochs=2, settings=cosine, step=None if is_finished else _stopping_step(9))
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match=rf"train.epochs \(saved 2, now {epochs}\).*schedule='cosine'"):
+        toy_run.run(tmp_path, epochs=epochs, settings=cosine, step=_no_step, evaluate_fn=None)
+    assert (tmp_path / "metrics.jsonl").read_text() == lines
+    assert toy_run.run(tmp_path, epochs=2, settings=cosine).steps == 14
+
+
+def test_more_patience_resumes_a_run_that_patience_stopped(tmp_path):
+    fields = {"evaluate_fn": lambda params: {"ndcg@10": 0.5}, "settings": {"optim": {"schedule": "cosine"}}}
+    stopped = toy_run.run(tmp_path, patience=1, **fields)
+    assert stopped.stopped_by == "patience" and stopped.steps == 14
+    resumed = toy_run.run(tmp_path, patience=0, **fields)
+    assert resumed.stopped_by == "epochs" and resumed.steps == STEPS
+
+
+def test_the_metric_of_the_best_may_change_once_the_run_is_finished(tmp_path, capsys):
+    seen, all_items = ({"eval": {"filter_seen": value, "ks": [10]}} for value in (True, False))
+    with pytest.raises(SystemExit):
+        toy_run.run(tmp_path, settings=seen, step=_stopping_step(9))
+    with pytest.raises(ValueError, match=r"eval.filter_seen \(saved True, now False\)"):
+        toy_run.run(tmp_path, settings=all_items, step=_no_step)
+    with pytest.raises(SystemExit):  # after the last step, but before its evaluation
+        toy_run.run(tmp_path / "end", settings=seen, step=_stopping_step(STEPS))
+    with pytest.raises(ValueError, match=r"eval.filter_seen"):
+        toy_run.run(tmp_path / "end", settings=all_items, step=_no_step)
+    best = toy_run.run(tmp_path, settings=seen).best_step
+    capsys.readouterr()
+    assert toy_run.run(tmp_path, settings=all_items, step=_no_step, evaluate_fn=None).best_step == best
+    assert "changed since then: config.eval.filter_seen (saved True, now False)" in capsys.readouterr().err
+
+
+def test_the_learning_rate_of_the_last_step_is_logged(tmp_path):
+    lines = [line for line in toy_run.run(tmp_path).history if "train/loss" in line]
+    assert lines and all(line["train/learning_rate"] == 0.04 / line["step"] for line in lines)
 
 
 def test_another_config_in_the_same_workdir_is_refused(tmp_path):
@@ -121,7 +211,7 @@ def test_nan_names_the_step_and_the_batch(tmp_path):
     message = str(error.value)
     assert "loss became NaN or infinite at step 17: epoch 3, batch 3 of 7" in message
     assert "last saved step is 15" in message
-    # What was saved is whole: the run without the fault goes on from there.
+    # What was saved is whole: the run without the fault resumes from there.
     resumed = toy_run.run(tmp_path, log_every_steps=50)
     assert toy_run.digest(resumed.state) == toy_run.digest(toy_run.run(tmp_path / "b").state)
 
@@ -168,21 +258,10 @@ def test_the_host_does_not_run_far_ahead(tmp_path, monkeypatch):
     assert len(waited) >= STEPS - 4
 
 
-@pytest.mark.parametrize("step", [10, 14])  # Within an epoch, and where an evaluation is due.
+@pytest.mark.parametrize("step", [10, 14, 28])  # Within an epoch, where an evaluation is due, the last.
 def test_sigterm_saves_and_a_resumed_run_is_bit_equal(tmp_path, step):
-    def evaluate(params, count=[]):  # noqa: B006
-        return toy_run.evaluate(params)
-
-    inner, calls = toy_run.make_step(), []
-
-    def stopping_step(state, batch):
-        calls.append(1)
-        if len(calls) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return inner(state, batch)
-
     with pytest.raises(SystemExit) as stop:
-        toy_run.run(tmp_path / "a", step=stopping_step, evaluate_fn=evaluate)
+        toy_run.run(tmp_path / "a", step=_stopping_step(step))
     assert stop.value.code == 0
     assert (tmp_path / "a/checkpoints/latest" / str(step)).is_dir()
     resumed = toy_run.run(tmp_path / "a")

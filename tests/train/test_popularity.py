@@ -64,7 +64,7 @@ def test_gradients_of_a_discounted_softmax_are_those_of_all_logits():
     sampler = with_popularity(config, None, COUNTS)
     batch = mark_targets(config, sampler, BATCH)
     shared = draw_shared(config, sampler, 0, BATCH["targets"])
-    weights_T = jnp.where(batch["targets"] > 0, batch["target_weights"], 0).reshape(-1)
+    weights_T = jnp.where(batch.next["item"] > 0, batch["target_weights"], 0).reshape(-1)
 
     def slow(x, table):
         wide = jnp.concatenate([table, 1.5 * BIAS[:, None]], axis=1)

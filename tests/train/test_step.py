@@ -101,7 +101,7 @@ def test_a_tiny_set_is_learnt_by_heart_and_the_state_is_donated():
     step = make_train_step(model, optimizer, LOSSES["softmax"], None, mesh, micro_rows=8)
     state = init_state(params, optimizer, mesh)
     batch = make_batch()
-    batch["items"][:, 0] = np.arange(1, ROWS + 1)  # first items alike would have several futures
+    batch.events["item"][:, 0] = np.arange(1, ROWS + 1)  # first items alike would have several futures
     placed = place_batch(batch, mesh)
     table = state.params["items"]["embedding"]
     for _ in range(300):

@@ -5,7 +5,6 @@ import pytest
 
 from rec_jax.experiment import ExperimentConfig
 from rec_jax.mesh import MeshConfig, make_mesh
-from rec_jax.nn.layouts import HotCold
 from rec_jax.train.losses import LossConfig
 from rec_jax.train.optim import OptimConfig
 from rec_jax.train.tables import TableConfig, make_item_table
@@ -18,9 +17,6 @@ from rec_jax.train.tables import TableConfig, make_item_table
         ({"weight_decay": -1.0, "optimizer": "sgd"}, "weight_decay=-1.0"),
         ({"weight_decay": 0.1}, "weight_decay=0.1"),
         ({"layout": "dims"}, "layout='dims'"),
-        ({"host_dedupe": True}, "host_dedupe=True"),
-        ({"host_dedupe": True, "optimizer": "sgd", "layout": "hot_cold"}, "'hot_cold'"),
-        ({"hot_rows": 0}, "hot_rows=0"),
         ({"capacity_factor": -1.0}, "capacity_factor=-1.0 must be positive"),
     ],
 )
@@ -32,15 +28,6 @@ def test_mistakes_of_one_table(fields, named):
 def test_what_goes_with_the_loss():
     ExperimentConfig(table=TableConfig(layout="rows"))
     ExperimentConfig(table=TableConfig(optimizer="sgd"), loss=LossConfig(type="bce"))
-
-
-def test_the_hot_rows_are_the_most_frequent_in_training():
-    counts = np.array([99, 3, 9, 1, 7, 0])
-    mesh = make_mesh(MeshConfig(data=2))
-    for num, expected in ((2, [2, 4]), (100, [1, 2, 3, 4, 5])):
-        config = TableConfig(optimizer="sgd", layout="hot_cold", hot_rows=num)
-        layout = make_item_table(config, OptimConfig(), 1, counts, mesh).layout
-        assert isinstance(layout, HotCold) and layout.hot_ids.tolist() == expected
 
 
 def test_a_mesh_that_cannot_share_the_table():

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rec_jax.train.checkpoint import SaveError
-from rec_jax.train.loop import TrainConfig, fit
+from rec_jax.train.loop import TrainConfig, TrainingData, Validation, fit
 
 STEPS_PER_EPOCH = 7
 
@@ -83,7 +83,16 @@ def evaluate(params) -> dict:
 
 
 def run(
-    workdir, *, step=None, evaluate_fn=evaluate, run_info=None, pause=0.0, width=4, eval_from=0.0, **fields
+    workdir,
+    *,
+    step=None,
+    evaluate_fn=evaluate,
+    settings=None,
+    pause=0.0,
+    width=4,
+    eval_from=0.0,
+    on_best=None,
+    **fields,
 ):
     defaults = {"epochs": 4, "log_every_steps": 3, "checkpoint_every_steps": 5}
     config = TrainConfig(**defaults | fields)
@@ -96,13 +105,13 @@ def run(
     return fit(
         init(width),
         paused_step if pause else step,
-        batches(config.epochs * STEPS_PER_EPOCH, width),
-        evaluate_fn,
+        TrainingData(batches(config.epochs * STEPS_PER_EPOCH, width), STEPS_PER_EPOCH),
+        Validation(evaluate_fn, begin=eval_from),
         config=config,
-        steps_per_epoch=STEPS_PER_EPOCH,
         workdir=workdir,
-        run_info=run_info or {"config": dataclasses.asdict(config), "split": "abc"},
-        eval_from=eval_from,
+        run_info={"config": {"train": dataclasses.asdict(config), **(settings or {})}, "split": "abc"},
+        learning_rate=lambda step: 0.04 / (step + 1),
+        on_best=on_best,
     )
 
 

@@ -1,0 +1,61 @@
+"""What ranks items after histories: sequence models, baselines, the simulator's oracle, ensembles."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from rec_jax.data.queries import Queries
+from rec_jax.nn.catalogue import Ranks, Scores
+
+
+class Ranker(Protocol):
+    """All that evaluation and recommendation ask. Several processes must all ask for the same."""
+
+    def rank(
+        self, queries: Queries, targets: np.ndarray, *, top_k: int, filter_seen: bool = True, sampled_ids=None
+    ) -> Ranks:
+        """The exact place of targets int[B] in the whole catalogue, and the best `top_k` items: those not in
+        the history, or all. sampled_ids: int[B, N], the negatives of the sampled protocol."""
+
+    def top_k(self, queries: Queries, k: int, exclude=None, allowed=None) -> tuple[jax.Array, jax.Array]:
+        """(scores f32[B, k], ids int32[B, k]), best first; -inf and id 0 where fewer are left. What a ranker
+        knows nothing of comes last, at -inf.
+
+        exclude: (rows int[P], ids int[P]) to leave out, such as `queries.seen()`. allowed: bool[V + 1], the
+        items to choose from; None = all.
+        """
+
+
+class ScoreRanker:
+    """A Ranker by the scores of every item.
+
+    score_fn: Queries -> f32[B, V + 1], higher is better; column 0 (padding) is not read.
+    """
+
+    def __init__(self, score_fn: Callable[[Queries], np.ndarray]):
+        self._score_fn = score_fn
+
+    def scores(self, queries: Queries) -> Scores:
+        return Scores(self._score_fn(queries))
+
+    def rank(self, queries, targets, *, top_k, filter_seen=True, sampled_ids=None) -> Ranks:
+        """See `Ranker.rank`."""
+        seen = _padded(queries.seen(), len(queries))
+        return self.scores(queries).rank(targets, seen, sampled_ids, top_k=top_k, filter_seen=filter_seen)
+
+    def top_k(self, queries, k, exclude=None, allowed=None):
+        """See `Ranker.top_k`."""
+        exclude = None if exclude is None else _padded(exclude, len(queries))
+        return self.scores(queries).top_k(k, exclude, allowed)
+
+
+def _padded(pairs, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, ids), int32, padded with rows that do not exist to a power of two: few shapes to compile."""
+    rows, ids = pairs
+    size = max(1024, 1 << (len(rows) - 1).bit_length())
+    padding = (0, size - len(rows))
+    return np.pad(rows.astype(np.int32), padding, constant_values=num_rows), np.pad(
+        ids.astype(np.int32), padding
+    )

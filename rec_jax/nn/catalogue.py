@@ -1,0 +1,240 @@
+"""The items of a catalogue as vectors, and their scores: exact ranks and the best items, wherever they are.
+
+Both come whole, or row-sharded over a mesh (see `nn/sharded.Placement`): then a device has the scores of its
+own items, and only counts and its best items travel.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rec_jax.nn.quantized import QuantizedTable, score_items
+from rec_jax.nn.sharded import AXES, Placement, shard_index
+
+_LEAST = jnp.finfo(jnp.float32).min
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Ranks:
+    """Where the target of each query stands, int[B]: items above it and items level with it, itself included,
+    without the items of the query's history (`greater`, `equal`) or with them. num_nan: scores that are not
+    numbers. top_BK: the best ids, 0 where none is left. sampled_*: among the sampled ids alone."""
+
+    greater: jax.Array
+    equal: jax.Array
+    greater_unfiltered: jax.Array
+    equal_unfiltered: jax.Array
+    num_nan: jax.Array
+    top_BK: jax.Array
+    sampled_greater: jax.Array | None = None
+    sampled_equal: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Scores:
+    """Scores of every item for B queries.
+
+    values_BV: f32[B, V + 1] in the order of ids; column 0 (padding) is not read. With a placement:
+    f32[B, placement.size], a column for each row of the row-sharded array, as P(None, AXES).
+    """
+
+    values_BV: jax.Array
+    placement: Placement | None = field(default=None, metadata={"static": True})
+    mesh: Mesh | None = field(default=None, metadata={"static": True})
+
+    @partial(jax.jit, static_argnames=("top_k", "filter_seen"))
+    def rank(self, targets_B, seen, sampled_BN=None, *, top_k: int, filter_seen: bool = True) -> Ranks:
+        """The exact place of each target, compared with scores of the same array, so that ties are exact.
+
+        targets_B: ids. seen: (rows int[P], ids int[P]), the items of each query's history; pairs of a row
+        beyond B are ignored. sampled_BN: ids of the sampled protocol. filter_seen: which list top_BK is.
+
+        Items are left out by a mask, not by a score of -inf: a model may give that score itself, and is then
+        tied with its own like any other. A target in its own history is ranked.
+        """
+
+        def part(columns, values_Bv, targets_B, seen_rows_P, seen_P, sampled_BN):
+            rows_B, target_B = jnp.arange(len(values_Bv)), columns.of(targets_B)
+            target_B1 = columns.get(values_Bv, targets_B[:, None])
+            is_item_Bv = jnp.broadcast_to(columns.ids_v > 0, values_Bv.shape)
+            is_unseen_Bv = is_item_Bv.at[seen_rows_P, columns.of(seen_P)].set(False, mode="drop")
+            is_unseen_Bv = is_unseen_Bv.at[rows_B, target_B].set(True, mode="drop")
+            above_Bv, level_Bv = values_Bv > target_B1, values_Bv == target_B1
+            counts = _count_rows(
+                above_Bv & is_unseen_Bv,
+                level_Bv & is_unseen_Bv,
+                above_Bv & is_item_Bv,
+                level_Bv & is_item_Bv,
+                jnp.isnan(values_Bv) & is_item_Bv,
+            )
+            _, top_BK = columns.best(values_Bv, is_unseen_Bv if filter_seen else is_item_Bv, top_k)
+            if sampled_BN is None:
+                return Ranks(*columns.sum(counts), top_BK)
+            values_BN = columns.get(values_Bv, sampled_BN)
+            sampled = jnp.sum(values_BN > target_B1, -1), 1 + jnp.sum(values_BN == target_B1, -1)
+            return Ranks(*columns.sum(counts), top_BK, *sampled)
+
+        return self._map(part, targets_B, *seen, sampled_BN)
+
+    @partial(jax.jit, static_argnames="k")
+    def top_k(self, k: int, exclude=None, allowed_V=None) -> tuple[jax.Array, jax.Array]:
+        """(scores f32[B, k], ids int32[B, k]), best first, exact; -inf and id 0 where fewer are left.
+
+        exclude: (rows int[P], ids int[P]) pairs that are left out; rows beyond B are ignored. allowed_V:
+        bool[V + 1], the items to choose from. Equal scores: the lower id first, if the scores are whole.
+        """
+
+        num_rows = self.placement.num_rows if self.placement else self.values_BV.shape[1]
+        num = min(k, num_rows - 1)
+
+        def part(columns, values_Bv, exclude, allowed_V):
+            is_listed_v = columns.ids_v > 0
+            if allowed_V is not None:
+                is_listed_v &= allowed_V[columns.ids_v]
+            is_listed_Bv = jnp.broadcast_to(is_listed_v, values_Bv.shape)
+            if exclude is not None:
+                is_listed_Bv = is_listed_Bv.at[exclude[0], columns.of(exclude[1])].set(False, mode="drop")
+            return columns.best(values_Bv, is_listed_Bv, num)
+
+        best_BK, ids_BK = self._map(part, exclude, allowed_V)
+        beyond = (0, 0), (0, k - num)
+        return jnp.pad(best_BK, beyond, constant_values=-jnp.inf), jnp.pad(ids_BK, beyond)
+
+    @jax.jit
+    def at(self, ids_BN) -> jax.Array:
+        """f32[B, N]: the scores of given items."""
+        return self._map(lambda columns, values_Bv, ids_BN: columns.get(values_Bv, ids_BN), ids_BN)
+
+    def whole(self) -> jax.Array:
+        """f32[B, V + 1] in the order of ids, on one device; column 0 is -inf."""
+        if self.placement is None:
+            return jnp.asarray(self.values_BV).at[:, 0].set(-jnp.inf)
+
+        def in_order(values_BV):
+            return self.placement.unplace(values_BV, axis=1).at[:, 0].set(-jnp.inf)
+
+        gathered = jax.jit(in_order, out_shardings=NamedSharding(self.mesh, P()))(self.values_BV)
+        return gathered.addressable_data(0)
+
+    def _map(self, part, *args):
+        """part(columns, values_Bv, *args) of the whole, or of the columns of each device."""
+        if self.placement is None:
+            values_BV = self.values_BV.astype(jnp.float32)
+            return part(_Columns(values_BV.shape[1]), values_BV, *args)
+
+        def local(values_Bv, *args):
+            return part(_ShardColumns(values_Bv.shape[1], self.placement), values_Bv, *args)
+
+        specs = P(None, AXES), *(P() for _ in args)
+        return jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=P(), check_vma=False)(
+            self.values_BV, *args
+        )
+
+
+class _Columns:
+    """All columns of an array of scores. ids_v: the id of each, 0 for what is no item."""
+
+    def __init__(self, size: int):
+        self.ids_v = jnp.arange(size)
+
+    def of(self, ids):
+        """The column of each id."""
+        return ids
+
+    def sum(self, x):
+        """Over all devices."""
+        return x
+
+    def max(self, x):
+        return x
+
+    def _top_k(self, values_Bv, k: int):
+        return jax.lax.top_k(values_Bv, k)
+
+    def get(self, values_Bv, ids_BN):
+        """f32[B, N]: the scores of ids."""
+        rows_B1 = jnp.arange(len(values_Bv))[:, None]
+        return self.max(values_Bv.at[rows_B1, self.of(ids_BN)].get(mode="fill", fill_value=-jnp.inf))
+
+    def best(self, values_Bv, is_listed_Bv, k: int):
+        """The k best (scores, ids) of what is listed, of all devices."""
+        finite_Bv = jnp.maximum(values_Bv, _LEAST)  # a listed -inf still comes before what is left out
+        best_BK, id_BK = self._top_k(jnp.where(is_listed_Bv, finite_Bv, -jnp.inf), k)
+        ids_BK = jnp.where(best_BK > -jnp.inf, id_BK, 0)
+        return jnp.where(best_BK > _LEAST, best_BK, -jnp.inf), ids_BK
+
+
+class _ShardColumns(_Columns):
+    """The columns of one device, inside a shard_map."""
+
+    def __init__(self, size: int, placement: Placement):
+        self._placement, self._size, self._first = placement, size, shard_index() * size
+        ids_v = placement.to_ids(self._first + jnp.arange(size))
+        self.ids_v = jnp.where(ids_v < placement.num_rows, ids_v, 0)
+
+    def of(self, ids):
+        """Ids of other devices get a column beyond the last."""
+        columns = self._placement.to_physical(ids) - self._first
+        return jnp.where((columns >= 0) & (columns < self._size), columns, self._size)
+
+    def sum(self, x):
+        return jax.lax.psum(x, AXES)
+
+    def max(self, x):
+        return jax.lax.pmax(x, AXES)
+
+    def _top_k(self, values_Bv, k: int):
+        """What travels is the best k of each device."""
+        best_BK, column_BK = jax.lax.top_k(values_Bv, min(k, self._size))
+        row_BK = column_BK + self._first
+        best_BN, row_BN = (jax.lax.all_gather(x, AXES, axis=1, tiled=True) for x in (best_BK, row_BK))
+        best_BK, place_BK = jax.lax.top_k(best_BN, k)
+        return best_BK, self._placement.to_ids(jnp.take_along_axis(row_BN, place_BK, axis=1))
+
+
+def _count_rows(*masks_BV):
+    """How often each mask holds in each row. One pass: XLA:CPU takes ten times as long over several sums."""
+    zeros = (jnp.int32(0),) * len(masks_BV)
+    masks_BV = tuple(mask.astype(jnp.int32) for mask in masks_BV)
+    return jax.lax.reduce(masks_BV, zeros, lambda sums, more: tuple(map(jnp.add, sums, more)), (1,))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Catalogue:
+    """The vectors of all items; a score is the dot product with a query.
+
+    vectors: [V + 1, D], an array or a QuantizedTable; row 0 is padding. With a placement: the row-sharded
+    array [placement.size, D], as P(AXES).
+    """
+
+    vectors: jax.Array | QuantizedTable
+    placement: Placement | None = field(default=None, metadata={"static": True})
+    mesh: Mesh | None = field(default=None, metadata={"static": True})
+
+    @jax.jit
+    def scores(self, x_BD) -> Scores:
+        """Of every item, in f32."""
+        scores_BV = score_items(x_BD, self.vectors)
+        if self.placement is not None:
+            sharding = NamedSharding(self.mesh, P(None, AXES))
+            scores_BV = jax.lax.with_sharding_constraint(scores_BV, sharding)
+        return Scores(scores_BV, self.placement, self.mesh)
+
+    def scores_at(self, x_BD, ids_BN) -> jax.Array:
+        """f32[B, N]: the scores of given items."""
+        return self.scores(x_BD).at(ids_BN)
+
+    def rank(self, x_BD, targets_B, seen, sampled_BN=None, **options) -> Ranks:
+        """See `Scores.rank`."""
+        return self.scores(x_BD).rank(targets_B, seen, sampled_BN, **options)
+
+    def top_k(self, x_BD, k: int, exclude=None, allowed_V=None) -> tuple[jax.Array, jax.Array]:
+        """See `Scores.top_k`."""
+        return self.scores(x_BD).top_k(k, exclude, allowed_V)

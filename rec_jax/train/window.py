@@ -1,0 +1,52 @@
+"""Metrics of the steps between two logs, summed on the device."""
+
+import collections
+import time
+
+import jax
+import jax.numpy as jnp
+
+_MAX_STEPS_AHEAD = 4  # Steps that the host may have queued: enough to hide it, bounded in memory.
+
+
+class Window:
+    """Metrics and seconds of the steps since the last log. The host runs ahead of the device, but not far."""
+
+    def __init__(self):
+        self.is_first = True  # its one step compiles
+        self._sums, self._in_flight = None, collections.deque()
+
+    def open(self) -> None:
+        """Starts the clock, at the first step of a window."""
+        if self._sums is None:
+            self._start = time.perf_counter()
+
+    def add(self, metrics: dict, step: int) -> None:
+        self._sums = _start(metrics, step) if self._sums is None else _add(self._sums, metrics, step)
+        self._in_flight.append(self._sums["first_bad"])
+        if len(self._in_flight) > _MAX_STEPS_AHEAD:
+            self._in_flight.popleft().block_until_ready()
+
+    def close(self) -> tuple[dict, int, float]:
+        """Waits for the device: sums of (total, count), the first 0-based step with one not finite or -1,
+        seconds."""
+        sums = jax.device_get(self._sums)
+        secs = time.perf_counter() - self._start
+        self._sums, self.is_first = None, False
+        return sums["metrics"], int(sums["first_bad"]), secs
+
+
+@jax.jit
+def _start(metrics: dict, step) -> dict:
+    is_bad = ~jnp.isfinite(jnp.stack(jax.tree.leaves(metrics))).all()
+    return {"metrics": metrics, "first_bad": jnp.where(is_bad, step, -1)}
+
+
+@jax.jit
+def _add(sums: dict, metrics: dict, step) -> dict:
+    """Adds the (total, count) pairs of a step; keeps the first step with a value not finite."""
+    new = _start(metrics, step)
+    return {
+        "metrics": jax.tree.map(jnp.add, sums["metrics"], metrics),
+        "first_bad": jnp.where(sums["first_bad"] >= 0, sums["first_bad"], new["first_bad"]),
+    }

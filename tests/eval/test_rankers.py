@@ -1,0 +1,163 @@
+"""What every ranker promises to the evaluator and the recommender, each against loops over its scores."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rec_jax.compress.quant import QuantConfig, quantize_params
+from rec_jax.data.batch import Batch
+from rec_jax.data.histories import build_histories, examples, leave_one_out
+from rec_jax.data.queries import Queries
+from rec_jax.data.simulator import SimulatorConfig, World
+from rec_jax.eval.ensemble import EnsembleRanker
+from rec_jax.mesh import MeshConfig, make_mesh, replicate
+from rec_jax.models.base import get_table, init_model, with_table, without_table
+from rec_jax.models.baselines import BASELINES
+from rec_jax.models.beam import BeamRanker
+from rec_jax.models.ranker import ScoreRanker
+from rec_jax.models.registry import model_builder
+from rec_jax.models.sasrec import SASRecConfig
+from rec_jax.models.scoring import SequenceRanker, top_items
+from rec_jax.models.semantic_ids import CodesConfig, numbered_codes
+from rec_jax.models.tiger import TigerConfig
+from rec_jax.nn.catalogue import Catalogue
+from rec_jax.nn.layouts import RowSharded
+
+NUM_ITEMS, MAX_LEN = 24, 8
+WORLD = World(SimulatorConfig(num_items=NUM_ITEMS, num_users=14, num_interests=3, mean_len=7, min_len=3))
+HISTORIES = build_histories(WORLD.sample())
+SPLIT = leave_one_out(HISTORIES)
+EXAMPLES = examples(HISTORIES, SPLIT, "test")
+QUERIES = Queries.of(HISTORIES, EXAMPLES.users, EXAMPLES.ends)
+RNG = np.random.default_rng(0)
+SAMPLED = np.argsort(RNG.random((len(QUERIES), NUM_ITEMS)))[:, :5] + 1  # five distinct items each
+
+
+@functools.cache
+def sasrec():
+    build = model_builder(SASRecConfig(width=8, ff_width=8, dropout=0.0), NUM_ITEMS, MAX_LEN)
+    model, params = init_model(build, seed=0)
+    return model, jax.tree.map(lambda x: x + jnp.asarray(0.3 * RNG.normal(size=x.shape), jnp.float32), params)
+
+
+def sequence(change=lambda params: params, **options):
+    model, params = sasrec()
+    return SequenceRanker(model, change(params), MAX_LEN, make_mesh(MeshConfig(data=2)), **options)
+
+
+def row_sharded():
+    mesh, (model, params) = make_mesh(MeshConfig(data=2, model=4)), sasrec()
+    layout = RowSharded(NUM_ITEMS + 1, mesh)
+    params = with_table(replicate(without_table(params), mesh), layout.place(get_table(params)))
+    return SequenceRanker(model, params, MAX_LEN, mesh, layout)
+
+
+def beam():
+    config = TigerConfig(width=8, ff_width=8, num_heads=2, num_layers=1, dropout=0.0)
+    codes = numbered_codes(NUM_ITEMS, CodesConfig(num_codes=3))
+    model, params = init_model(model_builder(config, NUM_ITEMS, MAX_LEN, codes), seed=0)
+    return BeamRanker(model, params, NUM_ITEMS, MAX_LEN, make_mesh(MeshConfig(data=2)), num_beams=7)
+
+
+QUANTIZED = QuantConfig(names=".*(kernel|embedding)")
+RANKERS = {name: functools.partial(baseline, HISTORIES, SPLIT) for name, baseline in BASELINES.items()} | {
+    "oracle": lambda: ScoreRanker(WORLD.oracle(HISTORIES)),
+    "sequence": sequence,
+    "first dims": lambda: sequence(dims=3),
+    "quantized": lambda: sequence(lambda params: quantize_params(params, QUANTIZED)),
+    "row-sharded": row_sharded,
+    "beam search": beam,
+    "ensemble": lambda: EnsembleRanker([row_sharded(), BASELINES["bigram"](HISTORIES, SPLIT)]),
+}
+
+
+@pytest.fixture(scope="module", params=RANKERS)
+def ranker(request):
+    return RANKERS[request.param]()
+
+
+def history(row):
+    return set(HISTORIES.items[QUERIES.starts[row] : QUERIES.ends[row]].tolist())
+
+
+@pytest.mark.parametrize("filter_seen", [True, False])
+def test_ranks_equal_a_loop_over_scores(ranker, filter_seen):
+    scores_BV = np.asarray(ranker.scores(QUERIES).whole())
+    assert scores_BV.shape == (len(QUERIES), NUM_ITEMS + 1) and np.all(scores_BV[:, 0] == -np.inf)
+    ranks = ranker.rank(QUERIES, EXAMPLES.targets, top_k=6, filter_seen=filter_seen, sampled_ids=SAMPLED)
+    ranks = jax.device_get(ranks)
+    assert not ranks.num_nan.any()
+    for row, target in enumerate(EXAMPLES.targets):
+        scores, of_target = scores_BV[row], scores_BV[row, target]
+        everything = [v for v in range(1, NUM_ITEMS + 1) if v != target]
+        unseen = [v for v in everything if v not in history(row)]
+        for rivals, greater, equal in (
+            (unseen, ranks.greater, ranks.equal),
+            (everything, ranks.greater_unfiltered, ranks.equal_unfiltered),
+            (SAMPLED[row], ranks.sampled_greater, ranks.sampled_equal),
+        ):
+            assert greater[row] == np.sum(scores[rivals] > of_target)
+            assert equal[row] == 1 + np.sum(scores[rivals] == of_target)
+        listed = [target, *(unseen if filter_seen else everything)]
+        check_list(ranks.top_BK[row], scores, listed, 6)
+
+
+def check_list(ids, scores, listed, k):
+    """The k best of what may be listed, best first; equal scores in any order."""
+    found = [v for v in ids.tolist() if v]
+    assert len(set(found)) == len(found) == min(k, len(listed)) and set(found) <= set(listed)
+    assert not ids[len(found) :].any()
+    np.testing.assert_array_equal(scores[found], np.sort(scores[listed])[::-1][: len(found)])
+
+
+@pytest.mark.parametrize("k", [5, NUM_ITEMS, NUM_ITEMS + 9])
+@pytest.mark.parametrize("excludes", [True, False])
+@pytest.mark.parametrize("restricts", [True, False])
+def test_the_best_items_equal_a_sort_of_scores(ranker, k, excludes, restricts):
+    scores_BV = np.asarray(ranker.scores(QUERIES).whole())
+    allowed = np.arange(NUM_ITEMS + 1) % 3 > 0
+    exclude = QUERIES.seen() if excludes else None
+    best_BK, ids_BK = jax.device_get(ranker.top_k(QUERIES, k, exclude, allowed if restricts else None))
+    assert best_BK.shape == ids_BK.shape == (len(QUERIES), k)
+    for row, scores in enumerate(scores_BV):
+        listed = [v for v in range(1, NUM_ITEMS + 1) if allowed[v] or not restricts]
+        listed = [v for v in listed if not (excludes and v in history(row))]
+        check_list(ids_BK[row], scores, listed, k)
+        expected = np.where(ids_BK[row] > 0, scores[ids_BK[row]], -np.inf)
+        np.testing.assert_array_equal(best_BK[row], expected)
+
+
+def test_a_query_alone_scores_as_in_company(ranker):
+    scores_BV = np.asarray(ranker.scores(QUERIES).whole())
+    for row in (0, 5):
+        alone = np.asarray(ranker.scores(QUERIES[row : row + 1]).whole())
+        np.testing.assert_allclose(alone[0], scores_BV[row], rtol=1e-4, atol=1e-5)
+
+
+def test_a_catalogue_scores_some_items_and_the_best_without_a_ranker():
+    model, params = sasrec()
+    table_VD = np.asarray(get_table(params))
+    x_BD = RNG.normal(size=(3, 8)).astype(np.float32)
+    catalogue, ids_BN = Catalogue(jnp.asarray(table_VD)), np.array([[1, 5], [24, 2], [7, 7]])
+    expected = np.einsum("bd,bnd->bn", x_BD, table_VD[ids_BN])
+    np.testing.assert_allclose(catalogue.scores_at(x_BD, ids_BN), expected, rtol=1e-5, atol=1e-6)
+    layout = RowSharded(NUM_ITEMS + 1, make_mesh(MeshConfig(data=4, model=2)))
+    sharded = Catalogue(layout.place(jnp.asarray(table_VD)), layout.placement, layout.mesh)
+    np.testing.assert_allclose(sharded.scores_at(x_BD, ids_BN), expected, rtol=1e-5, atol=1e-6)
+    order = 1 + np.argsort(-(x_BD @ table_VD.T)[:, 1:])[:, :4]
+    for each in (catalogue, sharded):
+        np.testing.assert_array_equal(each.top_k(x_BD, 4)[1], order)
+
+
+def test_one_program_gives_the_best_items_of_whole_histories():
+    model, params = sasrec()
+    items = np.array([[3, 1, 7, 0], [5, 0, 0, 0]], np.int32)
+    batch = Batch({"item": items}, (items > 0).astype(np.int32), np.arange(4) * (items > 0))
+    best_BK, ids_BK = top_items(model, params, batch, 5)
+    for row, history in enumerate(([3, 1, 7], [5])):
+        scores, ids = sequence().top_k(Queries.one(history), 5)
+        np.testing.assert_array_equal(ids_BK[row], ids[0])
+        np.testing.assert_allclose(best_BK[row], scores[0], rtol=1e-4, atol=1e-5)

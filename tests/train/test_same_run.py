@@ -1,0 +1,121 @@
+"""What may change between two sessions of a run, with the keys of real configs."""
+
+import copy
+import dataclasses
+import pathlib
+
+import pytest
+
+from rec_jax.experiment import ExperimentConfig
+from rec_jax.train import same_run
+from rec_jax.train.same_run import changes, check_same_run
+
+PATH = pathlib.Path("run/checkpoints/latest/7")
+RUN = {"config": dataclasses.asdict(ExperimentConfig()), "split": "abc"}
+
+
+def changed(run, **fields):
+    """The run with other values, `train__epochs=3`."""
+    run = copy.deepcopy(run)
+    for name, value in fields.items():
+        *path, key = name.split("__")
+        section = run["config"]
+        for part in path:
+            section = section[part]
+        assert key in section
+        section[key] = value
+    return run
+
+
+def check(saved, current, is_finished=False):
+    check_same_run(saved, current, PATH, is_finished=is_finished)
+
+
+def test_the_keys_exist():
+    flat = changes({}, RUN)
+    assert not set(same_run._FREE) - flat.keys()
+
+
+def test_another_run_is_refused_and_keys_are_named():
+    other = changed(RUN, model__width=48, data__max_len=20, train__patience=3) | {"seed": 1}
+    del other["split"]
+    with pytest.raises(ValueError) as error:
+        check(RUN, other)
+    for text in (
+        str(PATH),
+        f"config.model.width (saved {RUN['config']['model']['width']}, now 48)",
+        "config.data.max_len",
+        "seed (saved nothing, now 1)",
+        "split (saved abc, now nothing)",
+        "new workdir",
+    ):
+        assert text in str(error.value)
+    assert "patience" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"train__patience": 3, "train__log_every_steps": 7, "mesh__data": 2, "table__capacity_factor": 2.0},
+        {"eval__ks": (10,), "eval__bootstrap": 0, "eval__sampled_negatives": 100, "eval__baselines": ()},
+        {"eval__batch_bytes": 2**10},
+    ],
+)
+def test_free_keys(fields):
+    check(RUN, changed(RUN, **fields))
+
+
+@pytest.mark.parametrize("fields", [{"codes__epochs": 3}, {"mesh__reduce": "bf16"}, {"train__batch_rows": 8}])
+def test_keys_that_change_what_a_step_computes(fields):
+    with pytest.raises(ValueError, match="is another one"):
+        check(RUN, changed(RUN, **fields), is_finished=True)
+
+
+@pytest.mark.parametrize("fields", [{"eval__filter_seen": False}, {"eval__max_examples": 10}])
+def test_the_metric_that_picks_the_best_changes_only_once_it_is_picked(fields):
+    with pytest.raises(ValueError, match=rf"config.{next(iter(fields)).replace('__', '.')} \(saved"):
+        check(RUN, changed(RUN, **fields))
+    check(RUN, changed(RUN, **fields), is_finished=True)
+
+
+CONSTANT = changed(RUN, train__epochs=4)
+
+
+@pytest.mark.parametrize("epochs", [3, 8])
+@pytest.mark.parametrize("is_finished", [False, True])
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        ({"optim__schedule": "cosine"}, "optim.schedule='cosine'"),
+        ({"optim__schedule": "linear"}, "optim.schedule='linear'"),
+        (
+            {"compress__prune__names": ".*kernel", "compress__prune__end": 0.25},
+            "compress.prune.names='.*kernel' compress.prune.end=0.25",
+        ),
+        (
+            {"compress__quant__aware": True, "compress__quant__aware_from": 0.5},
+            "compress.quant.aware_from=0.5",
+        ),
+    ],
+)
+def test_a_run_on_a_schedule_of_all_its_steps_keeps_its_length(fields, named, epochs, is_finished):
+    saved = changed(CONSTANT, **fields)
+    check(saved, changed(saved, train__patience=3), is_finished)
+    with pytest.raises(ValueError) as error:
+        check(saved, changed(saved, train__epochs=epochs), is_finished)
+    for text in (f"train.epochs (saved 4, now {epochs})", named, "new workdir", "schedule='constant'"):
+        assert text in str(error.value)
+
+
+@pytest.mark.parametrize("epochs", [3, 8])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"optim__warmup_steps": 100},
+        {"compress__prune__end": 0.5},  # of no names
+        {"compress__quant__aware": True, "compress__quant__aware_from": 0.0},
+    ],
+)
+def test_other_runs_may_change_their_length(fields, epochs):
+    saved = changed(CONSTANT, **fields)
+    check(saved, changed(saved, train__epochs=epochs))
