@@ -120,7 +120,7 @@ def test_packed_rows_equal_the_reference_of_each_history(kwargs):
     expected = references(config, params)
     np.testing.assert_allclose(x_SD[: len(expected)], expected, rtol=2e-4, atol=2e-5)
     assert np.abs(expected).max() > 0.1
-    assert model.reads_times == config.time_bias and model.is_causal
+    assert bool(model.columns) == config.time_bias and model.is_causal
 
 
 @pytest.mark.parametrize(
