@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from rec_jax.models.base import SequenceConfig, SequenceModel
 from rec_jax.nn.context import Block, Context
 from rec_jax.nn.dense import Dense, dense
-from rec_jax.nn.embedding import Embedding
 from rec_jax.nn.norm import LayerNorm
 from rec_jax.nn.pointwise_attention import PointwiseAttention
+from rec_jax.tables.embedding import Embedding
 
 _NORMAL = nnx.initializers.normal(0.02)
 

@@ -12,9 +12,9 @@ from rec_jax.models.base import SequenceConfig, SequenceModel
 from rec_jax.nn.blocks import TransformerBlock, TransformerShape, tensor_parallel
 from rec_jax.nn.context import Block
 from rec_jax.nn.dense import dense
-from rec_jax.nn.embedding import Embedding
 from rec_jax.nn.experts import Mixture
 from rec_jax.nn.norm import LayerNorm
+from rec_jax.tables.embedding import Embedding
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -215,7 +215,7 @@ def _encode(params):
 
 def encode(params):
     """x of the real tokens."""
-    return np.asarray(_encode(params))[sasrec()[2]["segments"] > 0]
+    return np.asarray(_encode(params))[sasrec()[2].segments > 0]
 
 
 def relative_error(x, expected):
@@ -275,7 +275,7 @@ def test_observed_inputs_are_those_of_real_tokens():
     _, params, batch = sasrec()
     assert set(samples()) == {name for name in leaf_names(params) if name.endswith("kernel")}
     is_real = batch.segments > 0
-    rows = np.asarray(params["items"]["embedding"], np.float64)[batch.events["item"][is_real]] * 4
+    rows = np.asarray(params["items"]["embedding"], np.float64)[batch.items[is_real]] * 4
     rows += np.asarray(params["positions"]["embedding"])[batch.positions[is_real]]
     rows -= rows.mean(-1, keepdims=True)
     rows /= np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-6)

@@ -36,8 +36,9 @@ def masked_batch(model, params, num_rows):
 def test_masks_a_share_of_the_items_and_asks_for_these():
     model, params = make(mask_share=0.3, last_share=0.0)
     batch = masked_batch(model, params, 2_000)
-    masked = batch.is_query
-    np.testing.assert_array_equal(batch.next["item"], np.where(masked, batch.events["item"], 0))
+    masked, items = batch.is_query, rows(2_000).items
+    np.testing.assert_array_equal(batch.targets, np.where(masked, items, 0))
+    np.testing.assert_array_equal(batch.items, np.where(masked, 0, items))
     assert not masked[:, 9:].any()  # padding
     shares = masked[:, :9].mean(axis=0)
     np.testing.assert_allclose(shares, 0.3, atol=0.04)  # 4 standard deviations
