@@ -118,6 +118,7 @@ REFUSALS = [
     _scores_codes("contrastive.weight", 0),
     _scores_codes("augment", AugmentConfig()),
     _scores_codes("precision.output", ""),
+    _scores_codes("compress", CompressConfig()),
     Refusal(
         lambda c: not _has_tables(c) and not _is_plain(c),
         "table",

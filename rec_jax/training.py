@@ -25,15 +25,17 @@ from rec_jax.train.step import StepSettings, TrainStep
 from rec_jax.tree import leaf_names
 
 
+def num_lookups(config: ExperimentConfig, mesh) -> int:
+    """Ids that one device looks up in the item embedding table in a step."""
+    rows, length = config.train.batch_rows // mesh.shape["data"], config.data.max_len
+    num_views = 2 * config.contrastive.augments
+    return ids_per_device(rows, length, num_negatives(config.loss, rows, length), num_views)
+
+
 def plan_layouts(config: ExperimentConfig, num_items: int, mesh) -> list[LayoutCost]:
     """What each layout of the item embedding table would take of a device."""
-    data, model = mesh.shape["data"], mesh.shape["model"]
-    rows, length = config.train.batch_rows // data, config.data.max_len
-    num_views = 2 * config.contrastive.augments
-    num_ids = ids_per_device(rows, length, num_negatives(config.loss, rows, length), num_views)
-    return layout_costs(
-        config.table, config.optim.type, num_items + 1, config.model.table_dim, num_ids, data, model
-    )
+    shape, axes = (num_items + 1, config.model.table_dim), (mesh.shape["data"], mesh.shape["model"])
+    return layout_costs(config.table, config.optim.type, *shape, num_lookups(config, mesh), *axes)
 
 
 def with_layout(config: ExperimentConfig, num_items: int, mesh) -> ExperimentConfig:

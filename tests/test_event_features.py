@@ -26,11 +26,11 @@ from rec_jax.models.bert4rec import BERT4Rec, BERT4RecConfig
 from rec_jax.models.registry import MODELS
 from rec_jax.models.sasrec import SASRec, SASRecConfig
 from rec_jax.models.scoring import SequenceRanker
-from rec_jax.tables.embedding import Embedding
 from rec_jax.objectives.augment import AugmentConfig, augment
 from rec_jax.objectives.contrastive import ContrastiveConfig, Views
+from rec_jax.objectives.token_loss import SoftmaxConfig
+from rec_jax.tables.embedding import Embedding
 from rec_jax.train.loop import TrainConfig
-from rec_jax.objectives.token_loss import LossConfig
 from rec_jax.train.step import init_state, make_train_step
 
 MAX_LEN = 8
@@ -335,7 +335,7 @@ def test_steps_train_what_reads_them_and_are_the_same_on_every_mesh(large):
     assert len(source) >= 2
     for devices in (1, 4):
         mesh = make_mesh(MeshConfig(data=devices))
-        step = make_train_step(model, optimizer, LossConfig(), None, mesh, micro_rows=4, views=views)
+        step = make_train_step(model, optimizer, SoftmaxConfig(), None, mesh, micro_rows=4, views=views)
         state, losses[devices] = init_state(before, optimizer, mesh), []
         for index in range(2):
             state, metrics = step(state, place_batch(source[index], mesh))

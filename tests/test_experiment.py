@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from rec_jax.compress.config import CompressConfig
-from rec_jax.run_config import ExperimentConfig
 from rec_jax.models.sasrec import SASRecConfig
+from rec_jax.run_config import ExperimentConfig
 from rec_jax.tables.config import TableConfig
 
 BASE = ExperimentConfig()

@@ -12,13 +12,17 @@ import tqdm
 from experiments.speed.lengths import LENGTHS, load_lengths
 from experiments.speed.naive import bce_loss, make_naive_step, pad_batch
 from experiments.speed.timing import interleaved, peak_run
+from rec_jax.data.datasets import DataConfig
 from rec_jax.data.pipeline import BatchSource
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch
 from rec_jax.models.base import init_model
 from rec_jax.models.sasrec import SASRec, SASRecConfig
-from rec_jax.objectives.negatives import make_sampler
-from rec_jax.objectives.token_loss import LossConfig, Negatives, loss_sum
-from rec_jax.train.step import init_state, make_train_step
+from rec_jax.objectives.catalogue import Catalogue
+from rec_jax.objectives.negatives import ItemPrior, Negatives, UniformSampler
+from rec_jax.objectives.token_loss import BCEConfig, make_token_loss
+from rec_jax.run_config import ExperimentConfig
+from rec_jax.train.loop import TrainConfig
+from rec_jax.training import make_step
 
 NUM_USERS = 128  # of a batch
 NUM_BATCHES = 4  # different ones, in turn
@@ -26,7 +30,7 @@ MAX_STEPS_AHEAD = 4  # of the host. XLA:CPU can hang when its queue (32 deep) is
 BLOCK_SECS = 1.0  # of steps between two readings of the clock
 MICRO_TOKENS = 800  # that a device works on at a time: what fits the cache of a core
 MODEL = SASRecConfig(width=50, ff_width=50, num_layers=2, num_heads=1, dropout=0.2, norm="original")
-LOSS = LossConfig(type="bce", num_negatives=1, sharing="position")
+LOSS = BCEConfig(num_negatives=1, sharing="position")
 
 
 def measure_training(name: str, repeats: int) -> dict:
@@ -141,14 +145,18 @@ def packed_source(histories, split, max_len: int, num_devices: int, targets_U) -
 
 def our_loop(model, params, histories, split, max_len: int, mesh, targets_U) -> Loop:
     source = packed_source(histories, split, max_len, mesh.size, targets_U)
-    optimizer = optax.adam(1e-3, b2=0.98)
     batches = [source[i] for i in range(NUM_BATCHES)]
     rows, max_len = batches[0].items.shape
     micro_rows = min(rows // mesh.size, max(1, MICRO_TOKENS // max_len))
-    num_rows = model.abstract_params["items"]["embedding"].shape[0]
-    sampler = make_sampler("uniform", np.ones(num_rows))
-    step = make_train_step(model, optimizer, LOSS, sampler, mesh, micro_rows=micro_rows)
-    state = init_state(jax.tree.map(jnp.copy, params), optimizer, mesh)
+    config = ExperimentConfig(
+        data=DataConfig(max_len=max_len),
+        model=MODEL,
+        loss=LOSS,
+        train=TrainConfig(batch_rows=rows, micro_rows=micro_rows),
+        mesh=MeshConfig(data=mesh.size),
+    )
+    step = make_step(config, model, np.ones(histories.num_items + 1), mesh)
+    state = step.init(jax.tree.map(jnp.copy, params))
     return Loop(step, state, batches, lambda batch: place_batch(batch, mesh), mesh.size)
 
 
@@ -168,8 +176,11 @@ def loss_difference(model, params, histories, split, max_len: int) -> float:
 
     def ours(params):
         module = model.bind(params)
-        negatives = Negatives(jnp.full((1, 1, 1), negative), jnp.zeros((1, 1, 1)))
-        return loss_sum(LOSS, None, module(packed), module.item_vectors(), packed, negatives)
+        ids = jnp.full((1, 1, 1), negative)
+        negatives, prior = Negatives(ids, jnp.zeros((1, 1, 1)), ids), ItemPrior(UniformSampler(negative))
+        catalogue = Catalogue(module.item_vectors())
+        loss = make_token_loss(LOSS)(module(packed), catalogue, packed, negatives, prior)
+        return loss, jnp.sum(packed.targets > 0)
 
     def naive(params):
         negatives = np.full(padded.items.shape, negative)

@@ -314,11 +314,15 @@ def examples(histories: Histories, split: Split, part: str) -> Examples:
     starts = np.maximum(starts, histories.offsets[:-1] + 1)
     lengths = np.maximum(stops - starts, 0)
     users = np.repeat(np.arange(histories.num_users), lengths)
-    last = np.cumsum(lengths)
-    total = int(last[-1]) if len(last) else 0
-    ends = np.repeat(starts - (last - lengths), lengths) + np.arange(total)
+    ends = ranges(starts, lengths)
     targets = np.asarray(histories.items)[ends]
     unseen = split.train_item_counts(histories)[targets] == 0
     return Examples(
-        users.astype(np.int32), ends.astype(np.int64), targets, num_targets - total, int(unseen.sum())
+        users.astype(np.int32), ends.astype(np.int64), targets, num_targets - len(ends), int(unseen.sum())
     )
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The ranges start:start + length, one after the other."""
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)

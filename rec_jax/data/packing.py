@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rec_jax.data.batch import Batch
+from rec_jax.data.histories import ranges
 from rec_jax.data.schema import Schema
 
 
@@ -94,16 +95,16 @@ def fill_rows(columns: dict, plan: PackingPlan, rows, slot_users, ends, num_rows
     filled is 0.
     """
     first, counts = plan.row_starts[rows], np.diff(plan.row_starts)[rows]
-    slots = _ranges(first, counts)
+    slots = ranges(first, counts)
     lengths = plan.slot_len[slots].astype(np.int64)
     starts = np.cumsum(lengths) - lengths  # of each slot, in tokens of this batch
     row_of_slot = np.repeat(np.arange(len(rows)), counts)
     first_of_row = np.cumsum(counts) - counts
     in_row = starts - starts[first_of_row][row_of_slot]
-    into = _ranges(row_of_slot * plan.row_len + in_row, lengths)
+    into = ranges(row_of_slot * plan.row_len + in_row, lengths)
     # A row may end with a query token, where the log has no event.
     last = len(columns["item"]) - 1
-    source = np.minimum(_ranges(ends[slot_users[slots]] - lengths, lengths), last)
+    source = np.minimum(ranges(ends[slot_users[slots]] - lengths, lengths), last)
     following = np.minimum(source + 1, last)
     segment = np.arange(len(slots)) - first_of_row[row_of_slot] + 1
 
@@ -124,12 +125,6 @@ def fill_rows(columns: dict, plan: PackingPlan, rows, slot_users, ends, num_rows
         next={"item": filled(columns["item"][following])}
         | {f.name: at(f, following) for f in schema if not f.is_outcome},
         segments=filled(np.repeat(segment, lengths)),
-        positions=filled(_ranges(np.zeros_like(lengths), lengths)),
+        positions=filled(ranges(np.zeros_like(lengths), lengths)),
         schema=schema,
     )
-
-
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The ranges start:start + length, one after the other."""
-    ends = np.cumsum(lengths)
-    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rec_jax.data.histories import ranges
+
 
 @dataclass(frozen=True)
 class Queries:
@@ -105,9 +107,3 @@ class Queries:
         first = first[pairs]
         ends = ordered[first] >> bits << bits | (offset_B + self.lengths)[rows]
         return rows, items[place[pairs]], ordered, first, ends
-
-
-def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The ranges start:start + length, one after the other."""
-    ends = np.cumsum(lengths)
-    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)

@@ -12,8 +12,6 @@ from jax.sharding import PartitionSpec as P
 from rec_jax.nn.dense import dense
 from rec_jax.nn.norm import unit
 
-ITEMS = ("items", "embedding")  # where a model keeps the table of its catalogue
-
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceConfig:
@@ -150,9 +148,7 @@ def define_model(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     graphdef, state = nnx.split(module, nnx.Param)
     abstract_params = jax.tree.map(_abstract, nnx.to_pure_dict(state))
-    return Model(
-        graphdef, abstract_params, module.is_causal, module.columns, module.generates, module.tables
-    )
+    return Model(graphdef, abstract_params, module.is_causal, module.columns, module.generates, module.tables)
 
 
 def _abstract(leaf) -> jax.ShapeDtypeStruct:
@@ -166,19 +162,3 @@ def init_model(build: Callable[[nnx.Rngs], nnx.Module], seed: int) -> tuple[Mode
         return nnx.to_pure_dict(nnx.split(build(nnx.Rngs(params=key)), nnx.Param)[1])
 
     return define_model(build), jax.jit(make)(jax.random.key(seed))
-
-
-def without_table(params: dict) -> dict:
-    """The parameters but for the table of items."""
-    group, name = ITEMS
-    return {**params, group: {k: v for k, v in params[group].items() if k != name}}
-
-
-def with_table(params: dict, table) -> dict:
-    group, name = ITEMS
-    return {**params, group: {**params[group], name: table}}
-
-
-def get_table(params: dict):
-    group, name = ITEMS
-    return params[group][name]

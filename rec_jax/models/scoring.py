@@ -49,7 +49,7 @@ def top_items(model: Model, params, batch, k: int):
     last_B = jnp.sum(batch.segments > 0, axis=1) - 1
     module = model.bind(params)
     x_BD = module(batch, at=(jnp.arange(len(last_B)), last_B))
-    return Catalogue(module.item_vectors()).top_k(x_BD, k)
+    return Catalogue(module.item_vectors()).scores(x_BD).top_k(k)
 
 
 class SequenceRanker(ScoreRanker):

@@ -1,4 +1,4 @@
-"""The items of a catalogue as vectors, and their scores: exact ranks and the best items, wherever they are.
+"""The items of a catalogue as vectors, and their scores: exact ranks and the best items.
 
 Both come whole, or row-sharded over a mesh (see `tables/exchange.Placement`): then a device has the scores of
 its own items, and only counts and its best items travel.
@@ -245,18 +245,6 @@ class Catalogue:
             x_TD, vectors_vD = _with_bias(x_TD, vectors_vD, bias_V[self.placement.to_ids(rows_v)])
         is_real_v, rows_T = self.placement.is_real(rows_v), self.placement.to_physical(targets_T)
         return sharded_softmax_cross_entropy(x_TD, vectors_vD, is_real_v, rows_T, weights_T)
-
-    def scores_at(self, x_BD, ids_BN) -> jax.Array:
-        """f32[B, N]: the scores of given items."""
-        return self.scores(x_BD).at(ids_BN)
-
-    def rank(self, x_BD, targets_B, seen, sampled_BN=None, **options) -> Ranks:
-        """See `Scores.rank`."""
-        return self.scores(x_BD).rank(targets_B, seen, sampled_BN, **options)
-
-    def top_k(self, x_BD, k: int, exclude=None, allowed_V=None) -> tuple[jax.Array, jax.Array]:
-        """See `Scores.top_k`."""
-        return self.scores(x_BD).top_k(k, exclude, allowed_V)
 
 
 def _with_bias(x_TD, vectors_VD, bias_V):

@@ -142,7 +142,7 @@ class Objective:
             negatives = context.shared if self._shares else self.draw(micro, context)
 
         def score(x_BSD, hidden):
-            return self._score(params if scored is None else scored, x_BSD, hidden, micro, negatives, context)
+            return self.score(params if scored is None else scored, x_BSD, hidden, micro, negatives, context)
 
         loss, x_BSD, penalty = module.loss(micro, key_B, score)
         if self._contrastive.weight:
@@ -150,7 +150,7 @@ class Objective:
             loss += contrastive_sum(self._contrastive, module, x_BSD, micro, key_B)
         return loss + penalty, jnp.sum(micro.targets > 0, dtype=jnp.float32)
 
-    def _score(self, params, x_BSD, hidden, micro, negatives, context):
+    def score(self, params, x_BSD, hidden, micro, negatives, context):
         """The token loss of query vectors, with what wraps it."""
         config, x_BSD = self._loss, x_BSD.astype(self._precision.output_dtype)
         module = self._model.bind(cast_floats(params, self._precision.output_dtype))

@@ -23,6 +23,7 @@ from jax.flatten_util import ravel_pytree
 from rec_jax.tables.exchange import AXES, Placement
 from rec_jax.tables.layouts import Replicated
 from rec_jax.tables.sparse import RowOptimizer
+from rec_jax.tree import pop_leaf, with_leaf
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,13 @@ class Tables:
         """(the parameters without the tables, {name: table})."""
         arrays = {}
         for name, table in self.tables.items():
-            params, arrays[name] = _without(params, table.path.split("/"))
+            params, arrays[name] = pop_leaf(params, table.path)
         return params, arrays
 
     def join(self, dense: dict, arrays: dict) -> dict:
         """The parameters with those arrays in the places of the tables."""
         for name, table in self.tables.items():
-            dense = _with(dense, table.path.split("/"), arrays[name])
+            dense = with_leaf(dense, table.path, arrays[name])
         return dense
 
     def place(self, whole: dict) -> dict:
@@ -219,18 +220,3 @@ class Tables:
 
 def _unzip(by_name: dict, num: int) -> tuple[dict, ...]:
     return tuple({name: values[i] for name, values in by_name.items()} for i in range(num))
-
-
-def _without(tree: dict, path: list[str]) -> tuple[dict, Any]:
-    first, *rest = path
-    if not rest:
-        return {key: value for key, value in tree.items() if key != first}, tree[first]
-    child, leaf = _without(tree[first], rest)
-    return {**tree, first: child}, leaf
-
-
-def _with(tree: dict, path: list[str], leaf) -> dict:
-    first, *rest = path
-    if not rest:
-        return {**tree, first: leaf}
-    return {**tree, first: _with(tree[first], rest, leaf)}

@@ -61,7 +61,7 @@ class TrainStep:
         """optimizer: of all parameters but the tables. specs: how these are placed, from
         `parallel.partition`. make_fixed: makes the arrays that every step reads, before the first one."""
         self.mesh, self.tables, self._make_fixed = mesh, tables, make_fixed
-        self.objective, self._model, self._optimizer = objective, model, optimizer
+        self.model, self.objective, self._optimizer = model, objective, optimizer
         self._specs, self._settings = specs, settings
 
     def __call__(self, state: TrainState, batch: Batch):
@@ -211,7 +211,7 @@ class TrainStep:
             negatives = self.objective.draw(batch, context)
             drawn = context.shared if negatives is None else negatives
             item_ids = {"targets": batch.targets, "negatives": drawn.ids_BSK}
-        module = self._model.bind(self._model.abstract_params)
+        module = self.model.bind(self.model.abstract_params)
         ids = [module.table_ids(batch, item_ids), *(module.table_ids(view, {}) for view in batch.views)]
         reads = self.tables.read(
             arrays, states, {name: [x[name] for x in ids] for name in self.tables.tables}

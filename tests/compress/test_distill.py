@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rec_jax.compress import distill
-from rec_jax.objectives.distill import DistillConfig, distill_sum, similarity_sum, soft_cross_entropy
 from rec_jax.data.batch import Batch
+from rec_jax.objectives.distill import DistillConfig, distill_sum, similarity_sum, soft_cross_entropy
 from rec_jax.objectives.token_loss import Negatives
 
 B, S, V = 3, 5, 11

@@ -14,8 +14,8 @@ from rec_jax.mesh import MeshConfig, make_mesh
 from rec_jax.models import baselines
 from rec_jax.models.ranker import ScoreRanker
 from rec_jax.objectives.catalogue import Scores
-from rec_jax.tables.exchange import AXES, Placement
 from rec_jax.report import format_scores
+from rec_jax.tables.exchange import AXES, Placement
 
 NUM_ITEMS = 12
 

@@ -5,9 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
+from rec_jax.data.datasets import DataConfig
 from rec_jax.data.histories import Histories
 from rec_jax.data.packing import fill_rows, plan_packing
 from rec_jax.data.queries import Queries
@@ -19,8 +19,10 @@ from rec_jax.models.beam import BeamRanker
 from rec_jax.models.registry import MODELS, model_builder
 from rec_jax.models.scoring import SequenceRanker
 from rec_jax.models.semantic_ids import CodesConfig, numbered_codes
-from rec_jax.objectives.token_loss import LossConfig
-from rec_jax.train.step import init_state, make_train_step
+from rec_jax.run_config import ExperimentConfig
+from rec_jax.train.loop import TrainConfig
+from rec_jax.train.optim import OptimConfig
+from rec_jax.training import make_step
 
 NUM_ITEMS, MAX_LEN = 20, 12
 SMALL = {"width": 8, "ff_width": 12, "num_heads": 2, "dropout": 0.5}
@@ -163,9 +165,17 @@ def test_a_step_is_the_same_on_every_mesh_and_a_tiny_set_is_learnt(config_class)
         batch = batch.with_targets(batch.items)
 
     def losses(data, micro_rows, steps):
-        mesh, optimizer = make_mesh(MeshConfig(data=data)), optax.adam(0.005)
-        step = make_train_step(model, optimizer, LossConfig(), None, mesh, micro_rows=micro_rows)
-        state, placed = init_state(params, optimizer, mesh), place_batch(batch, mesh)
+        mesh, optim = make_mesh(MeshConfig(data=data)), OptimConfig(learning_rate=0.005, b2=0.999)
+        train = TrainConfig(batch_rows=8, micro_rows=micro_rows)
+        experiment = ExperimentConfig(
+            data=DataConfig(max_len=MAX_LEN),
+            model=config,
+            optim=optim,
+            train=train,
+            mesh=MeshConfig(data=data),
+        )
+        step = make_step(experiment, model, np.ones(NUM_ITEMS + 1), mesh)
+        state, placed = step.init(params), place_batch(batch, mesh)
         for _ in range(steps):
             state, metrics = step(state, placed)
             yield float(metrics["loss"][0] / metrics["loss"][1])

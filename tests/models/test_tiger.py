@@ -12,16 +12,18 @@ from packed_rows import pack
 from rec_jax.compress.config import CompressConfig
 from rec_jax.config import build
 from rec_jax.data.datasets import DataConfig
-from rec_jax.experiment import ExperimentConfig, Program
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch
 from rec_jax.models import tiger
-from rec_jax.models.base import init_model
+from rec_jax.models.base import define_model, init_model
 from rec_jax.models.beam import beam_search
+from rec_jax.models.registry import model_builder
 from rec_jax.models.semantic_ids import Codes, CodesConfig, numbered_codes
 from rec_jax.models.tiger import Tiger, TigerConfig
-from rec_jax.objectives.token_loss import LossConfig
-from rec_jax.train.precision import PrecisionConfig
+from rec_jax.objectives.token_loss import BCEConfig
+from rec_jax.run_config import ExperimentConfig
 from rec_jax.tables.config import TableConfig
+from rec_jax.train.precision import PrecisionConfig
+from rec_jax.training import make_step
 
 NUM_CODES, LEVELS, MAX_LEN = 4, 3, 8
 SMALL = TigerConfig(width=8, ff_width=12, num_heads=2, num_layers=2, dropout=0.0)
@@ -138,12 +140,13 @@ def run_steps(**mesh):
         model=dataclasses.replace(SMALL, num_layers=1, dropout=0.3),
         mesh=MeshConfig(**mesh),
     )
-    program = Program(config, 20, make_mesh(config.mesh), 3, np.arange(21), codes=codes)
+    build = model_builder(config.model, 20, MAX_LEN, codes)
+    step = make_step(config, define_model(build), np.arange(21), make_mesh(config.mesh), total_steps=3)
     batch = jax.tree.map(lambda x: np.repeat(x, 4, axis=0), packed())
     batch = batch.with_targets(1 + (batch.items + np.arange(4)[:, None]) % 20)
-    state, step = program.init_state(), program.make_step()
+    state = step.init(init_model(build, seed=0)[1])
     for _ in range(3):
-        state, metrics = step(state, place_batch(batch, program.mesh))
+        state, metrics = step(state, place_batch(batch, step.mesh))
         yield [float(metrics[name][0]) for name in ("loss", "grad_norm", "tokens")]
 
 
@@ -156,8 +159,8 @@ def test_a_step_is_the_same_when_heads_and_channels_are_split():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"loss": LossConfig(type="bce")}, "loss.type='bce'"),
-        ({"table": TableConfig(layout="rows")}, "table.layout='rows'"),
+        ({"loss": BCEConfig()}, "loss.type='bce'"),
+        ({"table": TableConfig(layout="rows")}, "table=TableConfig.*layout='rows'.*has none"),
         ({"compress": CompressConfig(recipe="int8")}, "compress="),
         ({"precision": PrecisionConfig(output="f32")}, "precision.output='f32'"),
     ],

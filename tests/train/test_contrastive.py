@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 from step_runs import LENGTH, NO_LAYERS, NUM_ITEMS, assert_close, make_batch, reference, run
 
-from rec_jax.run_config import ExperimentConfig
 from rec_jax.hashing import mix
 from rec_jax.models.base import init_model
 from rec_jax.models.bert4rec import BERT4RecConfig
 from rec_jax.models.registry import model_builder
 from rec_jax.models.sasrec import SASRecConfig
 from rec_jax.objectives.augment import AugmentConfig
-from rec_jax.objectives.contrastive import ContrastiveConfig, Views, contrastive_sum
-from rec_jax.objectives.token_loss import LossConfig
+from rec_jax.objectives.contrastive import ContrastiveConfig, contrastive_sum
+from rec_jax.objectives.negatives import make_prior
+from rec_jax.objectives.objective import Fixed, Objective, StepContext
+from rec_jax.objectives.token_loss import BCEConfig, SoftmaxConfig
+from rec_jax.run_config import ExperimentConfig
+from rec_jax.train.precision import F32
 
 ROWS = 4
 MODEL, PARAMS = init_model(
@@ -82,7 +85,9 @@ def test_views_by_dropout(same_target):
 
 def test_views_by_change():
     config = ContrastiveConfig(weight=1.0, view="augment")
-    batch = jax.jit(Views(AugmentConfig(), config).change)(BATCH, SEED)
+    objective = Objective(MODEL, SoftmaxConfig(), F32, contrastive=config)
+    context = StepContext(jnp.int32(0), SEED, Fixed(make_prior(SoftmaxConfig(), np.ones(9))))
+    batch = jax.jit(objective.prepare)(BATCH, context)
     np.testing.assert_array_equal(batch.items, BATCH.items)  # of the model's own loss
     pairs = []
     for i, view in enumerate(batch.views):
@@ -118,13 +123,13 @@ def test_it_runs_on_a_mesh():
 @pytest.mark.parametrize(
     "sections, message",
     [
-        ({"model": BERT4RecConfig(), "augment": AugmentConfig(mask=0.1)}, "type='bert4rec' masks items"),
+        ({"model": BERT4RecConfig(), "augment": AugmentConfig(mask=0.1)}, "'bert4rec' masks items"),
         ({"model": SASRecConfig(dropout=0.0), "contrastive": ContrastiveConfig(weight=1.0)}, "model.dropout"),
     ],
 )
 def test_configs_that_do_not_go_together(sections, message):
     with pytest.raises(ValueError, match=message):
-        ExperimentConfig(loss=LossConfig(type="bce"), **sections)
+        ExperimentConfig(loss=BCEConfig(), **sections)
 
 
 def test_mistakes():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from step_runs import (
     LENGTH,
+    MODEL,
     NUM_ITEMS,
     OPTIM,
     assert_close,
@@ -86,10 +87,8 @@ def test_rows_that_no_batch_touches_stay(update):
 
 
 def test_an_id_beyond_the_table_shows_in_the_loss():
-    program = make_program("sampled", table="sgd")
-    step, batch = program.make_step(), make_batch()
+    step, batch = make_program("sampled", table="sgd"), make_batch()
     for bad in (-1, NUM_ITEMS + 1, 2**30):
         batch.items[0, 0] = bad
-        state = program.init_state(initial_params(program.config.model))
-        _, metrics = step(state, place_batch(batch, program.mesh))
+        _, metrics = step(step.init(initial_params(MODEL)), place_batch(batch, step.mesh))
         assert np.isnan(metrics["loss"][0] / metrics["loss"][1]), bad
