@@ -153,7 +153,7 @@ class Experiment:
             write_json(path, config_json)
         rate = make_schedule(config.optim, len(source))
         fitted = fit(
-            step.init(self._first_params()),
+            step.init(self.first_params()),
             step,
             TrainingData(
                 make_iterator(source),
@@ -191,7 +191,7 @@ class Experiment:
             neighbours_VK=self._neighbours(),
         )
 
-    def _first_params(self):
+    def first_params(self):
         """What a training starts from: given parameters of the model, or those drawn by the seed."""
         return init_model(self._build, self.config.seed)[1] if self._base is None else self._base
 
