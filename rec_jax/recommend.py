@@ -44,7 +44,7 @@ def recommend(ranker: Ranker, histories: Histories, items, times=None, *, k: int
     queries = Queries.one(items, times)
     scores, ids = ranker.top_k(queries, k, None if seen else queries.seen())
     best = zip(np.asarray(scores)[0], np.asarray(ids)[0], strict=True)
-    return [Recommendation(*name(histories, item), float(score)) for score, item in best if score > -np.inf]
+    return [Recommendation(*name(histories, item), float(score)) for score, item in best if item]
 
 
 def name(histories: Histories, item: int) -> tuple[str, str]:
