@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from rec_jax.data.datasets import DataConfig, load_dataset
-from rec_jax.data.pipeline import BatchSource
+from rec_jax.data.pipeline import BatchSource, EpochPlan
 from rec_jax.data.queries import Queries
 from rec_jax.eval.evaluator import EvalConfig
 from rec_jax.experiment import Experiment, ExperimentConfig
@@ -72,10 +72,7 @@ def source_of(dataset, model=DeviceSASRec, batch_rows=1):
     return BatchSource(
         dataset.histories,
         dataset.split,
-        max_len=MAX_LEN,
-        batch_rows=batch_rows,
-        epochs=1,
-        seed=0,
+        EpochPlan(MAX_LEN, batch_rows),
         is_causal=model.is_causal,
         schema=tuple(feature for feature in dataset.schema if feature.name in model.columns),
     )
