@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from rec_jax.config import to_config_dict
-from rec_jax.experiment import ExperimentConfig
+from rec_jax.run_config import ExperimentConfig
 
 
 def base() -> ConfigDict:
@@ -23,7 +23,8 @@ def apply_variant(cfg: ConfigDict, variant: str | None) -> ConfigDict:
     cfg.data.sim.num_interests, cfg.data.sim.mean_len = 4, 12
     small = {"width": 16, "ff_width": 16, "num_heads": 1, "dropout": 0.1}
     cfg.model.update({name: value for name, value in small.items() if name in cfg.model})
-    cfg.loss.num_negatives = min(cfg.loss.num_negatives, 8)
+    if "num_negatives" in cfg.loss:
+        cfg.loss.num_negatives = min(cfg.loss.num_negatives, 8)
     cfg.optim.learning_rate, cfg.optim.warmup_steps = 1e-2, 5
     cfg.train.epochs, cfg.train.eval_every_epochs = 20, 5.0
     cfg.train.batch_rows, cfg.train.micro_rows = 32, 4

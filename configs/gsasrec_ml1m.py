@@ -15,6 +15,8 @@ same seed gave 0.3134 / 0.1809.
 """
 
 from configs import common
+from rec_jax.config import to_config_dict
+from rec_jax.objectives.token_loss import GBCEConfig
 
 
 def get_config(variant=None):
@@ -22,8 +24,7 @@ def get_config(variant=None):
     cfg.data.path, cfg.data.max_len = "ml-1m/ml-1m.txt", 200
     cfg.model.width = cfg.model.ff_width = 128
     cfg.model.num_heads, cfg.model.dropout = 2, 0.3
-    cfg.loss.type = "gbce"
-    cfg.loss.num_negatives, cfg.loss.gbce_t = 256, 0.75
+    cfg.loss = to_config_dict(GBCEConfig(num_negatives=256, calibration=0.75))
     cfg.optim.learning_rate, cfg.optim.schedule, cfg.optim.warmup_steps = 1.5e-3, "cosine", 200
     cfg.train.epochs, cfg.train.eval_every_epochs = 24, 3.0
     cfg.train.all_windows = True

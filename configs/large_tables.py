@@ -17,6 +17,8 @@ against 0.0197; oracle 0.0534). With the step of later that day, beside other wo
 """
 
 from configs import common
+from rec_jax.config import to_config_dict
+from rec_jax.objectives.token_loss import SampledSoftmaxConfig
 
 
 def get_config(variant=None):
@@ -24,7 +26,7 @@ def get_config(variant=None):
     cfg.data.format, cfg.data.max_len = "simulator", 100
     cfg.data.sim.num_items, cfg.data.sim.num_users, cfg.data.sim.mean_len = 10_000_000, 20_000, 100
     cfg.model.width = cfg.model.ff_width = 64
-    cfg.loss.type, cfg.loss.num_negatives = "sampled_softmax", 256
+    cfg.loss = to_config_dict(SampledSoftmaxConfig(num_negatives=256))
     cfg.table.optimizer, cfg.table.layout, cfg.table.learning_rate = "rowwise_adagrad", "rows", 0.05
     cfg.train.epochs, cfg.train.batch_rows, cfg.train.micro_rows = 1, 64, 8
     cfg.eval.filter_seen, cfg.eval.max_examples, cfg.eval.bootstrap = False, 64, 100

@@ -18,6 +18,8 @@ Dropout 0.1 is better under full ranking (validation NDCG@10 0.1514) and no bett
 """
 
 from configs import common
+from rec_jax.config import to_config_dict
+from rec_jax.objectives.token_loss import BCEConfig
 
 
 def get_config(variant=None):
@@ -26,9 +28,7 @@ def get_config(variant=None):
     cfg.model.width = cfg.model.ff_width = 50
     cfg.model.norm = "original"
     cfg.model.dropout = 0.2
-    cfg.loss.type = "bce"
-    cfg.loss.num_negatives, cfg.loss.sharing = 1, "position"
-    cfg.loss.exclude_history = True
+    cfg.loss = to_config_dict(BCEConfig(num_negatives=1, sharing="position", exclude_history=True))
     cfg.optim.learning_rate, cfg.optim.schedule, cfg.optim.warmup_steps = 2e-3, "cosine", 200
     cfg.train.epochs, cfg.train.eval_every_epochs = 100, 5.0
     cfg.train.all_windows = True

@@ -17,6 +17,8 @@ The search behind it, on validation, is in LOG.md (2026-11-20).
 """
 
 from configs import common
+from rec_jax.config import to_config_dict
+from rec_jax.objectives.token_loss import SampledSoftmaxConfig
 
 
 def get_config(variant=None):
@@ -24,7 +26,7 @@ def get_config(variant=None):
     cfg.data.path, cfg.data.max_len = "beauty/Beauty.txt", 50
     cfg.model.width = cfg.model.ff_width = 256
     cfg.model.num_layers, cfg.model.norm, cfg.model.dropout = 1, "pre", 0.5
-    cfg.loss.type, cfg.loss.num_negatives = "sampled_softmax", 256
+    cfg.loss = to_config_dict(SampledSoftmaxConfig(num_negatives=256))
     cfg.optim.learning_rate, cfg.optim.schedule, cfg.optim.warmup_steps = 1e-3, "cosine", 100
     cfg.train.epochs, cfg.train.eval_every_epochs = 24, 3.0
     cfg.train.batch_rows, cfg.train.micro_rows = 32, 16

@@ -1,5 +1,6 @@
 """What every entry point does first and last."""
 
+import itertools
 import os
 import re
 import sys
@@ -7,6 +8,7 @@ import traceback
 
 import jax
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from rec_jax.mesh import use_cpu_cores
 
@@ -50,6 +52,33 @@ def launch(main) -> None:
             sys.exit(text)
 
     app.run(guarded, flags_parser=_parse)
+
+
+class ConfigParser(config_flags.ConfigFileFlagParser):
+    """Loads a config file; a flag such as --config.loss.type=gbce chooses the keys of its section, so it is
+    applied first, wherever it stands on the command line."""
+
+    def parse(self, path):
+        config = super().parse(path)
+        switch_types(config)
+        return config
+
+
+def switch_types(config) -> None:
+    from rec_jax.config import switch_type
+    from rec_jax.run_config import ExperimentConfig
+
+    for flag, after in itertools.pairwise([*sys.argv, ""]):
+        if found := re.fullmatch(r"--?config\.(\w+)\.type(?:=(.*))?", flag):
+            with config.unlocked():
+                switch_type(ExperimentConfig, config, found[1], after if found[2] is None else found[2])
+
+
+def define_config(help_string: str):
+    """--config=FILE[:variant], every key of which is a flag."""
+    holder = config_flags.DEFINE_config_file("config", None, help_string)
+    flags.FLAGS["config"].parser = ConfigParser("config")
+    return holder
 
 
 def _parse(argv):

@@ -11,6 +11,7 @@ from rec_jax.compress import artifact
 from rec_jax.compress.prune import share_of_zeros
 from rec_jax.compress.quant import dequantize_params, memory_bytes
 from rec_jax.compress.shrink import multiply_adds
+from rec_jax.data.batch import Batch
 from rec_jax.data.histories import examples
 from rec_jax.eval.evaluator import per_example
 from rec_jax.eval.metrics import bootstrap_ratio
@@ -96,17 +97,17 @@ def _latencies(runs: dict, params: dict, parent) -> dict[str, dict]:
     return rows
 
 
-def _batch(parent, size: int) -> dict:
+def _batch(parent, size: int) -> Batch:
     """Histories of the test part, one a row."""
     ex = examples(parent.histories, parent.split, "test")
     length = parent.config.data.max_len
-    batch = {name: np.zeros((size, length), np.int32) for name in ("items", "segments", "positions")}
+    items, segments, positions = np.zeros((3, size, length), np.int32)
     for row, index in enumerate(np.random.default_rng(0).integers(0, len(ex.users), size)):
         start, end = parent.histories.offsets[ex.users[index]], ex.ends[index]
-        items = parent.histories.items[max(start, end - length) : end]
-        batch.events["item"][row, : len(items)], batch.segments[row, : len(items)] = items, 1
-        batch.positions[row, : len(items)] = np.arange(len(items))
-    return jax.device_put(batch, jax.devices()[0])
+        history = parent.histories.items[max(start, end - length) : end]
+        inside = row, slice(len(history))
+        items[inside], segments[inside], positions[inside] = history, 1, np.arange(len(history))
+    return jax.device_put(Batch({"item": items}, segments, positions), jax.devices()[0])
 
 
 HEAD = (

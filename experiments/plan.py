@@ -10,15 +10,13 @@ temporary memory differs.) The layout is chosen by rule, and table.layout overri
 """
 
 import dataclasses
-import math
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
-from experiments.launch import launch
+from experiments.launch import define_config, launch
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional :variant.")
+_CONFIG = define_config("Config file, with an optional :variant.")
 _NUM_ITEMS = flags.DEFINE_integer(
     "num_items", 0, "Items of the catalogue; by default those of a simulated world.", lower_bound=0
 )
@@ -28,7 +26,7 @@ flags.mark_flag_as_required("config")
 
 def main():
     from rec_jax.config import build
-    from rec_jax.experiment import ExperimentConfig
+    from rec_jax.run_config import ExperimentConfig
 
     config = build(ExperimentConfig, _CONFIG.value)
     data, model = config.mesh.data or 1, config.mesh.model
@@ -44,31 +42,32 @@ def main():
             f"batch_rows={config.train.batch_rows} cannot be split over mesh.data={data} (TrainConfig)"
         )
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=data))
-    program = _plan(config, num_items)
+    step = _plan(config, num_items)
     if _COMPILE.value:
-        _compile(program)
+        _compile(config, step)
 
 
 def _plan(config, num_items: int):
     import numpy as np
     from jax.sharding import AbstractMesh
 
-    from rec_jax.experiment import Program
+    from rec_jax.experiment import model_builder
     from rec_jax.mesh import make_mesh
+    from rec_jax.models.base import define_model
     from rec_jax.report import print_table
-    from rec_jax.train.plan import RULE, ids_per_device
+    from rec_jax.tables.plan import RULE
+    from rec_jax.training import bytes_per_device, make_step, num_lookups, plan_layouts, with_layout
 
     data, model = config.mesh.data, config.mesh.model
     mesh = make_mesh(config.mesh) if _COMPILE.value else AbstractMesh((data, model), ("data", "model"))
     counts = np.broadcast_to(1, (num_items + 1,))  # nothing is known of them
-    program = Program(config, num_items, mesh, 1, counts)
-    rows, num_views = config.train.batch_rows, 2 * config.contrastive.augments
-    num_ids = ids_per_device(config.loss, rows, config.data.max_len, data, num_views)
+    step = make_step(config, define_model(model_builder(config, num_items)), counts, mesh)
+    layout = with_layout(config, num_items, mesh).table.layout
     print(
         f"mesh: data={data}, model={model}, {data * model} devices\n"
-        f"table of items: {num_items + 1:,} rows x {config.model.table_dim}, "
+        f"item embedding table: {num_items + 1:,} rows x {config.model.table_dim}, "
         f"optimizer {config.table.optimizer}; "
-        f"{num_ids:,} ids a device and step\n"
+        f"{num_lookups(config, mesh):,} ids a device and step\n"
     )
     rows = [
         (
@@ -77,38 +76,29 @@ def _plan(config, num_items: int):
             _size(cost.state_bytes),
             _size(cost.sent_bytes),
             "yes" if cost.fits(config.table) else "no",
-            "<-" if cost.layout == program.layout else "",
+            "<-" if cost.layout == layout else "",
         )
-        for cost in program.layout_costs
+        for cost in plan_layouts(config, num_items, mesh)
     ]
     fits = f"fits {config.table.device_gbytes:g} GB"
     print_table(("layout", "table/device", "optimizer/device", "sent/device/step", fits, ""), rows)
     print(f"\n{RULE}" if config.table.layout == "auto" else "\nThe layout is that of the config.")
-    print(f"other parameters: {_size(_bytes_per_device(program))} a device, their optimizer's state included")
-    return program
+    print(f"other parameters: {_size(bytes_per_device(step))} a device, their optimizer's state included")
+    return step
 
 
-def _bytes_per_device(program) -> int:
-    """Of parameters and optimizer without a table of its own."""
-    from rec_jax.models.base import without_table
-
-    state = program.abstract_state()
-    dense = (state.params, state.opt_state)
-    if program.item_table:
-        dense = (without_table(state.params), state.opt_state[0])
-    return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(dense))
-
-
-def _compile(program):
+def _compile(config, step):
     from experiments.speed.collectives import collective_bytes
-    from rec_jax.data.packing import FIELDS
+    from rec_jax.data.batch import Batch
     from rec_jax.report import print_table
 
-    config, mesh = program.config, program.mesh
+    mesh = step.mesh
     sharding = jax.NamedSharding(mesh, jax.P("data"))
     shape = (config.train.batch_rows, config.data.max_len)
-    batch = {name: jax.ShapeDtypeStruct(shape, "int32", sharding=sharding) for name in FIELDS}
-    compiled = program.make_step().lower(program.abstract_state(), batch).compile()
+    ids = jax.ShapeDtypeStruct(shape, "int32", sharding=sharding)
+    events = {name: ids for name in ("item", *step.model.columns)}
+    batch = Batch(events, segments=ids, positions=ids, next={"item": ids})
+    compiled = step.lower(step.abstract_state(), batch).compile()
     memory = compiled.memory_analysis()
     print(
         f"\ncompiled for {mesh.size} virtual CPU devices; of one device:\n"

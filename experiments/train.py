@@ -15,11 +15,10 @@ import dataclasses
 import sys
 
 from absl import flags
-from ml_collections import config_flags
 
-from experiments.launch import launch
+from experiments.launch import define_config, launch
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional :variant.")
+_CONFIG = define_config("Config file, with an optional :variant.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if it is not there.")
 flags.declare_key_flag("coordinator")
 flags.declare_key_flag("num_processes")

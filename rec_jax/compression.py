@@ -17,12 +17,11 @@ from rec_jax.compress.factor import factorise_model, student_from
 from rec_jax.compress.quant import is_quantized, observe_inputs, quantize_params
 from rec_jax.compress.shrink import ShrinkConfig, choose_units, multiply_adds, shrink, shrunk_config
 from rec_jax.config import build, to_config_dict
-from rec_jax.data.negatives import make_sampler
-from rec_jax.experiment import Experiment, ExperimentConfig, model_builder, write_json
+from rec_jax.experiment import Experiment, model_builder, write_json
 from rec_jax.models.base import define_model, init_model
-from rec_jax.train.losses import draw_shared
-from rec_jax.train.objective import make_objective
-from rec_jax.train.popularity import with_popularity
+from rec_jax.objectives.negatives import make_prior
+from rec_jax.objectives.objective import Fixed, Objective, StepContext
+from rec_jax.run_config import ExperimentConfig
 from rec_jax.tree import cast_floats, num_params
 
 WEIGHTS = r".*(kernel|embedding)"  # all parameters but biases and norms
@@ -266,16 +265,16 @@ def _first_batches(run: Experiment, num: int = 4) -> list[dict]:
 
 def training_gradients(parent: Experiment, params):
     """Of the parent's own loss, summed over a few training batches."""
-    config = parent.config.loss
+    config = parent.config
     counts = parent.split.train_item_counts(parent.histories)
-    sampler = with_popularity(config, make_sampler(config.sampler, counts), counts)
-    objective = make_objective(parent.model, config, sampler, parent.config.precision)
+    fixed = Fixed(make_prior(config.loss, counts))
+    objective = Objective(parent.model, config.loss, config.precision)
 
     @jax.jit
     def gradients(params, batch, seed):
-        context = {"step_seed": seed, "step": 0, "frozen": None}
-        context["shared"] = draw_shared(config, sampler, seed, batch.targets)
-        return jax.grad(lambda p: objective(p, None, batch, context)[0])(params)
+        shared = objective.draw_shared(batch, seed, fixed)
+        context = StepContext(jnp.zeros((), jnp.int32), seed, fixed, shared)
+        return jax.grad(lambda p: objective(p, None, batch, None, context)[0])(params)
 
     total = jax.tree.map(jnp.zeros_like, params)
     for index, batch in enumerate(_first_batches(parent)):

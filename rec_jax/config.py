@@ -68,6 +68,34 @@ def to_config_dict(config) -> ConfigDict:
     return cfg
 
 
+def switch_type(cls, cfg: ConfigDict, section: str, new: str) -> None:
+    """Makes `cfg.section` the config of another type: what the new type has too keeps the value that `cfg`
+    gives it, where that is not the default of the old type; all else is at the new type's defaults.
+
+    cls: the dataclass of the whole config. section: a field that is a union of dataclasses, "loss".
+    Raises ValueError for a field that has no types, and for a type that is unknown.
+    """
+    *parents, name = section.split(".")
+    for parent in parents:
+        cls, cfg = typing.get_type_hints(cls)[parent], cfg[parent]
+    classes = typing.get_args(typing.get_type_hints(cls).get(name))
+    by_type = {option.type: option for option in classes if dataclasses.is_dataclass(option)}
+    if not by_type:
+        return  # a `type` that is a value like any other
+    if new not in by_type:
+        near = difflib.get_close_matches(new, by_type, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{section}.type={new!r} is not one of {', '.join(by_type)}{hint}")
+    old = cfg[name]
+    if old.type == new:
+        return
+    defaults, switched = to_config_dict(by_type[old.type]()), to_config_dict(by_type[new]())
+    for key in switched:
+        if key != "type" and key in old and old[key] != defaults[key]:
+            switched[key] = old[key]
+    cfg[name] = switched
+
+
 def _convert(value: Any, hint: Any, name: str, owner: str):
     """`value` as the annotated type `hint`, or a ValueError that names the field `name`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)

@@ -7,233 +7,44 @@ import functools
 import json
 import os
 import pathlib
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rec_jax import mesh as mesh_lib
 from rec_jax import processes
 from rec_jax.compress import artifact
-from rec_jax.compress.config import CompressConfig
-from rec_jax.compress.distill import DistillConfig
 from rec_jax.compress.prune import last_rewind
 from rec_jax.compress.quant import dequantize_params
-from rec_jax.compress.training import Compression, check_mesh, first_share_in_force
+from rec_jax.compress.training import first_share_in_force
 from rec_jax.config import build
-from rec_jax.data.datasets import DataConfig, load_dataset
-from rec_jax.data.negatives import make_sampler
+from rec_jax.data.datasets import load_dataset
 from rec_jax.data.pipeline import BatchSource, make_iterator
-from rec_jax.eval.evaluator import EvalConfig, check_eval, evaluate
-from rec_jax.mesh import MeshConfig, replicate
-from rec_jax.models.base import define_model, get_table, init_model, with_table, without_table
+from rec_jax.eval.evaluator import check_eval, evaluate
+from rec_jax.mesh import replicate
+from rec_jax.models.base import define_model, init_model
 from rec_jax.models.baselines import BASELINES, nearest_items
 from rec_jax.models.beam import BeamRanker
 from rec_jax.models.ranker import Ranker, ScoreRanker
-from rec_jax.models.registry import MODELS, ModelConfig
+from rec_jax.models.registry import MODELS
 from rec_jax.models.registry import model_builder as registered_builder
-from rec_jax.models.sasrec import SASRecConfig
 from rec_jax.models.scoring import SequenceRanker
-from rec_jax.models.semantic_ids import CodesConfig, load_codes
-from rec_jax.nn.layouts import shardings
-from rec_jax.nn.parallel import partition
+from rec_jax.models.semantic_ids import load_codes
+from rec_jax.objectives.distill import DistillConfig
+from rec_jax.run_config import ExperimentConfig
+from rec_jax.tables.tables import Tables
 from rec_jax.train import checkpoint
-from rec_jax.train.augment import AugmentConfig
-from rec_jax.train.contrastive import ContrastiveConfig, Views
-from rec_jax.train.contrastive import check as check_views
-from rec_jax.train.heads import check as check_heads
-from rec_jax.train.loop import TrainConfig, TrainingData, Validation, fit
-from rec_jax.train.losses import LossConfig
-from rec_jax.train.optim import OptimConfig, make_optimizer, make_schedule
-from rec_jax.train.plan import LayoutCost, choose_layout, ids_per_device, layout_costs
-from rec_jax.train.popularity import with_popularity
-from rec_jax.train.precision import PrecisionConfig, kept_as
-from rec_jax.train.state import TrainState
-from rec_jax.train.step import init_state, make_catch_up, make_train_step, state_specs
-from rec_jax.train.tables import TableConfig, make_item_table
-from rec_jax.train.tables import check as check_table
+from rec_jax.train.loop import TrainingData, Validation, fit
+from rec_jax.train.optim import make_schedule
+from rec_jax.train.step import TrainStep
+from rec_jax.training import make_step, with_layout
 from rec_jax.tree import num_params
 from rec_jax.workdir import training_lock
 
 
-@dataclasses.dataclass(frozen=True)
-class ExperimentConfig:
-    """Everything a run is made of. Config files start from its defaults."""
-
-    seed: int = 0
-    data: DataConfig = DataConfig()
-    model: ModelConfig = SASRecConfig()
-    codes: CodesConfig = CodesConfig()
-    loss: LossConfig = LossConfig()
-    optim: OptimConfig = OptimConfig()
-    train: TrainConfig = TrainConfig()
-    eval: EvalConfig = EvalConfig()
-    mesh: MeshConfig = MeshConfig()
-    table: TableConfig = TableConfig()
-    precision: PrecisionConfig = PrecisionConfig()
-    compress: CompressConfig = CompressConfig()
-    augment: AugmentConfig = AugmentConfig()
-    contrastive: ContrastiveConfig = ContrastiveConfig()
-
-    def __post_init__(self):
-        check_table(self.table, self.loss)
-        _check_generating(self)
-        check_views(self.augment, self.contrastive, self.model)
-        check_heads(self.loss, self.model, self.data.max_len, self.compress.distill.teachers)
-        if unknown := set(self.eval.baselines) - set(BASELINES):
-            raise ValueError(
-                f"eval.baselines={self.eval.baselines}: there is no {', '.join(sorted(unknown))}; use "
-                f"{', '.join(BASELINES)} (EvalConfig)"
-            )
-        num_experts = getattr(self.model, "num_experts", 0)
-        if num_experts and self.compress != CompressConfig():
-            raise ValueError(
-                f"model.num_experts={num_experts} does not go with compress, which knows no stacked kernels: "
-                "set model.num_experts=0; such a model can still be a teacher of one (ExperimentConfig)"
-            )
-
-
-def _check_generating(config: ExperimentConfig) -> None:
-    """Raises ValueError where a model without a table of items meets settings of one."""
-    if not MODELS[type(config.model)].generates:
-        return
-    asked = {
-        "loss.type": (config.loss.type, ("softmax",)),
-        "table.optimizer": (config.table.optimizer, ("dense",)),
-        "table.layout": (config.table.layout, ("auto", "replicated")),
-        "compress": (config.compress, (CompressConfig(),)),
-        "loss.matryoshka": (config.loss.matryoshka, ((),)),
-        "loss.ips_power": (config.loss.ips_power, (0,)),
-        "loss.popularity_discount": (config.loss.popularity_discount, (0,)),
-        "model.num_future": (config.model.num_future, (1,)),
-        "augment": (config.augment, (AugmentConfig(),)),
-        "contrastive.weight": (config.contrastive.weight, (0,)),
-        "precision.output": (config.precision.output, ("",)),
-    }
-    for name, (value, possible) in asked.items():
-        if value not in possible:
-            raise ValueError(
-                f"{name}={value!r} is of a table of items, and model.type={config.model.type!r} has none: "
-                "leave it at its default (ExperimentConfig)"
-            )
-
-
 def model_builder(config: ExperimentConfig, num_items: int, codes=None):
-    """rngs -> the module. codes: of a model that generates; None = meaningless ones."""
+    """rngs -> the module. codes: of a model that scores semantic ids; None = placeholders."""
     return registered_builder(config.model, num_items, config.data.max_len, codes)
-
-
-def plan_layouts(config: ExperimentConfig, num_items: int, mesh) -> list[LayoutCost]:
-    data, model = mesh.shape["data"], mesh.shape["model"]
-    rows, num_views = config.train.batch_rows, 2 * config.contrastive.augments
-    num_ids = ids_per_device(config.loss, rows, config.data.max_len, data, num_views)
-    return layout_costs(
-        config.table, config.optim.type, num_items + 1, config.model.table_dim, num_ids, data, model
-    )
-
-
-class Program:
-    """What a config computes on a mesh: the model and its training step, without the data.
-
-    item_counts: int[V + 1] training events of each item, for popularity samplers and hot rows. teachers,
-    base: see `Compression`. codes: see `model_builder`.
-    """
-
-    def __init__(
-        self,
-        config: ExperimentConfig,
-        num_items: int,
-        mesh,
-        total_steps: int,
-        item_counts,
-        teachers=(),
-        base=None,
-        codes=None,
-    ):
-        self.config, self.mesh, self._item_counts = config, mesh, item_counts
-        self._build = model_builder(config, num_items, codes)
-        self.model = define_model(self._build)
-        self.layout_costs = plan_layouts(config, num_items, mesh)
-        self.layout = choose_layout(config.table, self.layout_costs)
-        table = dataclasses.replace(config.table, layout=self.layout)
-        self.item_table = make_item_table(table, config.optim, total_steps, item_counts, mesh)
-        check_mesh(config.compress, self.item_table is not None, mesh.shape["model"])
-        _check_precision(config, self.item_table is not None)
-        self.extras = None
-        if config.compress != CompressConfig():  # else a step does nothing for it
-            self.extras = Compression(
-                config.compress, self.model, total_steps, config.seed, teachers, replicate(base, mesh)
-            )
-        abstract = self.model.abstract_params if self.extras is None else self.extras.abstract_params
-        dense = abstract if self.item_table is None else without_table(abstract)
-        split = config.model.tensor_parallel(mesh.shape["model"])
-        self.specs = partition(dense, split, mesh, fully_sharded=config.mesh.fully_sharded)
-        self.optimizer = make_optimizer(config.optim, dense, total_steps)
-        if config.precision.params != "f32" or config.precision.optimizer != "f32":
-            self.optimizer = kept_as(self.optimizer, config.precision.optimizer)
-        if self.extras:
-            self.optimizer = self.extras.optimizer(self.optimizer, dense, self.specs)
-        self.state_specs = state_specs(
-            abstract, self.optimizer, self.specs, self.item_table, config.precision
-        )
-
-    @functools.cached_property
-    def sampler(self):  # made only where it is used: its tables take seconds for millions of items
-        sampler = make_sampler(self.config.loss.sampler, self._item_counts)
-        return with_popularity(self.config.loss, sampler, self._item_counts)
-
-    def init_state(self, params=None) -> TrainState:
-        """params: of the model, to start from; None = drawn by the seed."""
-        params = init_model(self._build, self.config.seed)[1] if params is None else params
-        return self._init_state(params, self.mesh)
-
-    def _init_state(self, params, mesh):
-        params = self.extras.init(params) if self.extras else params
-        return init_state(params, self.optimizer, mesh, self.item_table, self.specs, self.config.precision)
-
-    def abstract_state(self) -> TrainState:
-        """Shapes and shardings of a state; computes nothing."""
-        make = partial(self._init_state, mesh=self.mesh)
-        state = jax.eval_shape(make, self.model.abstract_params)
-        return jax.tree.map(_laid, state, shardings(self.mesh, self.state_specs))
-
-    def abstract_params(self):
-        return self.abstract_state().params
-
-    def make_step(self, neighbours_VK=None):
-        """neighbours_VK: see `augment`; needed to substitute items."""
-        config = self.config
-        views = Views(config.augment, config.contrastive, neighbours_VK)
-        has_views = config.augment.is_on or config.contrastive.weight
-        return make_train_step(
-            self.model,
-            self.optimizer,
-            config.loss,
-            self.sampler,
-            self.mesh,
-            micro_rows=config.train.micro_rows,
-            precision=config.precision,
-            seed=config.seed,
-            clip_norm=config.optim.clip_norm,
-            item_table=self.item_table,
-            specs=self.specs,
-            reduce=config.mesh.reduce,
-            extras=self.extras,
-            views=views if has_views else None,
-        )
-
-    def make_catch_up(self):
-        return make_catch_up(self.item_table, self.mesh, self.state_specs)
-
-
-def _check_precision(config: ExperimentConfig, touches_rows: bool) -> None:
-    precision = config.precision
-    if touches_rows and (precision.params, precision.optimizer) != ("f32", "f32"):
-        raise ValueError(
-            f"precision={precision} keeps numbers in bf16, which sharded tables and sparse updates cannot: "
-            "set table.optimizer=dense and table.layout=replicated (PrecisionConfig)"
-        )
 
 
 class Experiment:
@@ -254,12 +65,13 @@ class Experiment:
         self.codes = None
         if MODELS[type(config.model)].generates:
             self.codes = load_codes(config.codes, config.data, self.dataset, self.workdir, config.seed)
-        self.model = define_model(model_builder(config, self.histories.num_items, self.codes))
+        self._build = model_builder(config, self.histories.num_items, self.codes)
+        self.model = define_model(self._build)
         if missing := set(self.model.columns) - {feature.name for feature in self.dataset.schema}:
-            names = " and ".join(f"data.{name}" for name in sorted(missing))
+            fields = " and ".join(sorted({"data.time" if x == "time" else "data.features" for x in missing}))
             raise ValueError(
                 f"model.type={config.model.type!r} reads {', '.join(sorted(missing))} of each event, and "
-                f"this log has none: name the column by {names}, or see how the model's config does without"
+                f"this log has none: name the column by {fields}, or see how the model's config does without"
             )
 
     def _with_layout(self, config: ExperimentConfig) -> ExperimentConfig:
@@ -268,12 +80,9 @@ class Experiment:
         if config.table.layout != "auto":
             return config
         path = self.workdir / "config.json"
-        if MODELS[type(config.model)].generates:
-            layout = "replicated"  # there is no table of items to be spread
-        elif path.exists():
-            layout = json.loads(path.read_text())["table"]["layout"]
-        else:
-            layout = choose_layout(config.table, plan_layouts(config, self.histories.num_items, self.mesh))
+        if not path.exists():
+            return with_layout(config, self.histories.num_items, self.mesh)
+        layout = json.loads(path.read_text())["table"]["layout"]
         return dataclasses.replace(config, table=dataclasses.replace(config.table, layout=layout))
 
     @classmethod
@@ -337,15 +146,15 @@ class Experiment:
         check_eval(self.config.eval, self.histories, self.split, self.config.seed)
         artifact.remove(self.workdir)  # of a run before this one
         config, source = self.config, self.batch_source()
-        program = self.program(len(source), self._teachers())
+        step = self.step(len(source), self._teachers())
         config_json = dataclasses.asdict(config)
         path = self.workdir / "config.json"
         if not path.exists():
             write_json(path, config_json)
         rate = make_schedule(config.optim, len(source))
         fitted = fit(
-            program.init_state(self._base),
-            program.make_step(self._neighbours()),
+            step.init(self._first_params()),
+            step,
             TrainingData(
                 make_iterator(source),
                 source.steps_per_epoch,
@@ -354,7 +163,7 @@ class Experiment:
             ),
             Validation(
                 lambda params: self.evaluate(self.scorer(params), "val", quick=True),
-                prepare=program.make_catch_up(),
+                prepare=step.catch_up,
                 begin=first_share_in_force(config.compress),
             ),
             config=config.train,
@@ -365,17 +174,26 @@ class Experiment:
         write_json(path, config_json)  # an extended run has other epochs than the file says
         return fitted
 
-    def program(self, total_steps: int = 1, teachers=None) -> "Program":
+    def step(self, total_steps: int = 1, teachers=None) -> TrainStep:
         """teachers: needed to train, where the config has some."""
         config = self.config
         if teachers is None:  # nothing is to be trained
             compress = dataclasses.replace(config.compress, distill=DistillConfig())
             config = dataclasses.replace(config, compress=compress)
-        counts = self.split.train_item_counts(self.histories)
-        num_items = self.histories.num_items
-        return Program(
-            config, num_items, self.mesh, total_steps, counts, teachers or (), self._base, self.codes
+        return make_step(
+            config,
+            self.model,
+            self.split.train_item_counts(self.histories),
+            self.mesh,
+            total_steps=total_steps,
+            teachers=teachers or (),
+            base=self._base,
+            neighbours_VK=self._neighbours(),
         )
+
+    def _first_params(self):
+        """What a training starts from: given parameters of the model, or those drawn by the seed."""
+        return init_model(self._build, self.config.seed)[1] if self._base is None else self._base
 
     def _codes_info(self) -> dict[str, str]:
         """What ties checkpoints to the codes that they were trained with."""
@@ -388,7 +206,7 @@ class Experiment:
         if config.contrastive.augments:
             asking.append(config.contrastive.augment)
         nums = [section.num_neighbours for section in asking if section.substitute]
-        return jnp.asarray(nearest_items(self.histories, self.split, max(nums))) if nums else None
+        return nearest_items(self.histories, self.split, max(nums)) if nums else None
 
     def _teachers(self) -> list:
         """[(model, params)] of compress.distill.teachers.
@@ -422,17 +240,14 @@ class Experiment:
 
         Raises ValueError if the workdir holds no finished evaluation.
         """
-        restored = checkpoint.restore_best(self.workdir / "checkpoints", self.program().abstract_params())
+        restored = checkpoint.restore_best(self.workdir / "checkpoints", self.step().abstract_state().params)
         if restored is None:
             raise ValueError(f"{self.workdir} holds no best checkpoint yet: let the training evaluate once")
         return restored.state
 
     def trained_params(self):
         """The best parameters of the training as the model takes them, whole on every device."""
-        program, params = self.program(), self.best_params()
-        if program.item_table:
-            params = with_table(params, program.item_table.layout.unplace(get_table(params)))
-        return program.extras.merged(params) if program.extras else params
+        return self.step().model_params(self.best_params())
 
     def model_params(self):
         """Those that a compressed run stored, or `trained_params`."""
@@ -440,9 +255,8 @@ class Experiment:
 
     def scorer(self, params, dims: int = 0) -> Ranker:
         """params: as they lie in training. dims: see `SequenceRanker`."""
-        program = self.program()
-        params = program.extras.final(params) if program.extras else params
-        return self.plain_scorer(params, program.item_table and program.item_table.layout, dims)
+        step = self.step()
+        return self.plain_scorer(step.objective.final(params), step.tables, dims)
 
     def best_scorer(self, dims: int = 0) -> Ranker:
         """Of what a compressed run stored, or of the best parameters of the training."""
@@ -450,8 +264,8 @@ class Experiment:
             return self.plain_scorer(artifact.load(self.workdir), dims=dims)
         return self.scorer(self.best_params(), dims)
 
-    def plain_scorer(self, params, layout=None, dims: int = 0) -> Ranker:
-        """params: as the model takes them; layout: of the table of items, if it is spread.
+    def plain_scorer(self, params, tables: Tables | None = None, dims: int = 0) -> Ranker:
+        """params: as the model takes them; tables: those that are not parameters like any other.
 
         Raises ValueError for more dims than there are.
         """
@@ -464,7 +278,7 @@ class Experiment:
             num_beams = self.config.model.num_beams
             num_items = self.histories.num_items
             return BeamRanker(self.model, params, num_items, max_len, self.mesh, num_beams)
-        return SequenceRanker(self.model, params, max_len, self.mesh, layout, dims, self._schema)
+        return SequenceRanker(self.model, params, max_len, self.mesh, tables, dims, self._schema)
 
     def evaluate(self, ranker: Ranker, part: str, *, quick: bool = False) -> dict:
         """Every metric of one part; `quick` leaves out intervals and sampled protocols."""
@@ -480,10 +294,6 @@ class Experiment:
         if self.dataset.world is not None:
             rankers["oracle"] = ScoreRanker(self.dataset.world.oracle(self.histories))
         return {name: self.evaluate(ranker, part) for name, ranker in rankers.items()}
-
-
-def _laid(array, sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
 def _name_users(histories, users: np.ndarray) -> str:

@@ -34,3 +34,18 @@ def cast_floats(tree, dtype):
 
 def num_params(tree) -> int:
     return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def pop_leaf(tree: dict, name: str) -> tuple[dict, object]:
+    """(the nested dict without the leaf, the leaf). name: "items/embedding"."""
+    first, _, rest = name.partition("/")
+    if not rest:
+        return {key: value for key, value in tree.items() if key != first}, tree[first]
+    child, leaf = pop_leaf(tree[first], rest)
+    return {**tree, first: child}, leaf
+
+
+def with_leaf(tree: dict, name: str, leaf) -> dict:
+    """The nested dict with another leaf under that name."""
+    first, _, rest = name.partition("/")
+    return {**tree, first: with_leaf(tree[first], rest, leaf) if rest else leaf}

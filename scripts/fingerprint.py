@@ -148,8 +148,8 @@ def config_of(overrides: dict):
     import dataclasses
 
     from rec_jax.config import build
-    from rec_jax.experiment import ExperimentConfig
     from rec_jax.models.registry import MODELS
+    from rec_jax.run_config import ExperimentConfig
 
     classes = {cls.type: cls for cls in MODELS}
     fields = {field.name for field in dataclasses.fields(classes[overrides.get("model.type", "sasrec")])}
@@ -180,11 +180,10 @@ def fingerprint(config, workdir) -> list:
     base = init_model(build, seed=7)[1] if compress.lora.names else None
     teachers = [(experiment.model, init_model(build, seed=8)[1])] if compress.distill.teachers else []
     experiment._base = base
-    program = experiment.program(TOTAL_STEPS, teachers)
-    step, state = program.make_step(experiment._neighbours()), program.init_state(base)
-    source, lines = experiment.batch_source(), []
+    step = experiment.step(TOTAL_STEPS, teachers)
+    state, source, lines = step.init(experiment._first_params()), experiment.batch_source(), []
     for index in range(STEPS):
-        state, metrics = step(state, place_batch(source[index], program.mesh))
+        state, metrics = step(state, place_batch(source[index], step.mesh))
         metrics = jax.device_get(metrics)
         lines.append([float(metrics["loss"][0] / metrics["loss"][1]), float(metrics["grad_norm"][0])])
     return lines
@@ -194,7 +193,7 @@ def smoke_configs():
     import importlib
 
     from rec_jax.config import build
-    from rec_jax.experiment import ExperimentConfig
+    from rec_jax.run_config import ExperimentConfig
 
     for path in sorted((ROOT / "configs").glob("*.py")):
         if path.stem in ("__init__", "common"):

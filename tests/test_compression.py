@@ -15,7 +15,8 @@ from rec_jax.compress.quant import QuantConfig, is_quantized
 from rec_jax.compress.shrink import ShrinkConfig, multiply_adds, shrunk_config
 from rec_jax.compression import RECIPES, compress, half_the_work, recipe_config, student_width
 from rec_jax.config import build
-from rec_jax.experiment import Experiment, ExperimentConfig
+from rec_jax.experiment import Experiment
+from rec_jax.run_config import ExperimentConfig
 from rec_jax.tree import leaf_names
 
 

@@ -7,9 +7,10 @@ import pytest
 from configs.sasrec_ml1m import get_config
 from rec_jax.compress.config import CompressConfig
 from rec_jax.config import build
-from rec_jax.experiment import Experiment, ExperimentConfig
+from rec_jax.experiment import Experiment
 from rec_jax.models.sasrec import SASRecConfig
-from rec_jax.train.tables import TableConfig
+from rec_jax.run_config import ExperimentConfig
+from rec_jax.tables.config import TableConfig
 
 BASE = ExperimentConfig()
 

@@ -6,7 +6,7 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from rec_jax.experiment import ExperimentConfig
+from rec_jax.run_config import ExperimentConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 LEVELS = {

@@ -11,7 +11,8 @@ import sys
 import pytest
 
 from rec_jax.config import build
-from rec_jax.experiment import Experiment, ExperimentConfig
+from rec_jax.experiment import Experiment
+from rec_jax.run_config import ExperimentConfig
 from rec_jax.workdir import LOCK, training_lock
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.speed.timing import interleaved
+from rec_jax.data.batch import Batch
 from rec_jax.models.base import init_model
 from rec_jax.models.beam import generate
 from rec_jax.models.semantic_ids import Codes
@@ -26,11 +27,11 @@ def measure_beam(repeats: int, num_items: int = 10_000) -> dict:
     codes_VQ[1:, :-1] = np.stack(np.unravel_index(paths, (NUM_CODES,) * (NUM_LEVELS - 1)), axis=1)
     codes = Codes(codes_VQ, NUM_CODES)
     model, params = init_model(lambda rngs: Tiger(MODEL, num_items, LENGTH, codes=codes, rngs=rngs), seed=0)
-    batch = {
-        "items": jnp.asarray(rng.integers(1, num_items + 1, (1, LENGTH)), jnp.int32),
-        "segments": jnp.ones((1, LENGTH), jnp.int32),
-        "positions": jnp.arange(LENGTH, dtype=jnp.int32)[None],
-    }
+    batch = Batch(
+        events={"item": jnp.asarray(rng.integers(1, num_items + 1, (1, LENGTH)), jnp.int32)},
+        segments=jnp.ones((1, LENGTH), jnp.int32),
+        positions=jnp.arange(LENGTH, dtype=jnp.int32)[None],
+    )
     last_N = jnp.array([LENGTH - 1])
     read = jax.jit(lambda params: model.bind(params)(batch, at=(jnp.array([0]), last_N)))
 

@@ -9,7 +9,7 @@ import optax
 import tqdm
 
 from experiments.speed.timing import interleaved
-from rec_jax.nn.sparse import (
+from rec_jax.tables.sparse import (
     catch_up_adam,
     find_rows,
     scale_by_rowwise_rss,

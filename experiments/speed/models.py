@@ -9,9 +9,14 @@ from jax.extend.core import jaxprs_in_params
 from configs import common
 from experiments.speed.timing import interleaved
 from rec_jax.config import build, to_config_dict
-from rec_jax.experiment import ExperimentConfig, Program
+from rec_jax.data.batch import Batch
+from rec_jax.experiment import model_builder
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch
+from rec_jax.models.base import init_model
 from rec_jax.models.registry import MODELS
+from rec_jax.objectives.token_loss import SampledSoftmaxConfig
+from rec_jax.run_config import ExperimentConfig
+from rec_jax.training import make_step
 
 NUM_ITEMS = 3_416
 SIZES = {"width": 128, "ff_width": 128, "num_layers": 2, "num_heads": 2, "dropout": 0.3}
@@ -61,25 +66,26 @@ def _make_step(config_class, length: int, rows: int, sizes: dict, sampled: bool 
     cfg.model.update({name: value for name, value in sizes.items() if name in cfg.model})
     if "time_bias" in cfg.model:
         cfg.model.time_bias = False
-    cfg.loss.type = "sampled_softmax" if sampled else "softmax"
+    if sampled:
+        cfg.loss = to_config_dict(SampledSoftmaxConfig())
     # As in the configs: what fits a cache, but all rows for GRU4Rec, whose products are of one token a row.
     micro_rows = rows if config_class.type == "gru4rec" else max(1, min(rows, 800 // length))
     cfg.train.batch_rows, cfg.train.micro_rows = rows, micro_rows
     mesh = make_mesh(MeshConfig(data=1))
     config = build(ExperimentConfig, cfg)
-    program = Program(config, NUM_ITEMS, mesh, 1, np.ones(NUM_ITEMS + 1))
+    model, params = init_model(model_builder(config, NUM_ITEMS), config.seed)
+    step = make_step(config, model, np.ones(NUM_ITEMS + 1), mesh)
     rng = np.random.default_rng(0)
     items = rng.integers(1, NUM_ITEMS + 1, (2, rows, length), dtype=np.int32)
     shape = (rows, length)
-    batch = {
-        "items": items[0],
-        "targets": items[1],
-        "segments": np.ones(shape, np.int32),
-        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), shape),
-        "row_ids": np.arange(rows, dtype=np.uint32),
-    }
+    batch = Batch(
+        events={"item": items[0]},
+        next={"item": items[1]},
+        segments=np.ones(shape, np.int32),
+        positions=np.broadcast_to(np.arange(length, dtype=np.int32), shape),
+    )
     batch = place_batch(batch, mesh)
-    step, state = program.make_step(), program.init_state()
+    state = step.init(params)
     work = multiply_adds(jax.make_jaxpr(step)(state, batch).jaxpr)
     box = [state]
 

@@ -7,20 +7,28 @@ which XLA spreads over the cores by itself. Parameters, hyper-parameters and mat
 dropout is the same to rounding.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 
-def pad_batch(histories, split, users: np.ndarray, length: int) -> dict[str, np.ndarray]:
-    """items and targets, int32[len(users), length], each history from column 0 on, then zeros."""
-    batch = {name: np.zeros((len(users), length), np.int32) for name in ("items", "targets")}
+class PaddedBatch(NamedTuple):
+    """int32[users, length], each history from column 0 on, then zeros."""
+
+    items: jax.Array
+    targets: jax.Array
+
+
+def pad_batch(histories, split, users: np.ndarray, length: int) -> PaddedBatch:
+    batch = PaddedBatch(*np.zeros((2, len(users), length), np.int32))
     for row, user in enumerate(users):
         end = split.train_end[user]
         events = histories.items[max(histories.offsets[user], end - length - 1) : end]
-        batch.events["item"][row, : len(events) - 1] = events[:-1]
-        batch.next["item"][row, : len(events) - 1] = events[1:]
+        batch.items[row, : len(events) - 1] = events[:-1]
+        batch.targets[row, : len(events) - 1] = events[1:]
     return batch
 
 
@@ -44,12 +52,12 @@ def encode(params, items_BS, num_layers: int, num_heads: int, drop):
 
 def bce_loss(params, batch, negatives_BS, num_layers: int, num_heads: int, drop):
     """Binary cross-entropy with one negative a position, summed over real positions; and their number."""
-    x = encode(params, batch.events["item"], num_layers, num_heads, drop)
+    x = encode(params, batch.items, num_layers, num_heads, drop)
     table_VD = params["items"]["embedding"]
-    pos = jnp.sum(x * table_VD[batch.next["item"]], axis=-1)
+    pos = jnp.sum(x * table_VD[batch.targets], axis=-1)
     neg = jnp.sum(x * table_VD[negatives_BS], axis=-1)
-    loss = jax.nn.softplus(-pos) + jnp.where(negatives_BS == batch.next["item"], 0, jax.nn.softplus(neg))
-    real = batch.next["item"] > 0
+    loss = jax.nn.softplus(-pos) + jnp.where(negatives_BS == batch.targets, 0, jax.nn.softplus(neg))
+    real = batch.targets > 0
     return jnp.sum(loss * real), jnp.sum(real)
 
 
@@ -59,7 +67,7 @@ def make_naive_step(num_items: int, num_layers: int, num_heads: int, rate: float
     def step(state, batch):
         params, opt_state, key = state
         key, negative_key, dropout_key = jax.random.split(key, 3)
-        negatives = jax.random.randint(negative_key, batch.next["item"].shape, 1, num_items + 1)
+        negatives = jax.random.randint(negative_key, batch.targets.shape, 1, num_items + 1)
 
         def drop(x, site):
             keep = jax.random.bernoulli(jax.random.fold_in(dropout_key, site), 1 - rate, x.shape)

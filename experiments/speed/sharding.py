@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from experiments.speed.collectives import collective_bytes
 from experiments.speed.timing import interleaved
 from rec_jax.mesh import MeshConfig, make_mesh
-from rec_jax.nn.sharded import AXES, Placement, dedupe_physical, read_sharded
+from rec_jax.tables.exchange import AXES, Placement, dedupe_physical, read_sharded
 
 NUM_DEVICES = 8
 NUM_ROWS, DIM, NUM_LOOKUPS = 1_000_000, 64, 25_600

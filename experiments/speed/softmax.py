@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.speed.timing import interleaved, peak_run
-from rec_jax.data.negatives import make_sampler
+from rec_jax.data.batch import Batch
 from rec_jax.hashing import row_keys
-from rec_jax.nn.softmax import naive_softmax_cross_entropy, softmax_cross_entropy
-from rec_jax.train.losses import LossConfig, draw_negatives, loss_sum
+from rec_jax.objectives.catalogue import Catalogue
+from rec_jax.objectives.negatives import draw_by_row, make_prior
+from rec_jax.objectives.softmax import naive_softmax_cross_entropy, softmax_cross_entropy
+from rec_jax.objectives.token_loss import SampledSoftmaxConfig, make_token_loss
 
 NUM_ITEMS = (4_096, 16_384, 65_536, 262_144, 1_048_576)
 SHAPE_BSD = (8, 128, 64)  # tokens in packed rows, and dims
-SAMPLED = LossConfig(type="sampled_softmax", num_negatives=256, sharing="row")
+SAMPLED = SampledSoftmaxConfig(num_negatives=256, sharing="row")
 MAX_TEMP_BYTES = 3 * 2**30  # what needs more is not run
 
 
@@ -31,17 +33,19 @@ def _measure(num_items: int, repeats: int) -> dict:
     rows, length, dim = SHAPE_BSD
     x_BSD = jnp.asarray(rng.normal(size=SHAPE_BSD), jnp.float32)
     table_VD = jnp.asarray(rng.normal(size=(num_items + 1, dim)) * 0.1, jnp.float32)
-    batch = {"targets": jnp.asarray(rng.integers(1, num_items + 1, (rows, length)), jnp.int32)}
-    sampler = make_sampler("uniform", np.ones(num_items + 1))
+    targets_BS = jnp.asarray(rng.integers(1, num_items + 1, (rows, length)), jnp.int32)
+    positions_BS = jnp.broadcast_to(jnp.arange(length), (rows, length))
+    batch = Batch({"item": targets_BS}, jnp.ones_like(targets_BS), positions_BS, {"item": targets_BS})
+    prior = make_prior(SAMPLED, np.ones(num_items + 1))
 
     def exact(cross_entropy, every, x_BSD, table_VD):
-        targets_T = batch.next["item"].reshape(-1)
+        targets_T = batch.targets.reshape(-1)
         weights_T = (jnp.arange(targets_T.size) % every == 0).astype(jnp.float32)
         return cross_entropy(x_BSD.reshape(-1, dim), table_VD, targets_T, weights_T)
 
     def sampled(x_BSD, table_VD):
-        negatives = draw_negatives(SAMPLED, sampler, row_keys(0, jnp.arange(rows)), length, None)
-        return loss_sum(SAMPLED, sampler, x_BSD, table_VD, batch, negatives)[0]
+        negatives = draw_by_row(SAMPLED, prior.sampler, row_keys(0, jnp.arange(rows)), length)
+        return make_token_loss(SAMPLED)(x_BSD, Catalogue(table_VD), batch, negatives, prior)
 
     losses = {
         "full": (partial(exact, naive_softmax_cross_entropy, 1), num_items),

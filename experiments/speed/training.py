@@ -12,13 +12,17 @@ import tqdm
 from experiments.speed.lengths import LENGTHS, load_lengths
 from experiments.speed.naive import bce_loss, make_naive_step, pad_batch
 from experiments.speed.timing import interleaved, peak_run
-from rec_jax.data.negatives import make_sampler
+from rec_jax.data.datasets import DataConfig
 from rec_jax.data.pipeline import BatchSource
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch
 from rec_jax.models.base import init_model
 from rec_jax.models.sasrec import SASRec, SASRecConfig
-from rec_jax.train.losses import LossConfig, Negatives, loss_sum
-from rec_jax.train.step import init_state, make_train_step
+from rec_jax.objectives.catalogue import Catalogue
+from rec_jax.objectives.negatives import ItemPrior, Negatives, UniformSampler
+from rec_jax.objectives.token_loss import BCEConfig, make_token_loss
+from rec_jax.run_config import ExperimentConfig
+from rec_jax.train.loop import TrainConfig
+from rec_jax.training import make_step
 
 NUM_USERS = 128  # of a batch
 NUM_BATCHES = 4  # different ones, in turn
@@ -26,7 +30,7 @@ MAX_STEPS_AHEAD = 4  # of the host. XLA:CPU can hang when its queue (32 deep) is
 BLOCK_SECS = 1.0  # of steps between two readings of the clock
 MICRO_TOKENS = 800  # that a device works on at a time: what fits the cache of a core
 MODEL = SASRecConfig(width=50, ff_width=50, num_layers=2, num_heads=1, dropout=0.2, norm="original")
-LOSS = LossConfig(type="bce", num_negatives=1, sharing="position")
+LOSS = BCEConfig(num_negatives=1, sharing="position")
 
 
 def measure_training(name: str, repeats: int) -> dict:
@@ -80,11 +84,11 @@ class Loop:
     """A number of training steps with placing of their batches: NUM_BATCHES batches in turn, long enough
     to time, waited for at the end."""
 
-    def __init__(self, step, state, batches: list[dict], place, num_devices: int):
+    def __init__(self, step, state, batches: list, place, num_devices: int):
         self._step, self._state, self._batches, self._place = step, state, batches, place
         self._num_devices = num_devices
-        self._tokens = sum(int((batch.next["item"] > 0).sum()) for batch in batches)
-        self.fill = self._tokens / sum(batch.next["item"].size for batch in batches)
+        self._tokens = sum(int((batch.targets > 0).sum()) for batch in batches)
+        self.fill = self._tokens / sum(batch.targets.size for batch in batches)
         self._ahead = collections.deque()
         self._rounds = 1
         self()  # compiles
@@ -102,7 +106,7 @@ class Loop:
             "tokens_per_step": self._tokens / len(self._batches),
             "steps_per_reading": self._rounds * len(self._batches),
             "devices": self._num_devices,
-            "batch_rows": len(self._batches[0]["items"]),
+            "batch_rows": len(self._batches[0].items),
         }
 
     def __call__(self):
@@ -141,14 +145,18 @@ def packed_source(histories, split, max_len: int, num_devices: int, targets_U) -
 
 def our_loop(model, params, histories, split, max_len: int, mesh, targets_U) -> Loop:
     source = packed_source(histories, split, max_len, mesh.size, targets_U)
-    optimizer = optax.adam(1e-3, b2=0.98)
     batches = [source[i] for i in range(NUM_BATCHES)]
-    rows, max_len = batches[0]["items"].shape
+    rows, max_len = batches[0].items.shape
     micro_rows = min(rows // mesh.size, max(1, MICRO_TOKENS // max_len))
-    num_rows = model.abstract_params["items"]["embedding"].shape[0]
-    sampler = make_sampler("uniform", np.ones(num_rows))
-    step = make_train_step(model, optimizer, LOSS, sampler, mesh, micro_rows=micro_rows)
-    state = init_state(jax.tree.map(jnp.copy, params), optimizer, mesh)
+    config = ExperimentConfig(
+        data=DataConfig(max_len=max_len),
+        model=MODEL,
+        loss=LOSS,
+        train=TrainConfig(batch_rows=rows, micro_rows=micro_rows),
+        mesh=MeshConfig(data=mesh.size),
+    )
+    step = make_step(config, model, np.ones(histories.num_items + 1), mesh)
+    state = step.init(jax.tree.map(jnp.copy, params))
     return Loop(step, state, batches, lambda batch: place_batch(batch, mesh), mesh.size)
 
 
@@ -168,11 +176,14 @@ def loss_difference(model, params, histories, split, max_len: int) -> float:
 
     def ours(params):
         module = model.bind(params)
-        negatives = Negatives(jnp.full((1, 1, 1), negative), jnp.zeros((1, 1, 1)))
-        return loss_sum(LOSS, None, module(packed), module.item_vectors(), packed, negatives)
+        ids = jnp.full((1, 1, 1), negative)
+        negatives, prior = Negatives(ids, jnp.zeros((1, 1, 1)), ids), ItemPrior(UniformSampler(negative))
+        catalogue = Catalogue(module.item_vectors())
+        loss = make_token_loss(LOSS)(module(packed), catalogue, packed, negatives, prior)
+        return loss, jnp.sum(packed.targets > 0)
 
     def naive(params):
-        negatives = np.full(padded["items"].shape, negative)
+        negatives = np.full(padded.items.shape, negative)
         return bce_loss(params, padded, negatives, MODEL.num_layers, MODEL.num_heads, lambda x, site: x)
 
     (our_sum, our_count), (naive_sum, naive_count) = jax.jit(ours)(params), jax.jit(naive)(params)
@@ -201,7 +212,7 @@ def measure_loader(repeats: int) -> dict:
     for epoch_seed in range(repeats):
         source = BatchSource(histories, split, max_len=50, batch_rows=32, epochs=1, seed=epoch_seed)
         start = time.perf_counter()
-        tokens = sum(np.count_nonzero(source[i]["targets"]) for i in range(len(source)))
+        tokens = sum(np.count_nonzero(source[i].targets) for i in range(len(source)))
         sequences_per_sec.append(source.plan.users_by_len.size / (time.perf_counter() - start))
     return {
         "sequences_per_sec": float(np.median(sequences_per_sec)),

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from rec_jax.compress.distill import DistillConfig
 from rec_jax.compress.factor import LoraConfig
 from rec_jax.compress.prune import PruneConfig
 from rec_jax.compress.quant import QuantConfig
 from rec_jax.compress.shrink import ShrinkConfig
+from rec_jax.objectives.distill import DistillConfig
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rec_jax.models.base import get_table, with_table
 from rec_jax.models.sasrec import SASRecConfig
-from rec_jax.tree import leaf_mask, leaf_names
+from rec_jax.tree import leaf_mask, leaf_names, with_leaf
+
+_ITEMS = "items/embedding"
 
 
 def factorise(table_VD, dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -43,8 +44,8 @@ def factorise_model(config: SASRecConfig, params, dim: int) -> tuple[SASRecConfi
     if config.num_future > 1:
         raise ValueError(f"num_future={config.num_future}: its heads have no smaller form (SequenceConfig)")
     config = dataclasses.replace(config, item_dim=dim)
-    table_VE, projection_ED = factorise(get_table(params), dim)
-    return config, with_table(params, table_VE) | {"project": {"kernel": projection_ED}}
+    table_VE, projection_ED = factorise(params["items"]["embedding"], dim)
+    return config, with_leaf(params, _ITEMS, table_VE) | {"project": {"kernel": projection_ED}}
 
 
 def student_from(config: SASRecConfig, params, student_config: SASRecConfig, student) -> dict:
@@ -57,13 +58,12 @@ def student_from(config: SASRecConfig, params, student_config: SASRecConfig, stu
 
     Raises ValueError for a student that is wider or knows other items.
     """
-    table_VD = np.asarray(get_table(params))
+    table_VD = np.asarray(params["items"]["embedding"])
     if config.item_dim:
         table_VD = table_VD @ np.asarray(params["project"]["kernel"])
-    if len(get_table(student)) != len(table_VD):
+    if (num_rows := len(student["items"]["embedding"])) != len(table_VD):
         raise ValueError(
-            f"the student has {len(get_table(student)) - 1} items, the teacher {len(table_VD) - 1}: use the "
-            "teacher's data"
+            f"the student has {num_rows - 1} items, the teacher {len(table_VD) - 1}: use the teacher's data"
         )
     width = student_config.width
     if width == config.width:
@@ -74,9 +74,9 @@ def student_from(config: SASRecConfig, params, student_config: SASRecConfig, stu
     items_VW = growth * table_VD @ basis_DW
     if student_config.item_dim:
         table_VE, projection_EW = factorise(items_VW, student_config.item_dim)
-        student = with_table(student, table_VE) | {"project": {"kernel": projection_EW}}
+        student = with_leaf(student, _ITEMS, table_VE) | {"project": {"kernel": projection_EW}}
     else:
-        student = with_table(student, items_VW)
+        student = with_leaf(student, _ITEMS, items_VW)
     if "positions" in student and "positions" in params:
         positions_SW = np.array(student["positions"]["embedding"])
         num = min(len(positions_SW), len(params["positions"]["embedding"]))

@@ -6,12 +6,12 @@ from functools import cached_property
 import jax
 
 from rec_jax.compress.config import CompressConfig
-from rec_jax.compress.distill import distill_sum
 from rec_jax.compress.factor import init_lora, merge_lora
 from rec_jax.compress.prune import hold_zeros, prune
 from rec_jax.compress.quant import fake_quantize_params
 from rec_jax.compress.shrink import ShrinkConfig
-from rec_jax.models.base import ITEMS, Model
+from rec_jax.models.base import Model
+from rec_jax.objectives.distill import distill_sum
 
 
 class Compression:
@@ -39,11 +39,6 @@ class Compression:
             raise ValueError(
                 f"compress.shrink={config.shrink} shrinks a trained run: use experiments.compress "
                 "--workdir=RUN; a new model is made smaller by model.* (ShrinkConfig)"
-            )
-        if config.lora.names and (config.prune.names or config.prune.hold):
-            raise ValueError(
-                f"compress.lora.names={config.lora.names!r} does not go with compress.prune: masks on "
-                "adapters leave the merged weights dense; prune first, or last (CompressConfig)"
             )
         base = base if config.lora.names else None
         self.frozen = {"teachers": [params for _, params in teachers], "base": base}
@@ -86,13 +81,12 @@ class Compression:
         lora = self._config.lora
         return merge_lora(frozen["base"], params, lora) if lora.names else params
 
-    def distil(self, loss, x_BSD, table_VD, hidden, batch, negatives, frozen):
+    def distil(self, loss, student, batch, negatives, frozen):
         """The loss that the teachers also have a part in."""
         views = []
         for model, params in zip(self._teachers, frozen["teachers"], strict=True):
             module, their_hidden = model.bind(params), []
             views.append((module(batch, hidden=their_hidden), module.item_vectors(), their_hidden))
-        student = (x_BSD, table_VD, hidden)
         return distill_sum(self._config.distill, loss, student, views, batch, negatives)
 
 
@@ -102,26 +96,3 @@ def first_share_in_force(config: CompressConfig) -> float:
     pruned = config.prune.end if config.prune.names else 0.0
     aware = config.quant.aware_from if config.quant.aware else 0.0
     return max(pruned, aware)
-
-
-def check_mesh(config: CompressConfig, touches_rows: bool, model_axis: int) -> None:
-    """Raises ValueError where a table that learns by touched rows, or a kernel that is split over
-    `model_axis` devices, cannot do what is asked."""
-    asked = {
-        "compress.distill.teachers": config.distill.teachers,
-        "compress.lora.names": config.lora.names,
-        "compress.prune.names": config.prune.names,
-        "compress.prune.hold": config.prune.hold,
-        "compress.quant.aware": config.quant.aware,
-    }
-    for name, value in asked.items():
-        if value and touches_rows:
-            raise ValueError(
-                f"{name}={value!r} needs {'/'.join(ITEMS)} among the dense parameters: set "
-                "table.optimizer=dense and table.layout=replicated (CompressConfig)"
-            )
-    if config.quant.aware and model_axis > 1:
-        raise ValueError(
-            "compress.quant.aware=True needs whole kernels, whose ranges it looks at: "
-            f"mesh.model={model_axis} splits them; set mesh.model=1 (CompressConfig)"
-        )

@@ -83,6 +83,11 @@ class DataConfig:
                 f"val_fraction={self.val_fraction} and test_fraction={self.test_fraction} must be above 0 "
                 "and together below 1 (DataConfig)"
             )
+        if reserved := {"item", "time"} & set(self.features):
+            raise ValueError(
+                f"features={self.features}: {' and '.join(sorted(reserved))} name the item and the time of "
+                "an event themselves: leave them out, or rename the columns in the file (DataConfig)"
+            )
         if self.titles_ids and not self.titles:
             raise ValueError(f"titles_ids={self.titles_ids!r} needs titles (DataConfig)")
 

@@ -18,8 +18,8 @@ class BatchSource:
     all_windows, longer histories appear whole, cut into windows of `max_len` targets from the end. The
     rows of an epoch are spread evenly over its steps, so a batch may hold a few empty rows.
 
-    is_causal=False: items end with the last training event instead of the one before it, and targets are the
-    items themselves, for models that predict what is masked. schema: the features that batches have.
+    is_causal=False: items end with the last training event instead of the one before it, and `next` is each
+    event itself, for models that predict what is masked. schema: the features that batches have.
     """
 
     def __init__(
@@ -62,7 +62,9 @@ class BatchSource:
         batch = fill_rows(
             self._columns, self.plan, mine, slot_windows, self._window_end, per_host, self._schema
         )
-        return batch if self._is_causal else batch.with_targets(batch.items)
+        if self._is_causal:
+            return batch
+        return batch.replace(next={name: batch.events[name] for name in batch.next})
 
     def users(self, step: int) -> np.ndarray:
         """The users (row numbers of the histories) whose events are in the batch of a step."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from rec_jax.data.queries import Queries
 from rec_jax.models.ranker import ScoreRanker
-from rec_jax.nn.catalogue import Scores
+from rec_jax.objectives.catalogue import Scores
 
 
 class EnsembleRanker(ScoreRanker):

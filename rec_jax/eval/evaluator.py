@@ -11,7 +11,7 @@ from rec_jax.data.queries import Queries
 from rec_jax.eval import metrics as M
 from rec_jax.models.baselines import check_ease
 from rec_jax.models.ranker import Ranker
-from rec_jax.nn.catalogue import Ranks
+from rec_jax.objectives.catalogue import Ranks
 
 _BYTES_OF_EVENT = 16  # of a history in a tile, about as much as a few scores
 

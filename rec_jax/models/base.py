@@ -1,7 +1,7 @@
 """The one place where Flax NNX modules become plain pytrees and back."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import flax.nnx as nnx
@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from rec_jax.nn.dense import dense
-
-ITEMS = ("items", "embedding")  # where a model keeps the table of its catalogue
+from rec_jax.nn.norm import unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +72,26 @@ class SequenceModel(nnx.Module):
     # Has no table of items, but `codes`, a `loss(batch, key_B)` and a beam search instead.
     generates = False
 
+    # {name: path of the parameter} of its embedding tables that may be large.
+    tables: dict[str, str] = {"items": "items/embedding"}
+
+    def table_ids(self, batch, item_ids: dict) -> dict[str, dict]:
+        """{table: {use: int32 ids}}: the entries that a batch reads, where only these are at hand.
+
+        item_ids: {use: ids} of the items whose vectors the loss scores. `batch.places` then says under the
+        same names where they are.
+        """
+        return {"items": {"events": batch.items} | item_ids}
+
+    def loss(self, batch, key_B, score) -> tuple:
+        """(sum of the loss over tokens with a target, query vectors x_BSD, penalty to add) of a micro-batch.
+
+        score: (x_BSD, hidden states of the layers) -> the sum of the loss that the config names.
+        """
+        hidden, penalties = [], []
+        x_BSD = self(batch, key_B, hidden=hidden, penalties=penalties)
+        return score(x_BSD, hidden), x_BSD, sum(map(jnp.sum, penalties))
+
     def training_batch(self, batch, key_B):
         """The batch as this model learns from it."""
         return batch
@@ -109,12 +128,6 @@ class SequenceModel(nnx.Module):
         return unit(table_VD.dequantize() if hasattr(table_VD, "dequantize") else table_VD)
 
 
-def unit(x):
-    """x [..., D] of length 1, computed in f32."""
-    x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.sum(x32**2, -1, keepdims=True) + 1e-12)).astype(x.dtype)
-
-
 @dataclass(frozen=True, eq=False)  # compared by identity, so that it can be a static argument of jit
 class Model:
     """A module's definition: `bind(params)` gives the module, at trace time only."""
@@ -124,6 +137,7 @@ class Model:
     is_causal: bool = True  # these as of the module's class
     columns: tuple[str, ...] = ()
     generates: bool = False
+    tables: dict[str, str] = field(default_factory=dict)
 
     def bind(self, params) -> SequenceModel:
         return nnx.merge(self.graphdef, nnx.State(params))
@@ -134,7 +148,7 @@ def define_model(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     graphdef, state = nnx.split(module, nnx.Param)
     abstract_params = jax.tree.map(_abstract, nnx.to_pure_dict(state))
-    return Model(graphdef, abstract_params, module.is_causal, module.columns, module.generates)
+    return Model(graphdef, abstract_params, module.is_causal, module.columns, module.generates, module.tables)
 
 
 def _abstract(leaf) -> jax.ShapeDtypeStruct:
@@ -148,19 +162,3 @@ def init_model(build: Callable[[nnx.Rngs], nnx.Module], seed: int) -> tuple[Mode
         return nnx.to_pure_dict(nnx.split(build(nnx.Rngs(params=key)), nnx.Param)[1])
 
     return define_model(build), jax.jit(make)(jax.random.key(seed))
-
-
-def without_table(params: dict) -> dict:
-    """The parameters but for the table of items."""
-    group, name = ITEMS
-    return {**params, group: {k: v for k, v in params[group].items() if k != name}}
-
-
-def with_table(params: dict, table) -> dict:
-    group, name = ITEMS
-    return {**params, group: {**params[group], name: table}}
-
-
-def get_table(params: dict):
-    group, name = ITEMS
-    return params[group][name]

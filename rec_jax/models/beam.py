@@ -13,7 +13,7 @@ from rec_jax.data.queries import Queries
 from rec_jax.mesh import place_whole_batch, replicate
 from rec_jax.models.base import Model
 from rec_jax.models.ranker import ScoreRanker
-from rec_jax.nn.catalogue import Scores
+from rec_jax.objectives.catalogue import Scores
 
 _HISTORIES = 32  # searched for at once, over all devices
 

@@ -11,7 +11,7 @@ from rec_jax.data.batch import Batch
 from rec_jax.models.base import SequenceConfig, SequenceModel
 from rec_jax.nn.dense import Dense, dense
 from rec_jax.nn.dropout import dropout
-from rec_jax.nn.embedding import Embedding
+from rec_jax.tables.embedding import Embedding
 
 # Of variance 1 / inputs, however many gates a kernel holds side by side.
 _INIT = nnx.initializers.lecun_normal()

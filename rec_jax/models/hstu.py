@@ -11,9 +11,9 @@ from rec_jax.data.batch import Batch
 from rec_jax.models.base import SequenceConfig, SequenceModel
 from rec_jax.nn.dense import Dense, dense
 from rec_jax.nn.dropout import dropout
-from rec_jax.nn.embedding import Embedding
 from rec_jax.nn.norm import LayerNorm
 from rec_jax.nn.pointwise_attention import pointwise_attention, time_buckets
+from rec_jax.tables.embedding import Embedding
 
 _NORMAL = nnx.initializers.normal(0.02)
 

@@ -13,9 +13,9 @@ from rec_jax.nn.blocks import FeedForward
 from rec_jax.nn.convolution import CausalConv
 from rec_jax.nn.dense import Dense
 from rec_jax.nn.dropout import dropout
-from rec_jax.nn.embedding import Embedding
 from rec_jax.nn.norm import LayerNorm
 from rec_jax.nn.recurrence import linear_scan
+from rec_jax.tables.embedding import Embedding
 
 DECAY_POWER = 8  # c of the paper
 # What is left of a channel's state after one token where its gate is wide open; gates start half open, so

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from rec_jax.data.queries import Queries
-from rec_jax.nn.catalogue import Ranks, Scores
+from rec_jax.objectives.catalogue import Ranks, Scores
 
 
 class Ranker(Protocol):

@@ -13,8 +13,8 @@ from rec_jax.models.base import SequenceConfig, SequenceModel
 from rec_jax.nn.blocks import TransformerBlock, tensor_parallel
 from rec_jax.nn.dense import dense
 from rec_jax.nn.dropout import dropout
-from rec_jax.nn.embedding import Embedding
 from rec_jax.nn.norm import LayerNorm
+from rec_jax.tables.embedding import Embedding
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,13 +8,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rec_jax.data.batch import Batch
 from rec_jax.data.packing import fill_rows, plan_packing
 from rec_jax.data.queries import Queries
 from rec_jax.data.schema import TIME, Schema
 from rec_jax.mesh import place_whole_batch, replicate
-from rec_jax.models.base import Model, get_table, with_table, without_table
+from rec_jax.models.base import Model
 from rec_jax.models.ranker import ScoreRanker
-from rec_jax.nn.catalogue import Catalogue, Scores
+from rec_jax.objectives.catalogue import Catalogue, Scores
+from rec_jax.tables.tables import Tables
 
 # Packed rows encoded at once, over all devices: what stays in the caches of a few cores.
 _ENCODE_TOKENS = 3_200
@@ -54,8 +56,8 @@ class SequenceRanker(ScoreRanker):
     """Ranks by a sequence model: encodes each history, then asks the catalogue.
 
     Histories are cut to their last `max_len` events and packed into rows like those of training, split over
-    the mesh axis "data". layout: of the item embedding table, if it is not a parameter like any other;
-    sharded rows stay where they are, and so do their scores. dims: score by so many first dims; 0 = by all.
+    the mesh axis "data". tables: those that are not parameters like any other; row-sharded ones stay where
+    they are, and so do their scores. dims: score by so many first dims; 0 = by all.
     schema: the features that the model reads; where the queries lack one, it is missing at all events, and
     all count as at the same time.
     """
@@ -66,7 +68,7 @@ class SequenceRanker(ScoreRanker):
         params,
         max_len: int,
         mesh: Mesh,
-        layout=None,
+        tables: Tables | None = None,
         dims: int = 0,
         schema: Schema | None = None,
     ):
@@ -75,14 +77,15 @@ class SequenceRanker(ScoreRanker):
         self._whole = NamedSharding(mesh, P())
         num_devices = mesh.shape["data"]
         self._rows = -(-max(1, _ENCODE_TOKENS // max_len) // num_devices) * num_devices
-        placement = getattr(layout, "placement", None)
-        if placement is None:
-            self._params = replicate(params, mesh)
-            vectors = _item_vectors(model, self._params, dims)  # an array, or a quantized table
-            self._catalogue = Catalogue(jax.tree.map(lambda x: x.addressable_data(0), vectors))
+        sharded = Tables({name: x for name, x in (tables or Tables({})).tables.items() if x.placement})
+        self._placements = {name: table.placement for name, table in sharded.tables.items()}
+        dense, arrays = sharded.split(params)
+        self._params = sharded.join(replicate(dense, mesh), arrays)
+        vectors = _item_vectors(model, self._params, dims)  # an array, or a quantized table
+        if placement := self._placements.get("items"):
+            self._catalogue = Catalogue(vectors, placement, mesh)
         else:
-            self._params = with_table(replicate(without_table(params), mesh), get_table(params))
-            self._catalogue = Catalogue(_item_vectors(model, self._params, dims), placement, mesh)
+            self._catalogue = Catalogue(jax.tree.map(lambda x: x.addressable_data(0), vectors))
 
     def scores(self, queries: Queries) -> Scores:
         return self._catalogue.scores(self._encode(queries))
@@ -94,6 +97,16 @@ class SequenceRanker(ScoreRanker):
             absent = np.broadcast_to(missing, len(columns["item"]))
             columns[feature.name] = queries.columns.get(feature.name, absent)
         return columns
+
+    def _places(self, batch: Batch) -> dict:
+        """The rows of ids in row-sharded tables."""
+        if not self._placements:
+            return {}
+        ids = self._model.bind(self._model.abstract_params).table_ids(batch, {})
+        return {
+            name: {use: np.asarray(placement.to_physical(x)) for use, x in ids[name].items()}
+            for name, placement in self._placements.items()
+        }
 
     def _encode(self, queries: Queries) -> np.ndarray:
         """[B, D]: the output after the last event of each history, in blocks of packed rows of one shape."""
@@ -110,17 +123,22 @@ class SequenceRanker(ScoreRanker):
             # The last token of a segment is where the next position does not continue the count.
             following = np.pad(batch.positions[:, 1:], ((0, 0), (0, 1)))
             is_last = (batch.segments > 0) & (following == 0)
-            if extra:  # before anything reads what is there: it is the event to predict
-                batch = jax.tree.map(np.asarray, batch.hide(is_last)).replace(is_query=is_last)
+            # Nothing is known of the event to predict, whatever the log has after the history.
+            batch = batch.replace(next=_without(is_last, batch.next))
+            if extra:
+                batch = batch.replace(events=_without(is_last, batch.events), is_query=is_last)
             row_Q, column_Q = np.nonzero(is_last)
             users_Q = slot_users[plan.row_starts[rows[0]] : plan.row_starts[rows[-1] + 1]]
             size = 1 << int(len(row_Q) - 1).bit_length()  # few shapes to compile
             pad = (0, size - len(row_Q))
-            if self._catalogue.placement is not None:
-                physical = np.asarray(self._catalogue.placement.to_physical(batch.items))
-                batch = batch.replace(places={"items": {"events": physical}})
+            batch = batch.replace(places=self._places(batch))
             placed = place_whole_batch(batch, self._mesh)
             at = np.pad(row_Q, pad), np.pad(column_Q, pad)
             x_QD = _encode(self._model, self._params, placed, self._whole, self._dims, *at)
             x_BD[users_Q] = np.asarray(x_QD)[: len(row_Q)]
         return x_BD
+
+
+def _without(tokens_BS, columns: dict) -> dict:
+    """The columns, missing at some tokens."""
+    return {name: np.where(tokens_BS, np.zeros((), x.dtype), x) for name, x in columns.items()}

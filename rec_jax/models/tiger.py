@@ -14,8 +14,8 @@ from rec_jax.models.semantic_ids import Codes
 from rec_jax.nn.blocks import TransformerBlock, tensor_parallel
 from rec_jax.nn.decoding import decode_block, keys_values
 from rec_jax.nn.dropout import dropout
-from rec_jax.nn.embedding import Embedding
 from rec_jax.nn.norm import LayerNorm
+from rec_jax.tables.embedding import Embedding
 
 # Where a level has at most so many nodes for each child that a node may have, a matrix product with all of
 # them and a choice among its results is faster than gathering the vectors of children (LOG.md, 2026-11-27).
@@ -64,6 +64,7 @@ class Tiger(SequenceModel):
     """
 
     generates = True
+    tables = {}
 
     def __init__(self, config: TigerConfig, num_items: int, max_len: int, *, codes: Codes, rngs: nnx.Rngs):
         self.config, self.codes = config, codes
@@ -89,8 +90,8 @@ class Tiger(SequenceModel):
         x = self._encode(x_BTD, batch, key_B, at, hidden)
         return x if at is not None else x[:, ::num_levels]
 
-    def loss(self, batch, key_B):
-        """(sum over targets of -log p(item), number of targets): p is the product over its codes."""
+    def loss(self, batch, key_B, score):
+        """See SequenceModel: the sum over targets of -log p(item), where p is the product over its codes."""
         targets_BS = batch.targets
         ahead_BS = jnp.where(targets_BS > 0, targets_BS, _following(batch))
         x_BTD = self._encode(self._embed(batch, ahead_BS), batch, key_B)
@@ -105,7 +106,7 @@ class Tiger(SequenceModel):
             chosen_BS = jnp.take_along_axis(log_probs_BSM, place_BS[..., None], axis=-1)[..., 0]
             loss -= jnp.sum(jnp.where(real_BS, chosen_BS, 0))
             node_BS = child_BS
-        return loss, jnp.sum(real_BS, dtype=jnp.float32)
+        return loss, None, 0
 
     def log_probs(self, x, nodes, level: int):
         """f32[..., M] of the children of `nodes` [...], in their order, -inf behind the last of them.

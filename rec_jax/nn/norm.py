@@ -58,3 +58,9 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x):
         return layer_norm(x, self.scale[...], self.bias[...], self.full_width)
+
+
+def unit(x):
+    """x [..., D] of length 1, computed in f32."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.sum(x32**2, -1, keepdims=True) + 1e-12)).astype(x.dtype)

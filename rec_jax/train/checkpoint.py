@@ -61,7 +61,8 @@ class Restored:
 
 
 class Saver:
-    """Writes checkpoints in the background, at most one at a time."""
+    """Writes checkpoints in the background, at most one at a time. Every method raises SaveError if it fails,
+    or if the save before it has failed."""
 
     def __init__(self, directory, keep: int):
         _silence_orbax()
@@ -76,18 +77,12 @@ class Saver:
                 lightweight_initialize=True,  # A damaged old checkpoint must not stop the run.
             )
             path = self._directory / kind
-            try:
+            with self._errors_explained():
                 path.mkdir(parents=True, exist_ok=True)
                 self._managers[kind] = ocp.CheckpointManager(path, options=options)
-            except OSError as error:
-                raise self._save_error(error) from error
 
     def save(self, state, record: dict, *, best: bool) -> None:
-        """Starts writing `state` under record["step"]; returns once it may be donated to the next step.
-
-        Raises:
-          SaveError: this save or the one before it failed.
-        """
+        """Starts writing `state` under record["step"]; returns once it may be donated to the next step."""
         self.wait()
         self._pending = step = record["step"]
         record = plain_json({"digests": _digests(state), **record})
@@ -95,36 +90,37 @@ class Saver:
             state=ocp.args.PyTreeSave(state),
             record=ocp.args.JsonSave({"record": record, "digest": _record_digest(record)}),
         )
-        try:
+        with self._errors_explained():
             self._managers["best" if best else "latest"].save(step, args=args)
-        except Exception as error:
-            raise self._save_error(error) from error
 
     def check(self) -> None:
-        """Raises SaveError if a save has failed meanwhile; does not wait."""
-        try:
+        """Does not wait for the save in progress."""
+        with self._errors_explained():
             for manager in self._managers.values():
                 manager.check_for_errors()
-        except Exception as error:
-            raise self._save_error(error) from error
 
     def wait(self) -> None:
-        """Blocks until nothing is being written; raises SaveError if the last save failed."""
-        for manager in self._managers.values():
-            try:
+        """Blocks until nothing is being written."""
+        with self._errors_explained():
+            for manager in self._managers.values():
                 manager.wait_until_finished()
                 manager.check_for_errors()
-            except Exception as error:
-                raise self._save_error(error) from error
 
     def close(self) -> None:
-        """Waits for the last save and frees the threads; raises SaveError if it failed."""
+        """Waits for the last save and frees the threads."""
         try:
             self.wait()
         finally:
             for manager in self._managers.values():
                 with contextlib.suppress(Exception):  # Reported by wait(), which ran first.
                     manager.close()
+
+    @contextlib.contextmanager
+    def _errors_explained(self):
+        try:
+            yield
+        except Exception as error:
+            raise self._save_error(error) from error
 
     def _save_error(self, error: Exception) -> SaveError:
         kept = [path.name for path in _candidates(self._directory, ("best", "latest"))]
@@ -285,7 +281,7 @@ def _read_state(path: pathlib.Path, target, digests: dict):
 def _digests(state) -> dict[str, int]:
     """crc32 of the bytes of each leaf, by path (`params/item/table`).
 
-    A leaf that is spread over several processes has none: no process holds all of its bytes.
+    A leaf that is sharded over several processes has none: no process holds all of its bytes.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from rec_jax.compress import distill
-from rec_jax.compress.distill import DistillConfig, distill_sum, similarity_sum, soft_cross_entropy
-from rec_jax.train.losses import Negatives
+from rec_jax.data.batch import Batch
+from rec_jax.objectives.distill import DistillConfig, distill_sum, similarity_sum, soft_cross_entropy
+from rec_jax.objectives.token_loss import Negatives
 
 B, S, V = 3, 5, 11
 
@@ -39,7 +40,8 @@ def views():
 def batch():
     targets = np.random.default_rng(1).integers(1, V, (B, S)).astype(np.int32)
     targets[0, 3:] = 0
-    return {"targets": targets}
+    everywhere = np.ones((B, S), np.int32)
+    return Batch({}, everywhere, everywhere, {"item": targets})
 
 
 def divergence(aim, log_probs):
@@ -53,10 +55,10 @@ def test_the_divergence_from_the_mean_of_two_teachers(views, batch, temperature,
     config = DistillConfig(weight=0.25, temperature=temperature)
     aim = np.mean([softmax(logits(x, table) / temperature) for x, table, _ in views[1:]], axis=0)
     log_probs = np.log(np.maximum(softmax(logits(*views[0][:2]) / temperature), 1e-30))
-    real = batch.next["item"] > 0
+    real = batch.targets > 0
     taught = (divergence(aim, log_probs) * real).sum() * temperature**2
     own = np.log(np.maximum(softmax(logits(*views[0][:2])), 1e-30))
-    own = -(np.take_along_axis(own, batch.next["item"][..., None], -1)[..., 0])[real].sum()
+    own = -(np.take_along_axis(own, batch.targets[..., None], -1)[..., 0])[real].sum()
     loss = jax.jit(lambda: distill_sum(config, None, views[0], views[1:], batch, None))()
     np.testing.assert_allclose(loss, 0.75 * own + 0.25 * taught, rtol=1e-5)
 
@@ -119,7 +121,7 @@ def test_a_sampled_loss_compares_the_target_and_its_negatives(views, batch, temp
         rows = np.zeros((B, S, 5))
         for b in range(B):
             for s in range(S):
-                target = batch.next["item"][b, s]
+                target = batch.targets[b, s]
                 rows[b, s, 0] = all_scores[b, s, target]
                 for k, item in enumerate(np.asarray(negatives.ids_BSK)[b, 0]):
                     rows[b, s, k + 1] = all_scores[b, s, item] + np.log((V - 1) / 4)
@@ -127,14 +129,14 @@ def test_a_sampled_loss_compares_the_target_and_its_negatives(views, batch, temp
                         rows[b, s, k + 1] = -1e30
         scores.append(rows)
     log_probs = np.log(np.maximum(softmax(scores[0]), 1e-30))
-    taught = (divergence(softmax(scores[1]), log_probs) * (batch.next["item"] > 0)).sum() * temperature**2
+    taught = (divergence(softmax(scores[1]), log_probs) * (batch.targets > 0)).sum() * temperature**2
     config = DistillConfig(weight=1.0, temperature=temperature)
     loss = distill_sum(config, 5.0, views[0], views[1:2], batch, negatives)
     np.testing.assert_allclose(loss, taught, rtol=1e-5)
 
 
 def test_similarities_of_real_tokens_do_not_depend_on_width(views, batch):
-    real = batch.next["item"] > 0
+    real = batch.targets > 0
 
     def cosines(x):
         unit = x / np.linalg.norm(x, axis=-1, keepdims=True)

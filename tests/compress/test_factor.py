@@ -16,17 +16,18 @@ from rec_jax.compress.factor import (
     merge_lora,
     student_from,
 )
+from rec_jax.data.batch import Batch
 from rec_jax.models.base import define_model
 from rec_jax.models.sasrec import SASRec, SASRecConfig
 from rec_jax.tree import leaf_names
 
 NUM_ITEMS, MAX_LEN = 25, 6
 CONFIG = SASRecConfig(width=8, ff_width=6, num_heads=2, num_layers=1, dropout=0.0)
-BATCH = {
-    "items": np.array([[3, 7, 7, 1, 5, 6]]),
-    "segments": np.array([[1, 1, 1, 1, 2, 2]]),
-    "positions": np.array([[0, 1, 2, 3, 0, 1]]),
-}
+BATCH = Batch(
+    events={"item": np.array([[3, 7, 7, 1, 5, 6]])},
+    segments=np.array([[1, 1, 1, 1, 2, 2]]),
+    positions=np.array([[0, 1, 2, 3, 0, 1]]),
+)
 
 
 def make(config, seed=0, num_items=NUM_ITEMS):

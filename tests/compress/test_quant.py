@@ -20,6 +20,7 @@ from rec_jax.compress.quant import (
     quantize_params,
     unpack_leaf,
 )
+from rec_jax.data.batch import Batch
 from rec_jax.models.base import define_model, init_model
 from rec_jax.models.sasrec import SASRec, SASRecConfig
 from rec_jax.nn.quantized import ParamValue, QuantizedKernel, QuantizedTable
@@ -196,8 +197,8 @@ def sasrec():
     segments = np.where(np.arange(12) < 9, 1 + (np.arange(12) > 4), 0) * np.ones((3, 1), np.int32)
     positions = np.where(np.arange(12) > 4, np.arange(12) - 5, np.arange(12)) * (segments > 0)
     items = rng.integers(1, 21, (3, 12)) * (segments > 0)
-    batch = {"items": items, "segments": segments, "positions": positions}
-    return model, params, {name: np.asarray(x, np.int32) for name, x in batch.items()}
+    batch = Batch({"item": items}, segments, positions)
+    return model, params, jax.tree.map(np.int32, batch)
 
 
 @cache
@@ -214,7 +215,7 @@ def _encode(params):
 
 def encode(params):
     """x of the real tokens."""
-    return np.asarray(_encode(params))[sasrec()[2]["segments"] > 0]
+    return np.asarray(_encode(params))[sasrec()[2].segments > 0]
 
 
 def relative_error(x, expected):
@@ -274,7 +275,7 @@ def test_observed_inputs_are_those_of_real_tokens():
     _, params, batch = sasrec()
     assert set(samples()) == {name for name in leaf_names(params) if name.endswith("kernel")}
     is_real = batch.segments > 0
-    rows = np.asarray(params["items"]["embedding"], np.float64)[batch.events["item"][is_real]] * 4
+    rows = np.asarray(params["items"]["embedding"], np.float64)[batch.items[is_real]] * 4
     rows += np.asarray(params["positions"]["embedding"])[batch.positions[is_real]]
     rows -= rows.mean(-1, keepdims=True)
     rows /= np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-6)

@@ -19,17 +19,18 @@ from rec_jax.compress.shrink import (
     unit_masks,
     unit_scores,
 )
+from rec_jax.data.batch import Batch
 from rec_jax.models.base import define_model
 from rec_jax.models.sasrec import SASRec, SASRecConfig
 from rec_jax.tree import leaf_names, num_params
 
 NUM_ITEMS, MAX_LEN = 30, 10
 CONFIG = SASRecConfig(width=12, ff_width=10, num_heads=3, num_layers=2, dropout=0.0)
-BATCH = {
-    "items": np.array([[3, 7, 7, 1, 5, 6, 2, 9, 11, 0], range(20, 30)]),
-    "segments": np.array([[1] * 4 + [2] * 5 + [0], [1] * 10]),
-    "positions": np.array([[*range(4), *range(5), 0], range(10)]),
-}
+BATCH = Batch(
+    events={"item": np.array([[3, 7, 7, 1, 5, 6, 2, 9, 11, 0], range(20, 30)])},
+    segments=np.array([[1] * 4 + [2] * 5 + [0], [1] * 10]),
+    positions=np.array([[*range(4), *range(5), 0], range(10)]),
+)
 
 
 def build(config):
@@ -49,7 +50,7 @@ def make(config):
 def outputs(model, params):
     """(encodings, scores of the catalogue) of the real tokens."""
     module = model.bind(params)
-    x_TD = module(BATCH)[BATCH["segments"] > 0]
+    x_TD = module(BATCH)[BATCH.segments > 0]
     return x_TD, x_TD @ module.item_vectors().T
 
 

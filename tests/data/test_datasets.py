@@ -141,6 +141,7 @@ def test_relative_paths(log, tmp_path, monkeypatch):
         (dict(val_time=5, test_time=6), "val_time=5 has no use with split='leave_one_out'"),
         (dict(val_fraction=0.5, test_fraction=0.5), "together below 1"),
         (dict(titles_ids="x"), "needs titles"),
+        (dict(features=("price", "time")), "features=.*: time name the item and the time of an event"),
         (dict(), "path is empty"),
         (dict(format="simulator", path="x"), "path='x' has no use with format='simulator'"),
     ],

@@ -80,7 +80,8 @@ def test_titles_and_features_follow():
     histories = build_histories(log, {"i1": "One", "elsewhere": "?"})
     assert histories.titles == {"i1": "One"}
     assert histories.features["row"].tolist() == [2, 0, 1]
-    assert histories.features["text"].tolist() == ["c", "a", "b"]
+    assert histories.features["text"].tolist() == [3, 1, 2]  # codes, in the order of the alphabet
+    assert histories.feature_values == {"text": ("", "a", "b", "c")}
     log = dataclasses.replace(log, titles={"i2": "Two"})
     assert build_histories(log).titles == {"i2": "Two"}
 
@@ -107,6 +108,7 @@ def test_save_and_load(tmp_path):
     assert loaded.titles == {"i1": "Ünï"} and loaded.notes == histories.notes
     assert loaded.features["f"].tolist() == histories.features["f"].tolist()
     assert loaded.features["text"].tolist() == histories.features["text"].tolist()
+    assert loaded.feature_values == histories.feature_values
 
 
 def test_a_failed_save_leaves_the_old_one(tmp_path):

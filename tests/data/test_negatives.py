@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from rec_jax.data.negatives import make_sampler
 from rec_jax.hashing import mix, row_keys
+from rec_jax.objectives.negatives import make_sampler
 
 COUNTS = np.array([99, 0, 1, 10, 50, 3])  # row 0 is padding; item 1 is unseen
 KEYS = row_keys(jnp.uint32(0), jnp.arange(100))

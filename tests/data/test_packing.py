@@ -29,10 +29,10 @@ def source(data, **kwargs):
 
 def segments_of(batch):
     """(items, targets, positions) of every segment of a batch."""
-    for row in range(len(batch.events["item"])):
+    for row in range(len(batch.items)):
         for segment in range(1, batch.segments[row].max() + 1):
             inside = batch.segments[row] == segment
-            yield tuple(batch[name][row][inside] for name in ("items", "targets", "positions"))
+            yield tuple(x[row][inside] for x in (batch.items, batch.targets, batch.positions))
 
 
 lengths_lists = st.lists(st.integers(0, 30), min_size=1, max_size=40)
@@ -87,18 +87,16 @@ def test_no_batch_ever_holds_a_held_out_event():
         batches = source((histories, split), all_windows=all_windows)
         for step in range(len(batches)):
             batch = batches[step]
-            assert not held_out & set(
-                np.concatenate([batch.events["item"], batch.next["item"]]).ravel().tolist()
-            )
+            assert not held_out & set(np.concatenate([batch.items, batch.targets]).ravel().tolist())
 
 
 def test_epochs_differ_and_a_batch_depends_on_seed_and_step_alone():
     data = make_data(np.random.default_rng(1).integers(3, 12, 60))
     first, again, other = source(data), source(data), source(data, seed=1)
     again[0], again[7]  # another order of access
-    np.testing.assert_array_equal(first[5]["items"], again[5]["items"])
-    assert np.any(first[5]["items"] != other[5]["items"])
-    assert np.any(first[0]["items"] != first[first.steps_per_epoch]["items"])
+    np.testing.assert_array_equal(first[5].items, again[5].items)
+    assert np.any(first[5].items != other[5].items)
+    assert np.any(first[0].items != first[first.steps_per_epoch].items)
 
 
 def test_hosts_share_a_batch():
@@ -106,10 +104,10 @@ def test_hosts_share_a_batch():
     whole = source(data)
     hosts = [source(data, host=host, num_hosts=2) for host in range(2)]
     for step in range(len(whole)):
-        parts = [host[step]["items"] for host in hosts]
+        parts = [host[step].items for host in hosts]
         together = np.concatenate(parts)
-        assert together.shape == whole[step]["items"].shape
-        np.testing.assert_array_equal(together, whole[step]["items"])
+        assert together.shape == whole[step].items.shape
+        np.testing.assert_array_equal(together, whole[step].items)
     with pytest.raises(ValueError, match="batch_rows=4"):
         source(data, num_hosts=3)
 
@@ -119,7 +117,7 @@ def test_users_names_whose_events_are_in_a_batch():
     batches = source((histories, split), batch_rows=2, all_windows=True)
     owner = {int(item): user for user in range(6) for item in _events(histories, user)}
     for step in range(batches.steps_per_epoch):
-        real = batches[step]["items"][batches[step]["segments"] > 0]
+        real = batches[step].items[batches[step].segments > 0]
         assert set(batches.users(step)) == {owner[int(item)] for item in real}
 
 
@@ -137,7 +135,7 @@ def test_the_iterator_goes_on_where_its_state_was_taken():
     resumed = make_iterator(source(data))
     resumed.set_state(state)
     for want in expected:
-        np.testing.assert_array_equal(next(resumed)["items"], want["items"])
+        np.testing.assert_array_equal(next(resumed).items, want.items)
 
 
 def test_devices_get_equal_work():
@@ -146,5 +144,5 @@ def test_devices_get_equal_work():
     histories, split = make_data(np.random.default_rng(0).integers(5, 32, 2000))
     source = BatchSource(histories, split, max_len=20, batch_rows=16, epochs=1, seed=0)
     for step in range(len(source)):
-        tokens = (source[step]["segments"] > 0).reshape(8, -1).sum(1)  # of 8 devices with 2 rows each
+        tokens = (source[step].segments > 0).reshape(8, -1).sum(1)  # of 8 devices with 2 rows each
         assert tokens.max() - tokens.min() <= 20 + 5

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rec_jax.data.vocabulary import DynamicVocabulary
+from rec_jax.tables.vocabulary import DynamicVocabulary
 
 
 def restored(vocabulary):

@@ -13,9 +13,9 @@ from rec_jax.eval.evaluator import EvalConfig, check_eval, evaluate, per_example
 from rec_jax.mesh import MeshConfig, make_mesh
 from rec_jax.models import baselines
 from rec_jax.models.ranker import ScoreRanker
-from rec_jax.nn.catalogue import Scores
-from rec_jax.nn.sharded import AXES, Placement
+from rec_jax.objectives.catalogue import Scores
 from rec_jax.report import format_scores
+from rec_jax.tables.exchange import AXES, Placement
 
 NUM_ITEMS = 12
 

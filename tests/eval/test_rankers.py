@@ -14,7 +14,7 @@ from rec_jax.data.queries import Queries
 from rec_jax.data.simulator import SimulatorConfig, World
 from rec_jax.eval.ensemble import EnsembleRanker
 from rec_jax.mesh import MeshConfig, make_mesh, replicate
-from rec_jax.models.base import get_table, init_model, with_table, without_table
+from rec_jax.models.base import init_model
 from rec_jax.models.baselines import BASELINES
 from rec_jax.models.beam import BeamRanker
 from rec_jax.models.ranker import ScoreRanker
@@ -23,8 +23,9 @@ from rec_jax.models.sasrec import SASRecConfig
 from rec_jax.models.scoring import SequenceRanker, top_items
 from rec_jax.models.semantic_ids import CodesConfig, numbered_codes
 from rec_jax.models.tiger import TigerConfig
-from rec_jax.nn.catalogue import Catalogue
-from rec_jax.nn.layouts import RowSharded
+from rec_jax.objectives.catalogue import Catalogue
+from rec_jax.tables.layouts import RowSharded
+from rec_jax.tables.tables import Table, Tables
 
 NUM_ITEMS, MAX_LEN = 24, 8
 WORLD = World(SimulatorConfig(num_items=NUM_ITEMS, num_users=14, num_interests=3, mean_len=7, min_len=3))
@@ -50,9 +51,10 @@ def sequence(change=lambda params: params, **options):
 
 def row_sharded():
     mesh, (model, params) = make_mesh(MeshConfig(data=2, model=4)), sasrec()
-    layout = RowSharded(NUM_ITEMS + 1, mesh)
-    params = with_table(replicate(without_table(params), mesh), layout.place(get_table(params)))
-    return SequenceRanker(model, params, MAX_LEN, mesh, layout)
+    tables = Tables({"items": Table("items/embedding", RowSharded(NUM_ITEMS + 1, mesh), None)})
+    dense, whole = tables.split(params)
+    params = tables.join(replicate(dense, mesh), tables.place(whole))
+    return SequenceRanker(model, params, MAX_LEN, mesh, tables)
 
 
 def beam():
@@ -139,7 +141,7 @@ def test_a_query_alone_scores_as_in_company(ranker):
 
 def test_a_catalogue_scores_some_items_and_the_best_without_a_ranker():
     model, params = sasrec()
-    table_VD = np.asarray(get_table(params))
+    table_VD = np.asarray(params["items"]["embedding"])
     x_BD = RNG.normal(size=(3, 8)).astype(np.float32)
     catalogue, ids_BN = Catalogue(jnp.asarray(table_VD)), np.array([[1, 5], [24, 2], [7, 7]])
     expected = np.einsum("bd,bnd->bn", x_BD, table_VD[ids_BN])

@@ -11,7 +11,8 @@ import sys
 import pytest
 
 from rec_jax.config import build
-from rec_jax.experiment import Experiment, ExperimentConfig
+from rec_jax.experiment import Experiment
+from rec_jax.run_config import ExperimentConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common"))

@@ -15,7 +15,8 @@ import pytest
 
 from rec_jax import processes
 from rec_jax.config import build
-from rec_jax.experiment import Experiment, ExperimentConfig
+from rec_jax.experiment import Experiment
+from rec_jax.run_config import ExperimentConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 OVERRIDES = {

@@ -5,18 +5,19 @@ from functools import partial
 import jax
 import numpy as np
 
+from rec_jax.data.batch import Batch
+
 ROW_LEN = 12
 
 
-def pack(rows):
+def pack(rows, length=ROW_LEN):
     """Each row holds its histories in order, then padding."""
-    batch = {name: np.zeros((len(rows), ROW_LEN), np.int32) for name in ("items", "segments", "positions")}
+    items, segments, positions = np.zeros((3, len(rows), length), np.int32)
     for row, histories in enumerate(rows):
         for segment, (inside, history) in enumerate(zip(places(histories), histories, strict=True), 1):
-            batch.events["item"][row, inside] = history
-            batch.segments[row, inside] = segment
-            batch.positions[row, inside] = np.arange(len(history))
-    return batch
+            items[row, inside], segments[row, inside] = history, segment
+            positions[row, inside] = np.arange(len(history))
+    return Batch({"item": items}, segments, positions)
 
 
 def places(histories):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rec_jax.data.batch import Batch
 from rec_jax.hashing import row_keys
 from rec_jax.models.base import init_model
 from rec_jax.models.bert4rec import BERT4Rec, BERT4RecConfig
@@ -23,20 +24,20 @@ def rows(num_rows=1):
     items[:, :9] = np.arange(1, 10) + np.arange(num_rows)[:, None] % 10
     segments = np.array([[1] * 5 + [2] * 4 + [0] * 3] * num_rows, np.int32)
     positions = np.array([[*range(5), *range(4), 0, 0, 0]] * num_rows, np.int32)
-    return {"items": items, "segments": segments, "positions": positions, "targets": items}
+    return Batch({"item": items}, segments, positions, {"item": items})
 
 
 def masked_batch(model, params, num_rows):
     key_B = row_keys(jnp.uint32(7), jnp.arange(num_rows))
-    batch = model.bind(params).training_batch(rows(num_rows), key_B)
-    return {name: np.asarray(value) for name, value in batch.items()}
+    return jax.device_get(model.bind(params).training_batch(rows(num_rows), key_B))
 
 
 def test_masks_a_share_of_the_items_and_asks_for_these():
     model, params = make(mask_share=0.3, last_share=0.0)
     batch = masked_batch(model, params, 2_000)
-    masked = batch.is_query
-    np.testing.assert_array_equal(batch.next["item"], np.where(masked, batch.events["item"], 0))
+    masked, items = batch.is_query, rows(2_000).items
+    np.testing.assert_array_equal(batch.targets, np.where(masked, items, 0))
+    np.testing.assert_array_equal(batch.items, np.where(masked, 0, items))
     assert not masked[:, 9:].any()  # padding
     shares = masked[:, :9].mean(axis=0)
     np.testing.assert_allclose(shares, 0.3, atol=0.04)  # 4 standard deviations
@@ -45,7 +46,7 @@ def test_masks_a_share_of_the_items_and_asks_for_these():
 
 def test_a_share_of_the_histories_is_asked_for_the_last_item_alone():
     model, params = make(mask_share=1.0, last_share=0.25)
-    masked = masked_batch(model, params, 2_000)["masked"]
+    masked = masked_batch(model, params, 2_000).is_query
     for inside, last in ((slice(0, 5), 4), (slice(5, 9), 8)):
         part = masked[:, inside]
         is_whole = part.all(axis=1)
@@ -57,14 +58,14 @@ def test_a_share_of_the_histories_is_asked_for_the_last_item_alone():
 
 def test_a_masked_item_cannot_be_seen_and_both_sides_can():
     model, params = make()
-    batch = rows() | {"masked": np.arange(MAX_LEN)[None] == 2}
+    batch = rows().replace(is_query=np.arange(MAX_LEN)[None] == 2)
 
     @jax.jit
     def encode(batch):
         return model.bind(params)(batch)[0]
 
     def changed(at):
-        other = batch | {"items": np.where(np.arange(MAX_LEN) == at, 19, batch.events["item"])}
+        other = batch.with_items(np.where(np.arange(MAX_LEN) == at, 19, batch.items))
         return np.any(np.asarray(encode(other)) != np.asarray(encode(batch)), axis=-1)
 
     assert not changed(2).any()

@@ -5,12 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
+from rec_jax.data.datasets import DataConfig
 from rec_jax.data.histories import Histories
 from rec_jax.data.packing import fill_rows, plan_packing
 from rec_jax.data.queries import Queries
+from rec_jax.data.schema import TIME
 from rec_jax.hashing import row_keys
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch
 from rec_jax.models.base import init_model
@@ -18,8 +19,10 @@ from rec_jax.models.beam import BeamRanker
 from rec_jax.models.registry import MODELS, model_builder
 from rec_jax.models.scoring import SequenceRanker
 from rec_jax.models.semantic_ids import CodesConfig, numbered_codes
-from rec_jax.train.losses import LossConfig
-from rec_jax.train.step import init_state, make_train_step
+from rec_jax.run_config import ExperimentConfig
+from rec_jax.train.loop import TrainConfig
+from rec_jax.train.optim import OptimConfig
+from rec_jax.training import make_step
 
 NUM_ITEMS, MAX_LEN = 20, 12
 SMALL = {"width": 8, "ff_width": 12, "num_heads": 2, "dropout": 0.5}
@@ -76,10 +79,9 @@ def rows(users, num_rows=None):
     slot_users[plan.slots_by_len] = plan.users_by_len
     num_rows = plan.num_rows if num_rows is None else num_rows
     ends = h.offsets[np.asarray(users) + 1]
-    batch = fill_rows(h.items, plan, np.arange(plan.num_rows), slot_users, ends, num_rows, times=h.times)
-    batch.next["item"] = batch.events["item"] % NUM_ITEMS + (batch.events["item"] > 0)
-    batch.is_query = (batch.events["item"] % 5 == 0) & (batch.events["item"] > 0)
-    return batch
+    batch = fill_rows(h.columns, plan, np.arange(plan.num_rows), slot_users, ends, num_rows, (TIME,))
+    batch = batch.with_targets(batch.items % NUM_ITEMS + (batch.items > 0))
+    return batch.replace(is_query=(batch.items % 5 == 0) & (batch.items > 0))
 
 
 @EVERY_MODEL
@@ -101,11 +103,11 @@ def test_nothing_that_comes_later_is_seen(config_class):
     before = np.asarray(encode(batch))
     for at in (1, 5, 11):
         later = np.arange(MAX_LEN) >= at
-        changed = batch | {
-            "items": np.where(later, 1 + batch.events["item"] % NUM_ITEMS, batch.events["item"]),
-            "times": np.where(later, batch.events["time"] + 10**6, batch.events["time"]),
+        changed = {
+            "item": np.where(later, 1 + batch.items % NUM_ITEMS, batch.items),
+            "time": np.where(later, batch.events["time"] + 10**6, batch.events["time"]),
         }
-        shorter = {name: np.where(later, 0, x) for name, x in batch.items()}
+        changed, shorter = batch.replace(events=changed), batch.keep(~later)
         for other in (changed, shorter):
             np.testing.assert_allclose(
                 np.asarray(encode(other))[0, :at], before[0, :at], rtol=1e-5, atol=1e-6
@@ -123,7 +125,7 @@ def test_asked_tokens_are_those_of_the_whole(config_class):
 @EVERY_MODEL
 def test_dropout_follows_from_its_key(config_class):
     encode, batch = encoder(config_class), rows(range(len(LENGTHS)))
-    keys = [row_keys(jnp.uint32(seed), jnp.arange(len(batch.events["item"]))) for seed in (1, 1, 2)]
+    keys = [row_keys(jnp.uint32(seed), jnp.arange(len(batch.items))) for seed in (1, 1, 2)]
     first, again, other = (np.asarray(encode(batch, key_B)) for key_B in keys)
     np.testing.assert_array_equal(first, again)
     assert np.any(first != other) and np.any(first != np.asarray(encode(batch)))
@@ -158,14 +160,22 @@ def test_a_step_is_the_same_on_every_mesh_and_a_tiny_set_is_learnt(config_class)
     model, params = init_model(builder(config), seed=0)
     params = jax.device_get(params)  # states are donated
     batch = rows(range(1, len(LENGTHS)), num_rows=8)
-    del batch.is_query
+    batch = batch.replace(is_query=None)
     if not model.is_causal:
-        batch.next["item"] = batch.events["item"]
+        batch = batch.with_targets(batch.items)
 
     def losses(data, micro_rows, steps):
-        mesh, optimizer = make_mesh(MeshConfig(data=data)), optax.adam(0.005)
-        step = make_train_step(model, optimizer, LossConfig(), None, mesh, micro_rows=micro_rows)
-        state, placed = init_state(params, optimizer, mesh), place_batch(batch, mesh)
+        mesh, optim = make_mesh(MeshConfig(data=data)), OptimConfig(learning_rate=0.005, b2=0.999)
+        train = TrainConfig(batch_rows=8, micro_rows=micro_rows)
+        experiment = ExperimentConfig(
+            data=DataConfig(max_len=MAX_LEN),
+            model=config,
+            optim=optim,
+            train=train,
+            mesh=MeshConfig(data=data),
+        )
+        step = make_step(experiment, model, np.ones(NUM_ITEMS + 1), mesh)
+        state, placed = step.init(params), place_batch(batch, mesh)
         for _ in range(steps):
             state, metrics = step(state, placed)
             yield float(metrics["loss"][0] / metrics["loss"][1])

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from packed_rows import pack
 
 from rec_jax.mesh import MeshConfig, make_mesh
 from rec_jax.models.base import init_model
@@ -82,12 +83,7 @@ def reference(params, history):
 def test_equals_the_reference(kwargs):
     model, params = make(**kwargs)
     history = np.array([3, 7, 7, 1, 20])
-    pad = (0, MAX_LEN - len(history))
-    batch = {
-        "items": np.pad(history, pad)[None],
-        "segments": np.pad(np.ones(5, np.int32), pad)[None],
-        "positions": np.pad(np.arange(5), pad)[None],
-    }
+    batch = pack([[history]], MAX_LEN)
     params_on_device = jax.tree.map(jax.numpy.asarray, params)
     x_SD = np.asarray(jax.jit(lambda batch: model.bind(params_on_device)(batch))(batch))[0, :5]
     np.testing.assert_allclose(x_SD, reference(params, history), rtol=2e-4, atol=2e-5)

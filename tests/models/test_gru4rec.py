@@ -11,12 +11,12 @@ from packed_rows import ROW_LEN, encode, pack, places
 
 from rec_jax.compress.quant import QuantConfig, dequantize_params, quantize_params
 from rec_jax.config import build
-from rec_jax.experiment import ExperimentConfig
 from rec_jax.hashing import row_keys
 from rec_jax.models.base import init_model
 from rec_jax.models.gru4rec import GRU, GRU4RecConfig
 from rec_jax.models.registry import model_builder
 from rec_jax.nn.dropout import dropout
+from rec_jax.run_config import ExperimentConfig
 
 NUM_ITEMS = 20
 ROWS = [[[3, 7, 7, 1], [20], [5, 6, 2, 9, 11]], [[8, 1, 4, 4, 15, 16, 17, 2]]]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from packed_rows import pack as pack_rows
 
 from rec_jax.config import build
 from rec_jax.hashing import row_keys
@@ -89,16 +90,12 @@ def draw(lengths, seed=0):
 
 def pack(histories, length=MAX_LEN, with_times=True):
     """All histories in one row, in order."""
-    batch = {name: np.zeros((1, length), np.int32) for name in ("items", "segments", "positions", "times")}
-    at = 0
-    for segment, (items, times) in enumerate(histories, 1):
-        inside = slice(at, at + len(items))
-        for name, values in zip(batch, (items, segment, np.arange(len(items)), times), strict=True):
-            batch[name][0, inside] = values
-        at += len(items)
+    batch = pack_rows([[items for items, _ in histories]], length)
     if not with_times:
-        del batch.events["time"]
-    return batch
+        return batch
+    times = np.concatenate([times for _, times in histories])
+    time = np.pad(times.astype(np.int32), (0, length - len(times)))[None]
+    return batch.replace(events={**batch.events, "time": time})
 
 
 HISTORIES = draw([4, 1, 5])
@@ -127,7 +124,7 @@ def test_packed_rows_equal_the_reference_of_each_history(kwargs):
     expected = references(config, params)
     np.testing.assert_allclose(x_SD[: len(expected)], expected, rtol=2e-4, atol=2e-5)
     assert np.abs(expected).max() > 0.1
-    assert model.reads_times == config.time_bias and model.is_causal
+    assert model.columns == (("time",) if config.time_bias else ()) and model.is_causal
 
 
 @pytest.mark.parametrize(
@@ -172,11 +169,10 @@ def test_nothing_later_changes_anything_earlier():
     """Neither another item or another time, nor that a history goes on."""
     _, model, params = make()
     x_SD = encode(model, params, pack(HISTORIES))
-    for name in ("items", "times"):
+    for name in ("item", "time"):
         batch = pack(HISTORIES)
-        batch[name][0, [3, 8, 9]] += np.array([1, 3, 7]) * (1 if name == "items" else 10**6)
-        batch.events["item"] = (batch.events["item"] - 1) % NUM_ITEMS + 1
-        y_SD = encode(model, params, batch)
+        batch.events[name][0, [3, 8, 9]] += np.array([1, 3, 7]) * (1 if name == "item" else 10**6)
+        y_SD = encode(model, params, batch.with_items((batch.items - 1) % NUM_ITEMS + 1))
         same = np.array([0, 1, 2, 4, 5, 6, 7])  # all before the events that changed
         np.testing.assert_array_equal(x_SD[same], y_SD[same])
         changed = np.array([3, 8, 9])

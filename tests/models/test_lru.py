@@ -9,12 +9,12 @@ import pytest
 from packed_rows import ROW_LEN, encode, pack, places
 
 from rec_jax.config import build
-from rec_jax.experiment import ExperimentConfig
 from rec_jax.hashing import row_keys
 from rec_jax.models.base import init_model
 from rec_jax.models.lru import FIRST_DECAYS, LRUConfig
 from rec_jax.models.registry import model_builder
 from rec_jax.nn.dropout import dropout
+from rec_jax.run_config import ExperimentConfig
 
 NUM_ITEMS, WIDTH = 20, 6
 ROWS = [[[3, 7, 7, 1], [20], [5, 6, 2, 9, 11]], [[8, 1, 4, 4, 15, 16, 17, 2]]]

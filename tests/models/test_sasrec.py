@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from packed_rows import pack as pack_rows
 
 from rec_jax.hashing import row_keys
 from rec_jax.mesh import MeshConfig, make_mesh
@@ -110,15 +111,7 @@ def reference(config, params, history, hidden=None):
 
 def pack(histories, length):
     """All histories in one row, in order."""
-    batch = {name: np.zeros((1, length), np.int32) for name in ("items", "segments", "positions")}
-    at = 0
-    for segment, history in enumerate(histories, 1):
-        inside = slice(at, at + len(history))
-        batch.events["item"][0, inside] = history
-        batch.segments[0, inside] = segment
-        batch.positions[0, inside] = np.arange(len(history))
-        at += len(history)
-    return batch
+    return pack_rows([histories], length)
 
 
 HISTORIES = [[3, 7, 7, 1], [20], [5, 6, 2, 9, 11]]

@@ -5,15 +5,16 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from packed_rows import pack
 
-from rec_jax.data.batch import Batch
 from rec_jax.data.queries import Queries
 from rec_jax.mesh import MeshConfig, make_mesh, replicate
 from rec_jax.models import scoring
-from rec_jax.models.base import get_table, init_model, with_table, without_table
+from rec_jax.models.base import init_model
 from rec_jax.models.sasrec import SASRec, SASRecConfig
 from rec_jax.models.scoring import SequenceRanker
-from rec_jax.nn.layouts import RowSharded
+from rec_jax.tables.layouts import RowSharded
+from rec_jax.tables.tables import Table, Tables
 
 NUM_ITEMS, MAX_LEN = 30, 6
 LENGTHS = [1, 3, 6, 7, 20, 2, 1, 5]
@@ -43,9 +44,10 @@ def scores_of(ranker, history):
 def sharded_ranker(data, model):
     """The table is row-sharded over a mesh."""
     mesh = make_mesh(MeshConfig(data=data, model=model))
-    layout = RowSharded(NUM_ITEMS + 1, mesh)
-    params = with_table(replicate(without_table(PARAMS), mesh), layout.place(get_table(PARAMS)))
-    return SequenceRanker(MODEL, params, MAX_LEN, mesh, layout)
+    tables = Tables({"items": Table("items/embedding", RowSharded(NUM_ITEMS + 1, mesh), None)})
+    dense, whole = tables.split(PARAMS)
+    params = tables.join(replicate(dense, mesh), tables.place(whole))
+    return SequenceRanker(MODEL, params, MAX_LEN, mesh, tables)
 
 
 @jax.jit
@@ -57,13 +59,7 @@ def forward(batch):
 def slow(history):
     """Scores after the last MAX_LEN events of one history, alone in its row."""
     history = np.asarray(history)[-MAX_LEN:]
-    pad = (0, MAX_LEN - len(history))
-    batch = Batch(
-        events={"item": np.pad(history, pad)[None]},
-        segments=np.pad(np.ones(len(history), np.int32), pad)[None],
-        positions=np.pad(np.arange(len(history)), pad)[None],
-    )
-    return np.asarray(forward(batch))[len(history) - 1]
+    return np.asarray(forward(pack([[history]], MAX_LEN)))[len(history) - 1]
 
 
 def check(scores, histories):
@@ -118,12 +114,12 @@ def test_the_first_dims_score_like_vectors_of_that_size():
     users = np.arange(len(LENGTHS))
     cut = SequenceRanker(MODEL, PARAMS, MAX_LEN, make_mesh(MeshConfig(data=1)), dims=3)
     x_BD = np.stack([forward_queries(user)[:3] for user in users])
-    expected = x_BD @ np.asarray(get_table(PARAMS))[:, :3].T
+    expected = x_BD @ np.asarray(PARAMS["items"]["embedding"])[:, :3].T
     np.testing.assert_allclose(scores(cut, users)[:, 1:], expected[:, 1:], rtol=1e-4, atol=1e-4)
 
 
 def forward_queries(user):
     """What the model says after the whole history of a user: scores of as many items give it back."""
-    table_VD = np.asarray(get_table(PARAMS), np.float64)
+    table_VD = np.asarray(PARAMS["items"]["embedding"], np.float64)
     scores_V = slow(HISTORIES.items[OFFSETS[user] : OFFSETS[user + 1]])
     return np.linalg.lstsq(table_VD, scores_V, rcond=None)[0]

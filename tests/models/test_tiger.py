@@ -7,20 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from packed_rows import pack
 
 from rec_jax.compress.config import CompressConfig
 from rec_jax.config import build
 from rec_jax.data.datasets import DataConfig
-from rec_jax.experiment import ExperimentConfig, Program
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch
 from rec_jax.models import tiger
-from rec_jax.models.base import init_model
+from rec_jax.models.base import define_model, init_model
 from rec_jax.models.beam import beam_search
+from rec_jax.models.registry import model_builder
 from rec_jax.models.semantic_ids import Codes, CodesConfig, numbered_codes
 from rec_jax.models.tiger import Tiger, TigerConfig
-from rec_jax.train.losses import LossConfig
+from rec_jax.objectives.token_loss import BCEConfig
+from rec_jax.run_config import ExperimentConfig
+from rec_jax.tables.config import TableConfig
 from rec_jax.train.precision import PrecisionConfig
-from rec_jax.train.tables import TableConfig
+from rec_jax.training import make_step
 
 NUM_CODES, LEVELS, MAX_LEN = 4, 3, 8
 SMALL = TigerConfig(width=8, ff_width=12, num_heads=2, num_layers=2, dropout=0.0)
@@ -44,11 +47,7 @@ def make(num_items, norm, prefixes):
 
 def packed():
     """One row of two histories, of 5 and 3 events; the last of each are at columns 4 and 7."""
-    return {
-        "items": np.array([[3, 1, 7, 2, 5, 9, 4, 1]], np.int32),
-        "segments": np.array([[1, 1, 1, 1, 1, 2, 2, 2]], np.int32),
-        "positions": np.array([[0, 1, 2, 3, 4, 0, 1, 2]], np.int32),
-    }
+    return pack([[[3, 1, 7, 2, 5], [9, 4, 1]]], MAX_LEN)
 
 
 @functools.cache
@@ -70,7 +69,7 @@ def every_item(which, column):
     num_items, loss = which[0], losses(*which)
     targets = np.zeros((num_items, 1, MAX_LEN), np.int32)
     targets[:, 0, column] = 1 + np.arange(num_items)
-    return -np.array([float(loss(packed() | {"targets": target})) for target in targets])
+    return -np.array([float(loss(packed().with_targets(target))) for target in targets])
 
 
 PLAIN = (20, TigerConfig.norm, TigerConfig.prefixes)
@@ -127,7 +126,7 @@ def test_a_target_is_not_seen_before_it_is_foretold():
         row = np.zeros((1, MAX_LEN), np.int32)
         for column, target in targets.items():
             row[0, int(column[1:])] = target
-        return float(losses(*PLAIN)(packed() | {"targets": row}))
+        return float(losses(*PLAIN)(packed().with_targets(row)))
 
     # Column 3 really is followed by item 5: with it as the target, nothing new is to be seen at column 4.
     assert at(c3=5, c4=11) == pytest.approx(at(c3=5) + at(c4=11), rel=1e-5)
@@ -141,12 +140,13 @@ def run_steps(**mesh):
         model=dataclasses.replace(SMALL, num_layers=1, dropout=0.3),
         mesh=MeshConfig(**mesh),
     )
-    program = Program(config, 20, make_mesh(config.mesh), 3, np.arange(21), codes=codes)
-    batch = {name: np.repeat(x, 4, axis=0) for name, x in packed().items()}
-    batch.next["item"] = 1 + (batch.events["item"] + np.arange(4)[:, None]) % 20
-    state, step = program.init_state(), program.make_step()
+    build = model_builder(config.model, 20, MAX_LEN, codes)
+    step = make_step(config, define_model(build), np.arange(21), make_mesh(config.mesh), total_steps=3)
+    batch = jax.tree.map(lambda x: np.repeat(x, 4, axis=0), packed())
+    batch = batch.with_targets(1 + (batch.items + np.arange(4)[:, None]) % 20)
+    state = step.init(init_model(build, seed=0)[1])
     for _ in range(3):
-        state, metrics = step(state, place_batch(batch, program.mesh))
+        state, metrics = step(state, place_batch(batch, step.mesh))
         yield [float(metrics[name][0]) for name in ("loss", "grad_norm", "tokens")]
 
 
@@ -159,8 +159,8 @@ def test_a_step_is_the_same_when_heads_and_channels_are_split():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"loss": LossConfig(type="bce")}, "loss.type='bce'"),
-        ({"table": TableConfig(layout="rows")}, "table.layout='rows'"),
+        ({"loss": BCEConfig()}, "loss.type='bce'"),
+        ({"table": TableConfig(layout="rows")}, "table=TableConfig.*layout='rows'.*has none"),
         ({"compress": CompressConfig(recipe="int8")}, "compress="),
         ({"precision": PrecisionConfig(output="f32")}, "precision.output='f32'"),
     ],

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rec_jax.nn import embedding
-from rec_jax.nn.embedding import (
+from rec_jax.tables.embedding import (
     Embedding,
     MultiHash,
     QuotientRemainder,
@@ -23,7 +23,7 @@ from rec_jax.nn.embedding import (
     ragged,
     reset_rows,
 )
-from rec_jax.nn.sparse import scale_by_rowwise_rss
+from rec_jax.tables.sparse import scale_by_rowwise_rss
 
 V, D = 7, 3
 NORMAL = nnx.initializers.normal(0.02)

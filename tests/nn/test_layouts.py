@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from rec_jax.mesh import MeshConfig, make_mesh
-from rec_jax.nn.layouts import DimSharded, Replicated, RowSharded, shardings
+from rec_jax.tables.layouts import DimSharded, Replicated, RowSharded, shardings
 
 NUM_ROWS, D, N, STEPS = 3000, 8, 64, 3  # N: ids of the whole batch
 SIZE = 3072  # rows of a spread table: whole groups of 1,024

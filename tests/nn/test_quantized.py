@@ -11,7 +11,6 @@ import qwix
 
 from rec_jax.nn import quantized as quantized_lib
 from rec_jax.nn.dense import dense
-from rec_jax.nn.embedding import Embedding
 from rec_jax.nn.quantized import (
     FakeQuantizedInputs,
     QuantizedKernel,
@@ -24,6 +23,7 @@ from rec_jax.nn.quantized import (
     score_items,
     unpack_int4,
 )
+from rec_jax.tables.embedding import Embedding
 
 RNG = np.random.default_rng(0)
 F32 = np.float32

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rec_jax.nn.sharded import AXES, Placement, dedupe_physical, read_sharded, update_sharded
+from rec_jax.tables.exchange import AXES, Placement, dedupe_physical, read_sharded, update_sharded
 
 NUM_ROWS, D, N = 3000, 4, 64  # ids of the whole batch
 MESHES = [(1, 1), (8, 1), (2, 4), (1, 8)]  # data, model

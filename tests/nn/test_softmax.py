@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from rec_jax.mesh import MeshConfig, make_mesh
 from rec_jax.nn import softmax
-from rec_jax.nn.sharded import AXES, Placement, shard_index
+from rec_jax.tables.exchange import AXES, Placement, shard_index
 
 D = 8
 

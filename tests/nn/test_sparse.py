@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from rec_jax.nn import sparse as sparse_lib
-from rec_jax.nn.sparse import (
+from rec_jax.tables.sparse import (
     catch_up_adam,
     dedupe,
     dedupe_by_hash,

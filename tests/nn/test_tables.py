@@ -12,12 +12,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from experiments.speed.collectives import collective_bytes
-from rec_jax.data.vocabulary import DynamicVocabulary
 from rec_jax.mesh import MeshConfig, make_mesh, replicate
-from rec_jax.nn.embedding import MultiHash, QuotientRemainder, bag, ragged, reset_rows
-from rec_jax.nn.layouts import DimSharded, Replicated, RowSharded, shardings
-from rec_jax.nn.sparse import scale_by_rowwise_rss
-from rec_jax.nn.tables import Table, Tables
+from rec_jax.tables.embedding import MultiHash, QuotientRemainder, bag, ragged, reset_rows
+from rec_jax.tables.layouts import DimSharded, Replicated, RowSharded, shardings
+from rec_jax.tables.sparse import scale_by_rowwise_rss
+from rec_jax.tables.tables import Table, Tables
+from rec_jax.tables.vocabulary import DynamicVocabulary
 
 B, S, K, NUM_TAG_IDS, STEPS = 16, 5, 6, 12, 3
 NUM_ITEMS, NUM_CITIES = 2999, 99
@@ -51,7 +51,7 @@ def tables_on(mesh, whole=WHOLE):
         "users": DimSharded(num_rows["users"], mesh),
         "cities": RowSharded(num_rows["cities"], mesh, capacity_factor=0.5),
     }
-    return Tables({name: Table(layout, OPTIMIZERS[name]) for name, layout in layouts.items()})
+    return Tables({name: Table(name, layout, OPTIMIZERS[name]) for name, layout in layouts.items()})
 
 
 def make_batch(seed):
@@ -119,14 +119,14 @@ def make_step(tables, states, mesh, compiler_options=None):
 
     def step(state, batch, max_norm):
         params, arrays, states = state
-        rows, places, touched, _ = tables.read(arrays, states, ids_of(batch))
-        sums, grads = value_and_grad(params, rows, places, batch)
+        reads = tables.read(arrays, states, ids_of(batch))
+        sums, grads = value_and_grad(params, reads.rows, reads.places, batch)
         (loss, num_targets), of_params = jax.lax.psum((sums, grads[0]), "data")
-        touched, of_tables = tables.sum_grads(touched, grads[1])
+        reads, of_tables = tables.sum_grads(reads, grads[1], {})
         grads = jax.tree.map(lambda g: g / num_targets, (of_params, of_tables))
-        norm = jnp.sqrt(jnp.sum(grads[0] ** 2) + tables.sum_squares(touched, grads[1]))
+        norm = jnp.sqrt(jnp.sum(grads[0] ** 2) + tables.sum_squares(reads, grads[1]))
         grads = jax.tree.map(lambda g: g * jnp.minimum(1, max_norm / norm), grads)
-        arrays, states, squares = tables.update(arrays, states, touched, grads[1])
+        arrays, states, squares = tables.update(arrays, states, reads, grads[1])
         return (params - 0.3 * grads[0], arrays, states), (loss / num_targets, norm, squares)
 
     state_specs = (P(), tables.specs, tables.state_specs(states))
@@ -260,7 +260,7 @@ def test_a_new_key_starts_with_a_fresh_row_and_a_fresh_state():
     mesh, rate = make_mesh(MeshConfig(data=2)), 0.5
     layout = RowSharded(3, mesh)
     optimizer = optax.chain(scale_by_rowwise_rss(), optax.scale(-rate))
-    tables = Tables({"users": Table(layout, optimizer)})
+    tables = Tables({"users": Table("users", layout, optimizer)})
     arrays = tables.place({"users": jnp.zeros((3, 4))})
     states = tables.init(arrays)
     specs = (tables.specs, tables.state_specs(states))
@@ -274,9 +274,9 @@ def test_a_new_key_starts_with_a_fresh_row_and_a_fresh_state():
         )
 
         def step(arrays, states, rows_B):
-            rows, places, touched, _ = tables.read(arrays, states, {"users": rows_B})
-            grads = jax.grad(lambda rows: jnp.sum(rows["users"][places["users"]]))(rows)
-            return tables.update(arrays, states, *tables.sum_grads(touched, grads))[:2]
+            reads = tables.read(arrays, states, {"users": rows_B})
+            grads = jax.grad(lambda rows: jnp.sum(rows["users"][reads.places["users"]]))(reads.rows)
+            return tables.update(arrays, states, *tables.sum_grads(reads, grads, {}))[:2]
 
         on_mesh = jax.shard_map(
             step, mesh=mesh, in_specs=(*specs, P("data")), out_specs=specs, check_vma=False
@@ -321,8 +321,11 @@ def test_mistakes():
     for ids in (jnp.zeros(1), {}):
         with pytest.raises(ValueError, match=r"ids\['items'\] must be int32"):
             tables.read({}, {}, dict.fromkeys(WHOLE, ids))
-    other = make_mesh(MeshConfig(data=4))
-    with pytest.raises(ValueError, match="one mesh"):
-        Tables(tables.tables | {"tags": Table(Replicated(40, other), OPTIMIZERS["tags"])})
-    with pytest.raises(ValueError, match=r"tables=\[\] must be at least one"):
-        Tables({})
+
+
+def test_no_tables_are_the_empty_set():
+    none, params = Tables({}), {"kernel": PARAMS}
+    assert none.split(params) == (params, {}) and none.join(params, {}) == params and not none
+    reads = none.read({}, {}, {})
+    assert none.sum_grads(reads, {}, {}) == (reads, {}) and none.update({}, {}, reads, {}) == ({}, {}, 0)
+    assert none.sum_squares(reads, {}) == 0 and none.placement is None and not none.can_catch_up

@@ -7,18 +7,21 @@ import jax
 import numpy as np
 
 from rec_jax.compress.config import CompressConfig
+from rec_jax.data.batch import Batch
 from rec_jax.data.datasets import DataConfig
-from rec_jax.experiment import ExperimentConfig, Program, model_builder
+from rec_jax.experiment import model_builder
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch
-from rec_jax.models.base import get_table, init_model, with_table
+from rec_jax.models.base import define_model, init_model
 from rec_jax.models.sasrec import SASRecConfig
-from rec_jax.train.augment import AugmentConfig
-from rec_jax.train.contrastive import ContrastiveConfig
+from rec_jax.objectives.augment import AugmentConfig
+from rec_jax.objectives.contrastive import ContrastiveConfig
+from rec_jax.objectives.token_loss import BCEConfig, GBCEConfig, SampledSoftmaxConfig, SoftmaxConfig
+from rec_jax.run_config import ExperimentConfig
+from rec_jax.tables.config import TableConfig
 from rec_jax.train.loop import TrainConfig
-from rec_jax.train.losses import LossConfig
 from rec_jax.train.optim import OptimConfig
 from rec_jax.train.precision import F32
-from rec_jax.train.tables import TableConfig
+from rec_jax.training import make_step
 
 NUM_ITEMS, ROWS, LENGTH = 40, 8, 12
 
@@ -26,25 +29,25 @@ NUM_ITEMS, ROWS, LENGTH = 40, 8, 12
 def make_batch(seed=0, rows=ROWS):
     """Packed rows of several segments, some with padding behind, one all padding."""
     rng = np.random.default_rng(seed)
-    batch = {n: np.zeros((rows, LENGTH), np.int32) for n in ("items", "targets", "segments", "positions")}
+    items, targets, segments, positions = np.zeros((4, rows, LENGTH), np.int32)
     for row in range(rows - 1):
         at, segment = 0, 1
         while at < LENGTH - 2:
             length = int(rng.integers(1, LENGTH - at))
             inside = slice(at, at + length)
             walk = rng.integers(1, NUM_ITEMS + 1, length + 1)
-            batch.events["item"][row, inside], batch.next["item"][row, inside] = walk[:-1], walk[1:]
-            batch.segments[row, inside], batch.positions[row, inside] = segment, np.arange(length)
+            items[row, inside], targets[row, inside] = walk[:-1], walk[1:]
+            segments[row, inside], positions[row, inside] = segment, np.arange(length)
             at, segment = at + length, segment + 1
-    return batch
+    return Batch({"item": items}, segments, positions, {"item": targets})
 
 
 LOSSES = {
-    "softmax": LossConfig(type="softmax"),
-    "sampled": LossConfig(type="sampled_softmax", num_negatives=5, sampler="popularity"),
-    "in_batch": LossConfig(type="sampled_softmax", num_negatives=5, sampler="in_batch", sharing="batch"),
-    "bce": LossConfig(type="bce", num_negatives=1, sharing="position", exclude_history=True),
-    "gbce": LossConfig(type="gbce", num_negatives=5),
+    "softmax": SoftmaxConfig(),
+    "sampled": SampledSoftmaxConfig(num_negatives=5, sampler="popularity"),
+    "in_batch": SampledSoftmaxConfig(num_negatives=5, sampler="in_batch", sharing="batch"),
+    "bce": BCEConfig(num_negatives=1, sharing="position", exclude_history=True),
+    "gbce": GBCEConfig(num_negatives=5),
 }
 
 
@@ -54,7 +57,7 @@ OPTIM = OptimConfig(type="sgd", learning_rate=0.5)
 COUNTS = np.arange(NUM_ITEMS + 1)
 
 
-def make_program(
+def make_config(
     loss="softmax", devices=1, micro_rows=8, precision=F32, seed=0, optim=OPTIM, table=None, model_axis=1,
     num_heads=1, num_experts=0, fully_sharded=False, reduce="f32", compress=None, total_steps=10, teachers=(),
     base=None, model=(), augment=None, contrastive=None, **table_fields,
@@ -76,7 +79,20 @@ def make_program(
         augment=augment or AugmentConfig(),
         contrastive=contrastive or ContrastiveConfig(),
     )
-    return Program(config, NUM_ITEMS, make_mesh(config.mesh), total_steps, COUNTS, teachers, base)
+    return config, {"total_steps": total_steps, "teachers": teachers, "base": base}
+
+
+def make_program(*args, **fields):
+    """The step of `make_config`."""
+    config, options = make_config(*args, **fields)
+    return make(config, **options)
+
+
+def make(config, total_steps=10, teachers=(), base=None, neighbours=None):
+    """The step of a config over COUNTS."""
+    model = define_model(model_builder(config, NUM_ITEMS))
+    mesh, options = make_mesh(config.mesh), {"teachers": teachers, "base": base, "neighbours_VK": neighbours}
+    return make_step(config, model, COUNTS, mesh, total_steps=total_steps, **options)
 
 
 @functools.cache
@@ -86,22 +102,18 @@ def initial_params(model_config):
 
 
 def run(loss="softmax", devices=1, micro_rows=8, steps=3, batches=None, neighbours=None, **fields):
-    program = make_program(loss, devices, micro_rows, **fields)
-    step, catch_up = program.make_step(neighbours), program.make_catch_up()
-    params = initial_params(program.config.model)
+    config, options = make_config(loss, devices, micro_rows, **fields)
+    step = make(config, neighbours=neighbours, **options)
+    state = step.init(initial_params(config.model))
     batches = [make_batch(index) for index in range(steps)] if batches is None else batches
-    state = program.init_state(params)
     losses, norms = [], []
     for index in range(steps):
-        state, metrics = step(state, place_batch(batches[index], program.mesh))
+        state, metrics = step(state, place_batch(batches[index], step.mesh))
         losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
         norms.append(float(metrics["grad_norm"][0]))
-    assert step._cache_size() == 1  # one trace over all steps
-    state = catch_up(state) if catch_up else state
-    params = state.params
-    if program.item_table:
-        params = with_table(params, program.item_table.layout.unplace(get_table(params)))
-    return losses, jax.device_get(params), norms
+    assert step.num_traces == 1  # over all steps
+    state = step.catch_up(state) if step.catch_up else state
+    return losses, jax.device_get(step.tables.unplace(state.params)), norms
 
 
 reference = functools.cache(run)  # on one device

@@ -11,7 +11,7 @@ from step_runs import NO_LAYERS, NUM_ITEMS, assert_close, make_batch, run
 
 from rec_jax.hashing import row_keys
 from rec_jax.models.baselines import nearest_items
-from rec_jax.train.augment import AugmentConfig, augment, segment_lengths
+from rec_jax.objectives.augment import AugmentConfig, augment, segment_lengths
 
 ROWS = 64
 BATCH = make_batch(seed=3, rows=ROWS)
@@ -41,61 +41,60 @@ def test_lengths():
 def test_a_crop_is_one_stretch_that_counts_from_its_start():
     view, firsts = change(crop=0.6), set()
     for row, columns in segments(BATCH):
-        segment = BATCH["segments"][row, columns[0]]
+        segment = BATCH.segments[row, columns[0]]
         kept = np.flatnonzero(view.segments[row] == segment)
         assert len(kept) == max(1, int(0.6 * len(columns) + 1e-6))
         assert set(kept) <= set(columns) and np.all(np.diff(kept) == 1)
-        for name in ("items", "targets"):
-            np.testing.assert_array_equal(view[name][row, kept], BATCH[name][row, kept])
+        np.testing.assert_array_equal(view.items[row, kept], BATCH.items[row, kept])
+        np.testing.assert_array_equal(view.targets[row, kept], BATCH.targets[row, kept])
         np.testing.assert_array_equal(view.positions[row, kept], np.arange(len(kept)))
         firsts.add(kept[0] - columns[0])
     assert len(firsts) > 3
     outside = view.segments == 0
-    for name in ("items", "targets", "positions"):
-        assert not np.any(view[name][outside])
+    for x in (view.items, view.targets, view.positions):
+        assert not np.any(x[outside])
 
 
 def test_a_mask_hides_a_share_of_the_items():
     view = change(mask=0.3)
-    hidden = (view.events["item"] == 0) & (BATCH["items"] > 0)
-    assert 0.2 < hidden.sum() / np.sum(BATCH["items"] > 0) < 0.4
-    np.testing.assert_array_equal(view.events["item"], np.where(hidden, 0, BATCH["items"]))
+    hidden = (view.items == 0) & (BATCH.items > 0)
+    assert 0.2 < hidden.sum() / np.sum(BATCH.items > 0) < 0.4
+    np.testing.assert_array_equal(view.items, np.where(hidden, 0, BATCH.items))
     for name in ("targets", "segments", "positions"):
-        np.testing.assert_array_equal(view[name], BATCH[name])
+        np.testing.assert_array_equal(getattr(view, name), getattr(BATCH, name))
 
 
 def test_a_reordered_stretch_tells_no_target():
-    batch = BATCH | {
-        "items": np.where(BATCH["items"] > 0, 1 + np.arange(BATCH["items"].size).reshape(ROWS, -1), 0)
-    }
+    numbered = 1 + np.arange(BATCH.items.size).reshape(ROWS, -1)
+    batch = BATCH.with_items(np.where(BATCH.items > 0, numbered, 0))
     config = AugmentConfig(reorder=0.6)
     view = jax.device_get(jax.jit(lambda b: augment(config, b, KEYS))(batch))
     num_moved = 0
     for row, columns in segments(batch):
-        before, after = batch.events["item"][row, columns], view.events["item"][row, columns]
+        before, after = batch.items[row, columns], view.items[row, columns]
         np.testing.assert_array_equal(np.sort(after), before)  # of the same segment, ids counting up
         moved = np.flatnonzero(before != after)
         if len(moved):
             assert moved[-1] - moved[0] < int(0.6 * len(columns) + 1e-6)
         num_moved += len(moved)
-        for place, target in enumerate(view.next["item"][row, columns]):
+        for place, target in enumerate(view.targets[row, columns]):
             seen = after[: place + 1]
             if target:
-                assert target == batch.next["item"][row, columns[place]]
+                assert target == batch.targets[row, columns[place]]
                 assert set(seen) == set(before[: place + 1])  # all that came before, and nothing later
-        assert view.next["item"][row, columns[-1]] == batch.next["item"][row, columns[-1]]
+        assert view.targets[row, columns[-1]] == batch.targets[row, columns[-1]]
     assert num_moved > 50
     for name in ("segments", "positions"):
-        np.testing.assert_array_equal(view[name], batch[name])
+        np.testing.assert_array_equal(getattr(view, name), getattr(batch, name))
 
 
 def test_substitutes_are_neighbours():
     view = change(substitute=0.4, num_neighbours=1)
-    replaced = view.events["item"] != BATCH["items"]
-    assert 0.3 < replaced.sum() / np.sum(BATCH["items"] > 0) < 0.5
-    np.testing.assert_array_equal(view.events["item"][replaced], BATCH["items"][replaced] % NUM_ITEMS + 1)
-    np.testing.assert_array_equal(view.next["item"], BATCH["targets"])
-    half = change(substitute=0.4, num_neighbours=2)["items"] != BATCH["items"]  # every other has no neighbour
+    replaced = view.items != BATCH.items
+    assert 0.3 < replaced.sum() / np.sum(BATCH.items > 0) < 0.5
+    np.testing.assert_array_equal(view.items[replaced], BATCH.items[replaced] % NUM_ITEMS + 1)
+    np.testing.assert_array_equal(view.targets, BATCH.targets)
+    half = change(substitute=0.4, num_neighbours=2).items != BATCH.items  # every other has no neighbour
     assert 0.1 < half.sum() / replaced.sum() < 0.9
 
 
@@ -103,8 +102,8 @@ def test_each_history_gets_one_change():
     both = change(crop=0.6, mask=0.9)
     num_cropped = 0
     for row, columns in segments(BATCH):
-        is_cropped = np.any(both["segments"][row, columns] == 0)
-        is_masked = np.any((both["items"] == 0)[row, columns] & (both["segments"] > 0)[row, columns])
+        is_cropped = np.any(both.segments[row, columns] == 0)
+        is_masked = np.any((both.items == 0)[row, columns] & (both.segments > 0)[row, columns])
         assert not (is_cropped and is_masked)
         num_cropped += is_cropped
     assert 0.2 * ROWS < num_cropped < sum(1 for _ in segments(BATCH)) - 0.2 * ROWS
@@ -113,7 +112,7 @@ def test_each_history_gets_one_change():
 def test_a_row_keeps_its_draws_wherever_it_lies():
     config, batch = AugmentConfig(reorder=0.6), jax.tree.map(lambda x: x[::-1], BATCH)
     reversed_view = augment(config, batch, KEYS[::-1])
-    np.testing.assert_array_equal(np.asarray(reversed_view["items"])[::-1], change(reorder=0.6)["items"])
+    np.testing.assert_array_equal(np.asarray(reversed_view.items)[::-1], change(reorder=0.6).items)
 
 
 def test_nearest_items_by_hand():

@@ -244,7 +244,7 @@ def test_full_disk_ends_with_a_message_and_the_checkpoint_intact(tmp_path):
     assert toy_run.digest(resumed.state) == toy_run.digest(whole.state)
 
 
-def test_a_checksum_does_not_depend_on_how_an_array_lies():
+def test_a_checksum_does_not_depend_on_the_sharding():
     x = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
     expected = zlib.crc32(x.reshape(-1).view(np.uint8))
     mesh = jax.make_mesh((2, 4), ("a", "b"))

@@ -9,22 +9,25 @@ import numpy as np
 import pytest
 from step_runs import LENGTH, NO_LAYERS, NUM_ITEMS, assert_close, make_batch, reference, run
 
-from rec_jax.experiment import ExperimentConfig
 from rec_jax.hashing import mix
 from rec_jax.models.base import init_model
 from rec_jax.models.bert4rec import BERT4RecConfig
 from rec_jax.models.registry import model_builder
 from rec_jax.models.sasrec import SASRecConfig
-from rec_jax.train.augment import AugmentConfig
-from rec_jax.train.contrastive import ContrastiveConfig, Views, contrastive_sum
-from rec_jax.train.losses import LossConfig
+from rec_jax.objectives.augment import AugmentConfig
+from rec_jax.objectives.contrastive import ContrastiveConfig, contrastive_sum
+from rec_jax.objectives.negatives import make_prior
+from rec_jax.objectives.objective import Fixed, Objective, StepContext
+from rec_jax.objectives.token_loss import BCEConfig, SoftmaxConfig
+from rec_jax.run_config import ExperimentConfig
+from rec_jax.train.precision import F32
 
 ROWS = 4
 MODEL, PARAMS = init_model(
     model_builder(SASRecConfig(width=8, ff_width=8, num_layers=1, dropout=0.3), NUM_ITEMS, LENGTH), seed=0
 )
-BATCH = make_batch(seed=1, rows=ROWS) | {"row_ids": np.arange(ROWS, dtype=np.int32)}
-BATCH["targets"] = (BATCH["targets"] + 3) // 4  # so that histories share targets
+BATCH = make_batch(seed=1, rows=ROWS).replace(row_ids=np.arange(ROWS, dtype=np.int32))
+BATCH = BATCH.with_targets((BATCH.targets + 3) // 4)  # so that histories share targets
 SEED = jnp.uint32(9)
 KEYS = mix(SEED, jnp.arange(ROWS))
 
@@ -49,8 +52,8 @@ def last_tokens(segments_BS):
 
 def by_hand(config, first, second):
     """first, second: (x_BSD, segments) of the two views."""
-    columns = last_tokens(BATCH["segments"])
-    names = [name for name in columns if BATCH["positions"][name[0], columns[name]] > 0]  # two tokens or more
+    columns = last_tokens(BATCH.segments)
+    names = [name for name in columns if BATCH.positions[name[0], columns[name]] > 0]  # two tokens or more
     z, owner, target = [], [], []
     for x, segments_BS in (first, second):
         at = last_tokens(segments_BS)
@@ -58,7 +61,7 @@ def by_hand(config, first, second):
             vector = np.asarray(x[name[0], at[name]], np.float64)
             z.append(vector / np.linalg.norm(vector))
             owner.append(name)
-            target.append(BATCH["targets"][name[0], columns[name]])
+            target.append(BATCH.targets[name[0], columns[name]])
     total = 0.0
     for i in range(len(z)):
         scores = {j: z[i] @ z[j] / config.temperature for j in range(len(z)) if j != i}
@@ -76,17 +79,18 @@ def test_views_by_dropout(same_target):
     config = ContrastiveConfig(weight=0.7, temperature=0.5, same_target=same_target)
     x_BSD = encode(BATCH, KEYS)
     other = encode(BATCH, mix(KEYS, 1))
-    expected = by_hand(config, *((x, BATCH["segments"]) for x in (x_BSD, other)))
+    expected = by_hand(config, *((x, BATCH.segments) for x in (x_BSD, other)))
     assert loss_of(config)(x_BSD, BATCH, KEYS) == pytest.approx(expected, rel=1e-4)
 
 
 def test_views_by_change():
     config = ContrastiveConfig(weight=1.0, view="augment")
-    batch = jax.jit(Views(AugmentConfig(), config).change)(BATCH, SEED)
-    np.testing.assert_array_equal(batch.events["item"], BATCH["items"])  # of the model's own loss
+    objective = Objective(MODEL, SoftmaxConfig(), F32, contrastive=config)
+    context = StepContext(jnp.int32(0), SEED, Fixed(make_prior(SoftmaxConfig(), np.ones(9))))
+    batch = jax.jit(objective.prepare)(BATCH, context)
+    np.testing.assert_array_equal(batch.items, BATCH.items)  # of the model's own loss
     pairs = []
-    for i in range(2):
-        view = BATCH | {name: batch[f"view_{name}"][:, i] for name in ("items", "segments", "positions")}
+    for i, view in enumerate(batch.views):
         pairs.append((encode(view, mix(KEYS, 1 + i)), view.segments))
     assert np.any(pairs[0][1] != pairs[1][1])  # cropped in two ways
     expected = by_hand(config, *pairs)
@@ -94,10 +98,8 @@ def test_views_by_change():
 
 
 def test_alone_there_is_nothing_to_tell_apart():
-    config, batch = ContrastiveConfig(weight=1.0), jax.tree.map(np.copy, BATCH)
-    is_first = (batch.segments == 1) & (np.arange(ROWS)[:, None] == 0)
-    for name in ("items", "targets", "segments", "positions"):
-        batch[name] = np.where(is_first, batch[name], 0)
+    config = ContrastiveConfig(weight=1.0)
+    batch = BATCH.keep((BATCH.segments == 1) & (np.arange(ROWS)[:, None] == 0))
     assert batch.positions.max() > 0
     assert loss_of(config)(encode(batch, KEYS), batch, KEYS) == pytest.approx(0, abs=1e-5)
 
@@ -121,13 +123,13 @@ def test_it_runs_on_a_mesh():
 @pytest.mark.parametrize(
     "sections, message",
     [
-        ({"model": BERT4RecConfig(), "augment": AugmentConfig(mask=0.1)}, "type='bert4rec' masks items"),
+        ({"model": BERT4RecConfig(), "augment": AugmentConfig(mask=0.1)}, "'bert4rec' masks items"),
         ({"model": SASRecConfig(dropout=0.0), "contrastive": ContrastiveConfig(weight=1.0)}, "model.dropout"),
     ],
 )
 def test_configs_that_do_not_go_together(sections, message):
     with pytest.raises(ValueError, match=message):
-        ExperimentConfig(loss=LossConfig(type="bce"), **sections)
+        ExperimentConfig(loss=BCEConfig(), **sections)
 
 
 def test_mistakes():

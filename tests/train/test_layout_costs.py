@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from rec_jax.train.losses import LossConfig
-from rec_jax.train.plan import choose_layout, ids_per_device, layout_costs
-from rec_jax.train.tables import TableConfig
+from rec_jax.objectives.token_loss import BCEConfig, SoftmaxConfig, num_negatives
+from rec_jax.tables.config import TableConfig
+from rec_jax.tables.plan import choose_layout, ids_per_device, layout_costs
 
 CONFIG = TableConfig(optimizer="rowwise_adagrad", device_gbytes=1e-3)
 
@@ -19,15 +19,16 @@ def costs(config=CONFIG, num_rows=1000, dim=8, num_ids=64, data=2, model=4, opti
 @pytest.mark.parametrize(
     "loss, expected",
     [
-        (LossConfig(), 1 + 2 * 4 * 10),
-        (LossConfig(type="bce", num_negatives=3, sharing="row"), 1 + 2 * 4 * 10 + 4 * 3),
-        (LossConfig(type="bce", num_negatives=3, sharing="position"), 1 + 2 * 4 * 10 + 4 * 10 * 3),
-        (LossConfig(type="bce", num_negatives=3, sharing="batch"), 1 + 2 * 4 * 10 + 3),
+        (SoftmaxConfig(), 1 + 2 * 4 * 10),
+        (BCEConfig(num_negatives=3, sharing="row"), 1 + 2 * 4 * 10 + 4 * 3),
+        (BCEConfig(num_negatives=3, sharing="position"), 1 + 2 * 4 * 10 + 4 * 10 * 3),
+        (BCEConfig(num_negatives=3, sharing="batch"), 1 + 2 * 4 * 10 + 3),
     ],
 )
 def test_ids_of_a_device(loss, expected):
-    assert ids_per_device(loss, batch_rows=8, max_len=10, data=2) == expected
-    assert ids_per_device(loss, batch_rows=8, max_len=10, data=2, num_views=2) == expected + 80
+    drawn = num_negatives(loss, 4, 10)
+    assert ids_per_device(4, 10, drawn) == expected
+    assert ids_per_device(4, 10, drawn, num_views=2) == expected + 80
 
 
 def test_costs_by_hand():

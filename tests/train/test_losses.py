@@ -3,23 +3,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rec_jax.data.negatives import make_sampler
+from rec_jax.data.batch import Batch
 from rec_jax.hashing import row_keys
-from rec_jax.train.losses import LossConfig, draw_negatives, draw_shared, gbce_beta, loss_sum
+from rec_jax.objectives.catalogue import Catalogue
+from rec_jax.objectives.negatives import ItemPrior, draw_by_row, draw_shared, make_sampler
+from rec_jax.objectives.token_loss import (
+    BCEConfig,
+    GBCEConfig,
+    SampledSoftmaxConfig,
+    SoftmaxConfig,
+    gbce_beta,
+    is_sampled,
+    make_token_loss,
+)
 
 NUM_ITEMS, D = 9, 4
 RNG = np.random.default_rng(0)
 TABLE = jnp.asarray(RNG.normal(size=(NUM_ITEMS + 1, D)), jnp.float32)
 X = jnp.asarray(RNG.normal(size=(2, 3, D)), jnp.float32)
-BATCH = {
-    "items": jnp.array([[1, 2, 3], [4, 5, 0]]),
-    "targets": jnp.array([[2, 3, 6], [5, 7, 0]]),
-    "segments": jnp.array([[1, 1, 1], [1, 1, 0]]),
-}
+BATCH = Batch(
+    events={"item": jnp.array([[1, 2, 3], [4, 5, 0]])},
+    next={"item": jnp.array([[2, 3, 6], [5, 7, 0]])},
+    segments=jnp.array([[1, 1, 1], [1, 1, 0]]),
+    positions=jnp.array([[0, 1, 2], [0, 1, 0]]),
+)
 SEED, KEYS = jnp.uint32(5), row_keys(jnp.uint32(5), jnp.arange(2))
 UNIFORM = make_sampler("uniform", np.ones(NUM_ITEMS + 1))
 
 
+@jax.tree_util.register_static
 class Fixed:
     """A sampler that draws what it is told."""
 
@@ -39,26 +51,27 @@ def by_hand(per_token):
     total = 0.0
     for row, place in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]:
         scores = np.asarray(TABLE, np.float64) @ np.asarray(X[row, place], np.float64)
-        total += per_token(scores, int(BATCH["targets"][row, place]))
+        total += per_token(scores, int(BATCH.targets[row, place]))
     return total
 
 
-def compute(config, sampler, x=X, table=TABLE, keys=KEYS, batch=BATCH):
-    shared = draw_shared(config, sampler, SEED, BATCH["targets"])
-    negatives = draw_negatives(config, sampler, keys, X.shape[1], shared)
-    loss, count = loss_sum(config, sampler, x, table, batch, negatives)
-    assert count == 5
-    return loss
+def compute(config, sampler, x=X, table=TABLE, keys=KEYS, prior=None):
+    prior, negatives = prior or ItemPrior(sampler), None
+    if is_sampled(config) and config.sharing == "batch":
+        negatives = draw_shared(config, prior.sampler, SEED, BATCH.targets)
+    elif is_sampled(config):
+        negatives = draw_by_row(config, prior.sampler, keys, X.shape[1])
+    return make_token_loss(config)(x, Catalogue(table), BATCH, negatives, prior)
 
 
 def test_bce_with_one_negative():
-    config = LossConfig(type="bce", num_negatives=1, sharing="position")
+    config = BCEConfig(num_negatives=1, sharing="position")
     expected = by_hand(lambda s, y: softplus(-s[y]) + softplus(s[9]))
     assert compute(config, Fixed([9])) == pytest.approx(expected, rel=1e-5)
 
 
 def test_bce_starts_where_positives_and_negatives_balance():
-    config = LossConfig(type="bce", num_negatives=2, sharing="row")
+    config = BCEConfig(num_negatives=2, sharing="row")
     prior = np.log(1 / 2)
     expected = by_hand(lambda s, y: softplus(-s[y] - prior) + softplus(s[8] + prior) + softplus(s[9] + prior))
     assert compute(config, Fixed([8, 9])) == pytest.approx(expected, rel=1e-5)
@@ -68,7 +81,7 @@ def test_gbce_raises_the_positive_to_beta():
     # K = 2 of V - 1 = 8: alpha = 1/4, beta = 1/4 * (0.5 * (1 - 4) + 4) = 0.625.
     assert gbce_beta(2, NUM_ITEMS, 0.5) == pytest.approx(0.625)
     assert gbce_beta(2, NUM_ITEMS, 0.0) == 1 and gbce_beta(2, NUM_ITEMS, 1.0) == pytest.approx(0.25)
-    config = LossConfig(type="gbce", num_negatives=2, gbce_t=0.5)
+    config = GBCEConfig(num_negatives=2, calibration=0.5)
     prior = np.log(0.625 / 2)
     expected = by_hand(
         lambda s, y: 0.625 * softplus(-s[y] - prior) + softplus(s[8] + prior) + softplus(s[9] + prior)
@@ -77,7 +90,7 @@ def test_gbce_raises_the_positive_to_beta():
 
 
 def test_sampled_softmax_by_hand():
-    config = LossConfig(type="sampled_softmax", num_negatives=2)
+    config = SampledSoftmaxConfig(num_negatives=2)
     log_prob = jnp.log(jnp.arange(10) / 45.0)
 
     def token(s, y):
@@ -92,14 +105,14 @@ def test_sampled_softmax_by_hand():
 @pytest.mark.parametrize("sampler", ["uniform", "popularity"])
 def test_sampled_softmax_tends_to_the_exact_one(sampler):
     """The estimate of the partition is unbiased, whatever the sampler."""
-    exact = float(compute(LossConfig(type="softmax"), None))
+    exact = float(compute(SoftmaxConfig(), None))
     counts = np.array([0, 1, 1, 2, 3, 5, 8, 13, 21, 34])
-    many = LossConfig(type="sampled_softmax", num_negatives=20_000)
+    many = SampledSoftmaxConfig(num_negatives=20_000)
     assert compute(many, make_sampler(sampler, counts)) == pytest.approx(exact, rel=1e-2)
 
 
 def test_a_negative_that_is_the_target_does_not_count():
-    config = LossConfig(type="sampled_softmax", num_negatives=2)
+    config = SampledSoftmaxConfig(num_negatives=2)
 
     def token(s, y):
         others = [np.exp(s[v]) / (2 / NUM_ITEMS) for v in (6, 9) if v != y]
@@ -109,22 +122,25 @@ def test_a_negative_that_is_the_target_does_not_count():
 
 
 def test_history_may_be_left_out_of_the_negatives():
-    config = LossConfig(type="bce", num_negatives=2, sharing="row", exclude_history=True)
+    config = BCEConfig(num_negatives=2, sharing="row", exclude_history=True)
     prior = np.log(1 / 2)
     # Item 7 is a target of row 1 and item 1 an input of row 0: each is dropped in its own row alone.
     expected = 0.0
     for row, place, drawn in [(0, 0, 7), (0, 1, 7), (0, 2, 7), (1, 0, 1), (1, 1, 1)]:
         s = np.asarray(TABLE, np.float64) @ np.asarray(X[row, place], np.float64)
-        expected += softplus(-s[BATCH["targets"][row, place]] - prior) + softplus(s[drawn] + prior)
+        expected += softplus(-s[BATCH.targets[row, place]] - prior) + softplus(s[drawn] + prior)
     assert compute(config, Fixed([1, 7])) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("loss", ["bce", "gbce", "sampled_softmax"])
+LOSS_TYPES = {"bce": BCEConfig, "gbce": GBCEConfig, "sampled_softmax": SampledSoftmaxConfig}
+
+
+@pytest.mark.parametrize("loss", LOSS_TYPES)
 def test_sharing_is_a_matter_of_cost_alone(loss):
     """The same negatives shared by batch, row or position give the same loss and gradient."""
     results = []
     for sharing in ("batch", "row", "position"):
-        config = LossConfig(type=loss, num_negatives=3, sharing=sharing)
+        config = LOSS_TYPES[loss](num_negatives=3, sharing=sharing)
 
         def objective(x, table, config=config):
             return compute(config, Fixed([1, 8, 9]), x, table)
@@ -135,7 +151,7 @@ def test_sharing_is_a_matter_of_cost_alone(loss):
 
 
 def test_in_batch_draws_are_targets_of_the_batch_in_their_frequency():
-    config = LossConfig(type="sampled_softmax", num_negatives=5000, sampler="in_batch", sharing="batch")
+    config = SampledSoftmaxConfig(num_negatives=5000, sampler="in_batch", sharing="batch")
     targets = jnp.array([[2, 2, 0], [5, 7, 0]])
     drawn = draw_shared(config, UNIFORM, SEED, targets).ids_BSK
     share = np.bincount(np.asarray(drawn).ravel(), minlength=8) / 5000
@@ -144,11 +160,11 @@ def test_in_batch_draws_are_targets_of_the_batch_in_their_frequency():
 
 def test_rows_and_positions_draw_differently():
     for sharing, shape in [("row", (2, 1, 4)), ("position", (2, 3, 4))]:
-        config = LossConfig(type="bce", num_negatives=4, sharing=sharing)
-        drawn = np.asarray(draw_negatives(config, UNIFORM, KEYS, 3, None).ids_BSK)
+        config = BCEConfig(num_negatives=4, sharing=sharing)
+        drawn = np.asarray(draw_by_row(config, UNIFORM, KEYS, 3).ids_BSK)
         assert drawn.shape == shape
         assert len({tuple(ids) for ids in drawn.reshape(-1, 4)}) == shape[0] * shape[1]
-        swapped = np.asarray(draw_negatives(config, UNIFORM, KEYS[::-1], 3, None).ids_BSK)
+        swapped = np.asarray(draw_by_row(config, UNIFORM, KEYS[::-1], 3).ids_BSK)
         np.testing.assert_array_equal(swapped, drawn[::-1])  # a row keeps its draws wherever it lies
 
 
@@ -156,10 +172,10 @@ def test_rows_and_positions_draw_differently():
     "kwargs, message",
     [
         ({"num_negatives": 0}, "num_negatives=0"),
-        ({"gbce_t": 1.5}, "gbce_t=1.5"),
+        ({"calibration": 1.5}, "calibration=1.5"),
         ({"sampler": "in_batch"}, "sharing='row'"),
     ],
 )
 def test_mistakes_in_the_config(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        LossConfig(**kwargs)
+        GBCEConfig(**kwargs)

@@ -1,5 +1,7 @@
 """Losses that know how popular items are, against the formulas token by token."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,9 @@ import pytest
 from step_runs import NO_LAYERS, assert_close, reference, run
 from test_losses import BATCH, NUM_ITEMS, TABLE, Fixed, X, by_hand, compute, softplus
 
-from rec_jax.data.negatives import make_sampler
-from rec_jax.nn.softmax import naive_softmax_cross_entropy
-from rec_jax.train.losses import LossConfig, draw_shared, loss_sum
-from rec_jax.train.popularity import mark_targets, propensity_weights, with_popularity
+from rec_jax.objectives.negatives import make_prior, propensity_weights
+from rec_jax.objectives.softmax import naive_softmax_cross_entropy
+from rec_jax.objectives.token_loss import BCEConfig, GBCEConfig, SampledSoftmaxConfig, SoftmaxConfig
 
 COUNTS = np.array([0, 0, 1, 4, 16, 2, 8, 64, 4, 1])
 BIAS = np.log(np.maximum(COUNTS, 1) / np.maximum(COUNTS, 1)[1:].mean())  # log-popularity, but for a constant
@@ -18,9 +19,10 @@ BIAS = np.log(np.maximum(COUNTS, 1) / np.maximum(COUNTS, 1)[1:].mean())  # log-p
 
 def lossy(config, negatives=()):
     """The loss of the batch of test_losses."""
-    inner = Fixed(negatives) if len(negatives) else make_sampler("uniform", COUNTS)
-    sampler = with_popularity(config, inner, COUNTS)
-    return compute(config, sampler, batch=mark_targets(config, sampler, BATCH))
+    prior = make_prior(config, COUNTS)
+    if len(negatives):
+        prior = dataclasses.replace(prior, sampler=Fixed(negatives))
+    return compute(config, None, prior=prior)
 
 
 def test_weights_by_hand():
@@ -33,11 +35,11 @@ def test_weights_by_hand():
 
 
 def test_a_weighted_token_counts_so_many_times():
-    config = LossConfig(ips_power=0.5)
+    config = SoftmaxConfig(ips_power=0.5)
     weights = propensity_weights(COUNTS, 0.5, 100)
     expected = by_hand(lambda s, y: weights[y] * (np.log(np.sum(np.exp(s[1:]))) - s[y]))
     assert lossy(config) == pytest.approx(expected, rel=1e-5)
-    config = LossConfig(type="bce", num_negatives=1, sharing="position", ips_power=0.5)
+    config = BCEConfig(num_negatives=1, sharing="position", ips_power=0.5)
     expected = by_hand(lambda s, y: weights[y] * (softplus(-s[y]) + softplus(s[9])))
     assert lossy(config, [9]) == pytest.approx(expected, rel=1e-5)
 
@@ -45,43 +47,36 @@ def test_a_weighted_token_counts_so_many_times():
 def test_discounted_scores_by_hand():
     tau = 0.5
     expected = by_hand(lambda s, y: np.log(np.sum(np.exp((s + tau * BIAS)[1:]))) - s[y] - tau * BIAS[y])
-    assert lossy(LossConfig(popularity_discount=tau)) == pytest.approx(expected, rel=1e-5)
+    assert lossy(SoftmaxConfig(popularity_discount=tau)) == pytest.approx(expected, rel=1e-5)
 
     def sampled(s, y):
         s = s + tau * BIAS
         z = np.exp(s[y]) + (np.exp(s[8]) + np.exp(s[9])) / (2 / NUM_ITEMS)
         return np.log(z) - s[y]
 
-    config = LossConfig(type="sampled_softmax", num_negatives=2, popularity_discount=tau)
+    config = SampledSoftmaxConfig(num_negatives=2, popularity_discount=tau)
     assert lossy(config, [8, 9]) == pytest.approx(by_hand(sampled), rel=1e-5)
-    config = LossConfig(type="bce", num_negatives=1, popularity_discount=tau)
+    config = BCEConfig(num_negatives=1, popularity_discount=tau)
     expected = by_hand(lambda s, y: softplus(-s[y] - tau * BIAS[y]) + softplus(s[9] + tau * BIAS[9]))
     assert lossy(config, [9]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_gradients_of_a_discounted_softmax_are_those_of_all_logits():
-    config = LossConfig(popularity_discount=1.5, ips_power=1.0)
-    sampler = with_popularity(config, None, COUNTS)
-    batch = mark_targets(config, sampler, BATCH)
-    shared = draw_shared(config, sampler, 0, BATCH["targets"])
-    weights_T = jnp.where(batch.next["item"] > 0, batch["target_weights"], 0).reshape(-1)
+    config = SoftmaxConfig(popularity_discount=1.5, ips_power=1.0)
+    prior = make_prior(config, COUNTS)
+    weights_T = jnp.where(BATCH.targets > 0, prior.weight_V[BATCH.targets], 0).reshape(-1)
 
     def slow(x, table):
         wide = jnp.concatenate([table, 1.5 * BIAS[:, None]], axis=1)
         x = jnp.pad(x.reshape(-1, x.shape[-1]), ((0, 0), (0, 1)), constant_values=1)
-        return naive_softmax_cross_entropy(x, wide, BATCH["targets"].reshape(-1), weights_T)
+        return naive_softmax_cross_entropy(x, wide, BATCH.targets.reshape(-1), weights_T)
 
-    fast = jax.grad(lambda x, t: loss_sum(config, sampler, x, t, batch, shared)[0], (0, 1))(X, TABLE)
+    fast = jax.grad(lambda x, t: compute(config, None, x, t, prior=prior), (0, 1))(X, TABLE)
     for a, b in zip(fast, jax.grad(slow, (0, 1))(X, TABLE), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_without_either_the_sampler_is_the_same_object():
-    sampler = make_sampler("uniform", COUNTS)
-    assert with_popularity(LossConfig(), sampler, COUNTS) is sampler
-
-
-SAMPLED = LossConfig(type="gbce", num_negatives=5, ips_power=0.5, popularity_discount=1.0)
+SAMPLED = GBCEConfig(num_negatives=5, ips_power=0.5, popularity_discount=1.0)
 
 
 def test_a_table_of_touched_rows_and_meshes_learn_the_same():
@@ -90,7 +85,7 @@ def test_a_table_of_touched_rows_and_meshes_learn_the_same():
 
 
 def test_a_softmax_over_spread_rows_learns_the_same():
-    exact = LossConfig(ips_power=0.5, popularity_discount=1.0)
+    exact = SoftmaxConfig(ips_power=0.5, popularity_discount=1.0)
     spread = run(exact, 2, 4, model_axis=2, layout="rows", model=NO_LAYERS)
     assert_close(spread, reference(exact, model=NO_LAYERS))
 
@@ -98,4 +93,4 @@ def test_a_softmax_over_spread_rows_learns_the_same():
 @pytest.mark.parametrize("field, value", [("ips_power", -1.0), ("ips_clip", 0.5)])
 def test_mistakes(field, value):
     with pytest.raises(ValueError, match=f"{field}={value}"):
-        LossConfig(**{field: value})
+        SoftmaxConfig(**{field: value})

@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from rec_jax.experiment import ExperimentConfig
+from rec_jax.run_config import ExperimentConfig
 from rec_jax.train import same_run
 from rec_jax.train.same_run import changes, check_same_run
 

@@ -8,22 +8,23 @@ import pytest
 from step_runs import (
     LENGTH,
     LOSSES,
+    MODEL,
     NUM_ITEMS,
     OPTIM,
     ROWS,
     assert_close,
+    initial_params,
     make_batch,
     make_program,
     reference,
     run,
 )
 
-from rec_jax.mesh import MeshConfig, make_mesh, place_batch
+from rec_jax.mesh import place_batch
 from rec_jax.models.base import init_model
 from rec_jax.models.sasrec import SASRec, SASRecConfig
-from rec_jax.train.optim import OptimConfig, make_optimizer
+from rec_jax.train.optim import OptimConfig
 from rec_jax.train.precision import PrecisionConfig
-from rec_jax.train.step import init_state, make_train_step
 from rec_jax.tree import leaf_names
 
 
@@ -44,10 +45,8 @@ def test_tensor_parallel_and_fully_sharded_parameters_learn_the_same(data, model
 
 
 def test_parameters_and_moments_are_split_as_asked():
-    program = make_program(
-        devices=2, model_axis=4, fully_sharded=True, num_heads=4, optim=OptimConfig()
-    )  # fmt: skip
-    state = program.init_state()
+    step = make_program(devices=2, model_axis=4, fully_sharded=True, num_heads=4, optim=OptimConfig())
+    state = step.init(initial_params(dataclasses.replace(MODEL, num_heads=4)))
     names = {**leaf_names(state.params), **leaf_names(state.opt_state[0].mu)}
     parts = {name: x.size // x.addressable_shards[0].data.size for name, x in names.items()}
     assert parts["blocks/0/attention/query/kernel"] == parts["blocks/0/ff/down/kernel"] == 8
@@ -82,7 +81,7 @@ def test_two_runs_are_bit_equal_and_seeds_differ():
 
 def test_empty_rows_change_nothing():
     batch = make_batch()
-    padded = {name: np.concatenate([x, np.zeros_like(x)]) for name, x in batch.items()}
+    padded = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x)]), batch)
     assert_close(run(batches=[batch], steps=1), run(batches=[padded], steps=1))
 
 
@@ -94,15 +93,12 @@ def test_bf16_computes_near_f32_and_keeps_f32_parameters():
 
 
 def test_a_tiny_set_is_learnt_by_heart_and_the_state_is_donated():
-    config = SASRecConfig(width=16, ff_width=16, dropout=0.0)
-    model, params = init_model(lambda rngs: SASRec(config, NUM_ITEMS, LENGTH, rngs=rngs), seed=0)
-    optimizer = make_optimizer(OptimConfig(learning_rate=1e-2), params, 300)
-    mesh = make_mesh(MeshConfig(data=1))
-    step = make_train_step(model, optimizer, LOSSES["softmax"], None, mesh, micro_rows=8)
-    state = init_state(params, optimizer, mesh)
+    fields = (("width", 16), ("ff_width", 16), ("num_layers", 2), ("dropout", 0.0))
+    step = make_program(optim=OptimConfig(learning_rate=1e-2), model=fields)
+    state = step.init(initial_params(dataclasses.replace(MODEL, **dict(fields))))
     batch = make_batch()
-    batch.events["item"][:, 0] = np.arange(1, ROWS + 1)  # first items alike would have several futures
-    placed = place_batch(batch, mesh)
+    batch.items[:, 0] = np.arange(1, ROWS + 1)  # first items alike would have several futures
+    placed = place_batch(batch, step.mesh)
     table = state.params["items"]["embedding"]
     for _ in range(300):
         state, metrics = step(state, placed)

@@ -9,7 +9,6 @@ import pytest
 from step_runs import LENGTH, NUM_ITEMS, initial_params, make_batch, make_program
 
 from rec_jax.compress.config import CompressConfig
-from rec_jax.compress.distill import DistillConfig
 from rec_jax.compress.factor import LoraConfig
 from rec_jax.compress.prune import PruneConfig
 from rec_jax.compress.quant import QuantConfig, dequantize_params, quantize_params
@@ -17,7 +16,8 @@ from rec_jax.compress.shrink import ShrinkConfig
 from rec_jax.mesh import place_batch
 from rec_jax.models.base import define_model, init_model
 from rec_jax.models.sasrec import SASRec, SASRecConfig
-from rec_jax.nn.layouts import shardings
+from rec_jax.objectives.distill import DistillConfig
+from rec_jax.tables.layouts import shardings
 from rec_jax.train.optim import OptimConfig
 from rec_jax.train.precision import PrecisionConfig
 from rec_jax.tree import leaf_names

@@ -5,7 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from step_runs import LENGTH, LOSSES, NUM_ITEMS, assert_close, initial_params, make_batch, reference, run
+from step_runs import (
+    COUNTS,
+    LENGTH,
+    LOSSES,
+    NUM_ITEMS,
+    assert_close,
+    initial_params,
+    make_batch,
+    reference,
+    run,
+)
 
 from rec_jax.hashing import row_keys
 from rec_jax.mesh import MeshConfig, make_mesh
@@ -15,7 +25,8 @@ from rec_jax.models.esasrec import ESASRecConfig
 from rec_jax.models.registry import model_builder
 from rec_jax.models.sasrec import SASRecConfig
 from rec_jax.nn.parallel import partition
-from rec_jax.train.objective import make_objective
+from rec_jax.objectives.negatives import make_prior
+from rec_jax.objectives.objective import Fixed, Objective, StepContext
 from rec_jax.train.precision import F32
 
 FIELDS = {"num_experts": 4, "num_heads": 4}
@@ -34,8 +45,8 @@ def test_the_division_into_devices_and_micro_steps_changes_nothing():
 
 
 def test_the_balance_is_added_to_the_loss_of_a_training():
-    batch = make_batch() | {"row_ids": np.arange(8, dtype=np.int32)}
-    context = {"step_seed": jnp.uint32(3), "step": 0, "frozen": None, "shared": None, "scale": 2.0}
+    batch = make_batch().replace(row_ids=np.arange(8, dtype=np.int32))
+    context = StepContext(0, jnp.uint32(3), Fixed(make_prior(LOSSES["softmax"], COUNTS)))
     params, models = initial_params(mixture()), {}
     for weight in (0.0, 0.3):
         models[weight] = define_model(model_builder(mixture(balance_weight=weight), NUM_ITEMS, LENGTH))
@@ -43,19 +54,19 @@ def test_the_balance_is_added_to_the_loss_of_a_training():
     @jax.jit
     def compute(params):
         penalties = []
-        models[0.3].bind(params)(batch, row_keys(jnp.uint32(3), batch["row_ids"]), penalties=penalties)
-        objectives = [make_objective(model, LOSSES["softmax"], None, F32) for model in models.values()]
-        return [objective(params, None, batch, context) for objective in objectives], penalties
+        models[0.3].bind(params)(batch, row_keys(jnp.uint32(3), batch.row_ids), penalties=penalties)
+        objectives = [Objective(model, LOSSES["softmax"], F32) for model in models.values()]
+        return [objective(params, None, batch, None, context) for objective in objectives], penalties
 
     ((plain, _), (loss, tokens)), (penalty_B,) = compute(params)
-    np.testing.assert_allclose(loss - plain, 2.0 * np.sum(penalty_B), rtol=1e-3)
+    np.testing.assert_allclose(loss - plain, np.sum(penalty_B), rtol=1e-3)
     assert 0.3 <= np.sum(penalty_B) / tokens < 0.4  # the router begins near balance, which is 1
 
 
 @pytest.mark.parametrize("config_class", [SASRecConfig, ESASRecConfig, BERT4RecConfig])
 def test_every_layer_has_a_balance_in_training_and_none_else(config_class):
     model = define_model(model_builder(mixture(config_class, num_layers=3), NUM_ITEMS, LENGTH))
-    batch = make_batch() | {"masked": np.zeros((8, LENGTH), bool)}
+    batch = make_batch().replace(is_query=np.zeros((8, LENGTH), bool))
 
     def penalties(params, key_B):
         penalties = []

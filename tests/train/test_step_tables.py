@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from step_runs import (
     LENGTH,
+    MODEL,
     NUM_ITEMS,
     OPTIM,
     assert_close,
@@ -79,17 +80,15 @@ def test_rows_that_no_batch_touches_stay(update):
     config = SASRecConfig(width=8, ff_width=8, num_layers=1)
     _, before = init_model(lambda rngs: SASRec(config, NUM_ITEMS, LENGTH, rngs=rngs), seed=0)
     _, params, _ = run("in_batch", 2, 4, table=update, batches=[batch] * 3)
-    changed = (params["items"]["embedding"] != np.asarray(before.events["item"]["embedding"])).any(-1)
-    read = np.union1d(batch.events["item"], batch.next["item"])
+    changed = (params["items"]["embedding"] != np.asarray(before["items"]["embedding"])).any(-1)
+    read = np.union1d(batch.items, batch.targets)
     assert 0 < len(read) - 1 < NUM_ITEMS
     np.testing.assert_array_equal(np.flatnonzero(changed), read[read > 0])
 
 
 def test_an_id_beyond_the_table_shows_in_the_loss():
-    program = make_program("sampled", table="sgd")
-    step, batch = program.make_step(), make_batch()
+    step, batch = make_program("sampled", table="sgd"), make_batch()
     for bad in (-1, NUM_ITEMS + 1, 2**30):
-        batch.events["item"][0, 0] = bad
-        state = program.init_state(initial_params(program.config.model))
-        _, metrics = step(state, place_batch(batch, program.mesh))
+        batch.items[0, 0] = bad
+        _, metrics = step(step.init(initial_params(MODEL)), place_batch(batch, step.mesh))
         assert np.isnan(metrics["loss"][0] / metrics["loss"][1]), bad

@@ -1,13 +1,14 @@
 """Tables as configs describe them: mistakes are named."""
 
 import numpy as np
+import optax
 import pytest
 
-from rec_jax.experiment import ExperimentConfig
 from rec_jax.mesh import MeshConfig, make_mesh
-from rec_jax.train.losses import LossConfig
+from rec_jax.objectives.token_loss import BCEConfig
+from rec_jax.run_config import ExperimentConfig
+from rec_jax.tables.config import TableConfig, make_tables
 from rec_jax.train.optim import OptimConfig
-from rec_jax.train.tables import TableConfig, make_item_table
 
 
 @pytest.mark.parametrize(
@@ -27,14 +28,19 @@ def test_mistakes_of_one_table(fields, named):
 
 def test_what_goes_with_the_loss():
     ExperimentConfig(table=TableConfig(layout="rows"))
-    ExperimentConfig(table=TableConfig(optimizer="sgd"), loss=LossConfig(type="bce"))
+    ExperimentConfig(table=TableConfig(optimizer="sgd"), loss=BCEConfig())
+
+
+def made(config, mesh):
+    schedule = optax.constant_schedule(0.1)
+    return make_tables(config, {"items": ("items/embedding", 10)}, mesh, schedule, OptimConfig(), None)
 
 
 def test_a_mesh_that_cannot_share_the_table():
     config = TableConfig(optimizer="sgd", layout="rows")
     with pytest.raises(ValueError, match="mesh.model = 3 devices, which must divide 1024"):
-        make_item_table(config, OptimConfig(), 1, np.ones(10), make_mesh(MeshConfig(data=3)))
+        made(config, make_mesh(MeshConfig(data=3)))
     config = TableConfig(optimizer="sgd", layout="dims")
-    table = make_item_table(config, OptimConfig(), 1, np.ones(10), make_mesh(MeshConfig(data=1, model=4)))
+    tables = made(config, make_mesh(MeshConfig(data=1, model=4)))
     with pytest.raises(ValueError, match="6 dims over mesh.model=4"):
-        table.layout.place(np.zeros((10, 6), np.float32))
+        tables.place({"items": np.zeros((10, 6), np.float32)})

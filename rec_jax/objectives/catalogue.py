@@ -1,7 +1,7 @@
 """The items of a catalogue as vectors, and their scores: exact ranks and the best items.
 
-Both come whole, or row-sharded over a mesh (see `nn/sharded.Placement`): then a device has the scores of its
-own items, and only counts and its best items travel.
+Both come whole, or row-sharded over a mesh (see `tables/exchange.Placement`): then a device has the scores of
+its own items, and only counts and its best items travel.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rec_jax.nn.quantized import QuantizedTable, score_items
-from rec_jax.nn.sharded import AXES, Placement, shard_index
+from rec_jax.objectives.softmax import sharded_softmax_cross_entropy, softmax_cross_entropy
+from rec_jax.tables.exchange import AXES, Placement, shard_index
 
 _LEAST = jnp.finfo(jnp.float32).min
 
@@ -230,3 +231,27 @@ class Catalogue:
             sharding = NamedSharding(self.mesh, P(None, AXES))
             scores_BV = jax.lax.with_sharding_constraint(scores_BV, sharding)
         return Scores(scores_BV, self.placement, self.mesh)
+
+    def cross_entropy(self, x_TD, targets_T, weights_T, bias_V=None) -> jax.Array:
+        """Sum over tokens of weight * (log of the sum of exp(scores) - score of the target), a f32 scalar.
+
+        With a placement: inside a shard_map over both axes, where `vectors` are the rows of this device, and
+        the tokens those of its part of the batch; the gradient of `vectors` is then complete, over the tokens
+        of all devices. targets_T: ids. bias_V: f32[V + 1], added to the scores.
+        """
+        vectors_vD = self.vectors
+        if self.placement is None:
+            if bias_V is not None:
+                x_TD, vectors_vD = _with_bias(x_TD, vectors_vD, bias_V)
+            return softmax_cross_entropy(x_TD, vectors_vD, targets_T, weights_T)
+        rows_v = shard_index() * len(vectors_vD) + jnp.arange(len(vectors_vD))
+        if bias_V is not None:
+            x_TD, vectors_vD = _with_bias(x_TD, vectors_vD, bias_V[self.placement.to_ids(rows_v)])
+        is_real_v, rows_T = self.placement.is_real(rows_v), self.placement.to_physical(targets_T)
+        return sharded_softmax_cross_entropy(x_TD, vectors_vD, is_real_v, rows_T, weights_T)
+
+
+def _with_bias(x_TD, vectors_VD, bias_V):
+    """The same with one dim more, whose products are the bias: a softmax that streams, streams it too."""
+    x_TD = jnp.pad(x_TD, ((0, 0), (0, 1)), constant_values=1)
+    return x_TD, jnp.concatenate([vectors_VD, bias_V[:, None].astype(vectors_VD.dtype)], axis=1)

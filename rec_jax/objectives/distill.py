@@ -8,7 +8,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from rec_jax.nn.softmax import TILE_ELEMENTS, dot_f32, dot_t_f32, item_scores, tiled
+from rec_jax.objectives.softmax import TILE_ELEMENTS, dot_f32, dot_t_f32, tiled
+from rec_jax.objectives.token_loss import item_scores
 
 _DROPPED = -1e30
 

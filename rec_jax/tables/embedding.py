@@ -3,7 +3,7 @@
     rows = module.rows(ids)                     int32[..., k], for QuotientRemainder and MultiHash
     module.combine(table_VD[rows])              what module(ids) returns, [..., D]
 
-So a trainer that updates only touched rows (`rec_jax.nn.sparse`) can read the rows itself.
+So a trainer that updates only touched rows (`rec_jax.tables.sparse`) can read the rows itself.
 """
 
 import hashlib

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from rec_jax.nn.sparse import (
+from rec_jax.tables.sparse import (
     Touched,
     add_rows,
     dedupe,

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from rec_jax.data.batch import Batch
-from rec_jax.hashing import mix, row_keys
-from rec_jax.models.base import SequenceConfig, unit
-from rec_jax.models.registry import MODELS
-from rec_jax.train.augment import AugmentConfig, augment
+from rec_jax.hashing import mix
+from rec_jax.nn.norm import unit
+from rec_jax.objectives.augment import AugmentConfig
 
 _MASKED = -1e30
 
@@ -45,35 +44,6 @@ class ContrastiveConfig:
     @property
     def augments(self) -> bool:
         return self.weight > 0 and self.view == "augment"
-
-
-@dataclass(frozen=True, eq=False)
-class Views:
-    """What training sees of a batch: changed itself, and in two views for the contrastive loss.
-
-    neighbours_VK: see `augment`.
-    """
-
-    augment: AugmentConfig
-    contrastive: ContrastiveConfig
-    neighbours_VK: jax.Array | None = None
-
-    @property
-    def substitutes(self) -> bool:
-        return self.augment.substitute > 0 or (
-            self.contrastive.augments and self.contrastive.augment.substitute > 0
-        )
-
-    def change(self, batch: Batch, step_seed) -> Batch:
-        key_B = row_keys(step_seed, batch.row_ids)
-        changed = batch
-        if self.augment.is_on:
-            changed = augment(self.augment, batch, mix(key_B, 1), self.neighbours_VK)
-        if self.contrastive.augments:
-            config = self.contrastive.augment
-            views = [augment(config, batch, mix(key_B, site), self.neighbours_VK) for site in (2, 3)]
-            changed = changed.replace(views=tuple(views))
-        return changed
 
 
 def contrastive_sum(config: ContrastiveConfig, module, x_BSD, batch: Batch, key_B) -> jax.Array:
@@ -125,19 +95,3 @@ def _of_segments(x_BSD, segments_BS, row_N, segment_N):
     is_its_NS = segments_BS[row_N] == segment_N[:, None]
     column_N = jnp.max(jnp.where(is_its_NS, jnp.arange(segments_BS.shape[1]), 0), axis=1)
     return x_BSD[row_N, column_N]
-
-
-def check(augment: AugmentConfig, contrastive: ContrastiveConfig, model: SequenceConfig):
-    """Raises ValueError for configs that do not go together."""
-    names = {"augment": augment.is_on, f"contrastive.weight={contrastive.weight}": contrastive.weight > 0}
-    for name, is_on in names.items():
-        if is_on and not MODELS[type(model)].is_causal:
-            raise ValueError(
-                f"{name} is for models that foretell the next item; type={model.type!r} masks items itself, "
-                "anew in every step (ContrastiveConfig)"
-            )
-    if contrastive.weight and contrastive.view == "dropout" and not model.dropout:
-        raise ValueError(
-            "contrastive.view='dropout' needs model.dropout above 0, without which both views are the same: "
-            "set it, or contrastive.view='augment' (ContrastiveConfig)"
-        )

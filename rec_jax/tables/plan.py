@@ -1,9 +1,8 @@
-"""What each layout of the table of items would take of a device and send over the wires, and the choice."""
+"""Memory per device and communication of each layout of an embedding table, and the choice."""
 
 from dataclasses import dataclass
 
-from rec_jax.train.losses import LossConfig
-from rec_jax.train.tables import TableConfig
+from rec_jax.tables.config import TableConfig
 
 RULE = (
     "Of the layouts that fit into table.device_gbytes, the one that sends the fewest bytes a step; of equals "
@@ -24,15 +23,12 @@ class LayoutCost:
         return self.table_bytes + self.state_bytes <= config.device_gbytes * 1e9
 
 
-def ids_per_device(loss: LossConfig, batch_rows: int, max_len: int, data: int, num_views: int = 0) -> int:
-    """Ids that one device looks up in a step: items, targets, negatives, and items of changed views."""
-    rows = batch_rows // data
-    num_sets = {"batch": 1, "row": rows, "position": rows * max_len}[loss.sharing]
-    return (
-        1
-        + (2 + num_views) * rows * max_len
-        + (0 if loss.type == "softmax" else num_sets * loss.num_negatives)
-    )
+def ids_per_device(num_rows: int, length: int, num_negatives: int, num_views: int = 0) -> int:
+    """Ids that one device looks up in a step: items, targets, negatives, and items of augmented views.
+
+    num_rows: packed rows of the device, each of `length` tokens. num_negatives: of all its rows.
+    """
+    return 1 + (2 + num_views) * num_rows * length + num_negatives
 
 
 def layout_costs(

@@ -15,7 +15,7 @@ the tests.
 import jax
 import jax.numpy as jnp
 
-from rec_jax.nn.sharded import AXES, shard_index
+from rec_jax.tables.exchange import AXES, shard_index
 
 # Elements of a tile of logits: 8 MiB of f32, which fits the shared cache of today's CPUs.
 TILE_ELEMENTS = 2**21
@@ -236,14 +236,3 @@ def _sharded_bwd(residuals, grad):
 
 
 sharded_softmax_cross_entropy.defvjp(_sharded_fwd, _sharded_bwd)
-
-
-def item_scores(x_BSD, table_VD, ids_BSK):
-    """<x, table[ids]> in f32 as [B, S, K]. ids_BSK may have dims of size 1: one matrix product where tokens
-    share ids."""
-    vectors = table_VD[ids_BSK]
-    if ids_BSK.shape[:2] == (1, 1):
-        return jnp.einsum("bsd,kd->bsk", x_BSD, vectors[0, 0], preferred_element_type=jnp.float32)
-    if ids_BSK.shape[1] == 1:
-        return jnp.einsum("bsd,bkd->bsk", x_BSD, vectors[:, 0], preferred_element_type=jnp.float32)
-    return jnp.einsum("bsd,bskd->bsk", x_BSD, vectors, preferred_element_type=jnp.float32)

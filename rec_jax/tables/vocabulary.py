@@ -2,7 +2,7 @@
 
     rows_N = vocabulary.rows_of(keys, time)     training: counts, admits, evicts
     rows_N = vocabulary.lookup(keys)            serving and evaluation: changes nothing
-    new_U = vocabulary.take_new_rows()          for `rec_jax.nn.embedding.reset_rows`
+    new_U = vocabulary.take_new_rows()          for `rec_jax.tables.embedding.reset_rows`
 
 A key is a whole number or a string (7 and "7" differ); None is missing. Row 0 is padding, and what every key
 without a row reads.
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 # `rows_of` on 100,000 keys, 42,716 of them distinct (zipf(1.1) % 10**7): 0.04 s where all are new, 0.01 s
 # (strings 0.02 s) where all have rows. Best of 5 of `python -m timeit -s "import numpy as np; from
-# rec_jax.data.vocabulary import DynamicVocabulary as D; k = np.random.default_rng(0).zipf(1.1, 100_000) %
+# rec_jax.tables.vocabulary import DynamicVocabulary as D; k = np.random.default_rng(0).zipf(1.1, 100_000) %
 # 10**7" "D(500_000, evict_after=5).rows_of(k, 0)"`, 2026-11-21, 2 cores of an AMD EPYC (Zen 4).
 
 

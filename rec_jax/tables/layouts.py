@@ -25,9 +25,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rec_jax.nn import sharded
-from rec_jax.nn.sharded import AXES, NUM_GROUPS, Placement
-from rec_jax.nn.sparse import find_rows, read_rows, update_rows
+from rec_jax.tables import exchange
+from rec_jax.tables.exchange import AXES, NUM_GROUPS, Placement
+from rec_jax.tables.sparse import find_rows, read_rows, update_rows
 
 
 class Read(NamedTuple):
@@ -166,8 +166,8 @@ class RowSharded(Replicated):
         return max(1, math.ceil(self.capacity_factor * num_ids / self.mesh.size))
 
     def read(self, optimizer, table_vD, state, ids_N) -> Read:
-        touched = sharded.dedupe_physical(self.placement, ids_N)
-        rows_UD, rounds = sharded.read_sharded(
+        touched = exchange.dedupe_physical(self.placement, ids_N)
+        rows_UD, rounds = exchange.read_sharded(
             optimizer, table_vD, state, touched.rows_U, self._capacity(ids_N.size)
         )
         return Read(rows_UD, touched.place_N, touched.rows_U, rounds)
@@ -177,16 +177,16 @@ class RowSharded(Replicated):
         return rows_U, grads_UD
 
     def sum_squares(self, rows_U, grads_UD) -> jax.Array:
-        return sharded.sum_squares_sharded(rows_U, grads_UD, self._local_rows, self._capacity(rows_U.size))
+        return exchange.sum_squares_sharded(rows_U, grads_UD, self._local_rows, self._capacity(rows_U.size))
 
     def update(self, optimizer, table_vD, state, rows_U, grads_UD) -> tuple:
-        return sharded.update_sharded(
+        return exchange.update_sharded(
             optimizer, table_vD, state, rows_U, grads_UD, self._capacity(rows_U.size)
         )
 
     def scatter(self, rows_U, grads_UD) -> jax.Array:
         """f32[local rows, D]: the gradient of all local rows."""
-        return sharded.scatter_sharded(rows_U, grads_UD, self._local_rows, self._capacity(rows_U.size))
+        return exchange.scatter_sharded(rows_U, grads_UD, self._local_rows, self._capacity(rows_U.size))
 
 
 def _specs_like(state, spec: P):

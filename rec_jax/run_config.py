@@ -1,0 +1,219 @@
+"""All settings of a run, and the combinations of them that are refused."""
+
+import dataclasses
+from collections.abc import Callable
+
+from rec_jax.compress.config import CompressConfig
+from rec_jax.data.datasets import DataConfig
+from rec_jax.eval.evaluator import EvalConfig
+from rec_jax.mesh import MeshConfig
+from rec_jax.models.baselines import BASELINES
+from rec_jax.models.registry import MODELS, ModelConfig
+from rec_jax.models.sasrec import SASRecConfig
+from rec_jax.models.semantic_ids import CodesConfig
+from rec_jax.objectives.augment import AugmentConfig
+from rec_jax.objectives.contrastive import ContrastiveConfig
+from rec_jax.objectives.token_loss import LossConfig, SoftmaxConfig, is_sampled
+from rec_jax.tables.config import TableConfig
+from rec_jax.train.loop import TrainConfig
+from rec_jax.train.optim import OptimConfig
+from rec_jax.train.precision import PrecisionConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """Everything a run is made of. Config files start from its defaults."""
+
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    model: ModelConfig = SASRecConfig()
+    codes: CodesConfig = CodesConfig()
+    loss: LossConfig = SoftmaxConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+    table: TableConfig = TableConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    compress: CompressConfig = CompressConfig()
+    augment: AugmentConfig = AugmentConfig()
+    contrastive: ContrastiveConfig = ContrastiveConfig()
+
+    def __post_init__(self):
+        for refusal in REFUSALS:
+            if refusal.meets(self):
+                raise ValueError(refusal.text(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A combination of settings that cannot be.
+
+    meets: does a config have it? setting: the key that is wrong in the message, its value is filled in.
+    reason: why, and the way out.
+    """
+
+    meets: Callable[[ExperimentConfig], bool]
+    setting: str
+    reason: str
+
+    def text(self, config: ExperimentConfig) -> str:
+        value = config
+        for name in self.setting.split("."):
+            value = getattr(value, name)
+        model = config.model.type
+        return f"{self.setting}={value!r} {self.reason.format(model=model, config=config)} (ExperimentConfig)"
+
+
+def _has_tables(config) -> bool:
+    return bool(MODELS[type(config.model)].tables)
+
+
+def _predicts_next(config) -> bool:
+    return MODELS[type(config.model)].is_causal
+
+
+def _is_plain(config) -> bool:
+    """Are the tables parameters like any other, as far as the config says?"""
+    table = config.table
+    return table.optimizer == "dense" and table.layout in ("auto", "replicated")
+
+
+def _scores_codes(setting: str, default) -> Refusal:
+    """Settings of a loss over item vectors, which a model that scores semantic ids has none of."""
+
+    def meets(config):
+        value = config
+        for name in setting.split("."):
+            value = getattr(value, name)
+        return not _has_tables(config) and value != default
+
+    return Refusal(
+        meets, setting, "needs item vectors, and model.type={model!r} scores semantic ids: leave it at its "
+        "default",
+    )  # fmt: skip
+
+
+# One reason each. The first four kinds cannot be at all; the rest nobody has built.
+REFUSALS = [
+    # A sparse update, or a sharded table, and a loss that reads otherwise.
+    Refusal(
+        lambda c: c.table.optimizer != "dense" and not is_sampled(c.loss),
+        "table.optimizer",
+        "updates the entries that a batch reads, but loss.type={config.loss.type!r} reads the whole "
+        "catalogue: use a sampled loss, or table.optimizer='dense'",
+    ),
+    Refusal(
+        lambda c: c.table.optimizer == "dense" and c.table.layout == "rows" and is_sampled(c.loss),
+        "table.layout",
+        "with table.optimizer='dense' is for loss.type='softmax', not {config.loss.type!r}: use a sparse "
+        "table.optimizer with a sampled loss",
+    ),
+    # Semantic ids have no item vectors.
+    _scores_codes("loss.type", "softmax"),
+    _scores_codes("loss.matryoshka", ()),
+    _scores_codes("loss.ips_power", 0),
+    _scores_codes("loss.popularity_discount", 0),
+    _scores_codes("model.num_future", 1),
+    _scores_codes("contrastive.weight", 0),
+    _scores_codes("augment", AugmentConfig()),
+    _scores_codes("precision.output", ""),
+    _scores_codes("compress", CompressConfig()),
+    Refusal(
+        lambda c: not _has_tables(c) and not _is_plain(c),
+        "table",
+        "is of an item embedding table, and model.type={model!r} has none: leave it at its default",
+    ),
+    # Masked items are drawn anew in each step, and nothing is further ahead than what is masked.
+    Refusal(
+        lambda c: not _predicts_next(c) and c.augment.is_on,
+        "augment",
+        "is for models that predict the next item; model.type={model!r} masks items itself in each step",
+    ),
+    Refusal(
+        lambda c: not _predicts_next(c) and c.contrastive.weight > 0,
+        "contrastive.weight",
+        "is for models that predict the next item; model.type={model!r} masks items itself in each step",
+    ),
+    Refusal(
+        lambda c: not _predicts_next(c) and c.model.num_future > 1,
+        "model.num_future",
+        "is for models that predict the next item; for the masked items of model.type={model!r} there is "
+        "none further ahead: set it to 1",
+    ),
+    # Sizes.
+    Refusal(
+        lambda c: c.loss.matryoshka and c.loss.matryoshka[-1] >= c.model.table_dim,
+        "loss.matryoshka",
+        "must be below the {config.model.table_dim} dims of the vectors, which are always scored",
+    ),
+    Refusal(
+        lambda c: c.model.num_future > c.data.max_len,
+        "model.num_future",
+        "must be at most data.max_len={config.data.max_len}: there is nothing further ahead",
+    ),
+    Refusal(
+        lambda c: c.contrastive.weight and c.contrastive.view == "dropout" and not c.model.dropout,
+        "contrastive.view",
+        "needs model.dropout above 0, without which both views are the same: set it, or "
+        "contrastive.view='augment'",
+    ),
+    # Not built.
+    *(
+        Refusal(
+            lambda c, on=is_on: bool(c.compress.distill.teachers) and on(c),
+            setting,
+            "is not supported with compress.distill.teachers, whose loss knows nothing of it: leave it at "
+            "its default",
+        )
+        for setting, is_on in {
+            "loss.matryoshka": lambda c: c.loss.matryoshka,
+            "loss.ips_power": lambda c: c.loss.ips_power,
+            "loss.popularity_discount": lambda c: c.loss.popularity_discount,
+            "model.num_future": lambda c: c.model.num_future > 1,
+        }.items()
+    ),
+    *(
+        Refusal(
+            lambda c, on=is_on: not _is_plain(c) and on(c.compress),
+            setting,
+            "needs the item embedding table among the dense parameters: set table.optimizer=dense and "
+            "table.layout=replicated",
+        )
+        for setting, is_on in {
+            "compress.distill.teachers": lambda compress: compress.distill.teachers,
+            "compress.lora.names": lambda compress: compress.lora.names,
+            "compress.prune.names": lambda compress: compress.prune.names,
+            "compress.prune.hold": lambda compress: compress.prune.hold,
+            "compress.quant.aware": lambda compress: compress.quant.aware,
+        }.items()
+    ),
+    Refusal(
+        lambda c: not _is_plain(c) and (c.precision.params, c.precision.optimizer) != ("f32", "f32"),
+        "precision",
+        "keeps numbers in bf16, which sharded tables and sparse updates cannot: set table.optimizer=dense "
+        "and table.layout=replicated",
+    ),
+    Refusal(
+        lambda c: c.compress.quant.aware and c.mesh.model > 1,
+        "compress.quant.aware",
+        "needs whole kernels, whose ranges it looks at: mesh.model={config.mesh.model} splits them; set "
+        "mesh.model=1",
+    ),
+    Refusal(
+        lambda c: c.compress.lora.names and (c.compress.prune.names or c.compress.prune.hold),
+        "compress.lora.names",
+        "is not supported with compress.prune: masks on adapters leave the merged weights dense; prune "
+        "first, or last",
+    ),
+    Refusal(
+        lambda c: getattr(c.model, "num_experts", 0) > 0 and c.compress != CompressConfig(),
+        "model.num_experts",
+        "is not supported with compress, which knows no stacked kernels: set model.num_experts=0",
+    ),
+    Refusal(
+        lambda c: bool(set(c.eval.baselines) - set(BASELINES)),
+        "eval.baselines",
+        f"names what is no baseline: use {', '.join(BASELINES)}",
+    ),
+]
