@@ -41,8 +41,8 @@ class BERT4Rec(SASRec):
         super().__init__(config, num_items, max_len, rngs=rngs)
         self.mask = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (config.table_dim,)))
 
-    def embed(self, batch):
-        x_BSD = self.items(batch.place("items", "events", batch.items))
+    def look_up(self, batch):
+        x_BSD = super().look_up(batch)
         return jnp.where(batch.is_query[..., None], self.mask[...].astype(x_BSD.dtype), x_BSD)
 
     def training_batch(self, batch, key_B):

@@ -83,7 +83,7 @@ def reference(params, history):
 def test_equals_the_reference(kwargs):
     model, params = make(**kwargs)
     history = np.array([3, 7, 7, 1, 20])
-    batch = pack([[history]], MAX_LEN)
+    batch = pack([[history]], length=MAX_LEN)
     params_on_device = jax.tree.map(jax.numpy.asarray, params)
     x_SD = np.asarray(jax.jit(lambda batch: model.bind(params_on_device)(batch))(batch))[0, :5]
     np.testing.assert_allclose(x_SD, reference(params, history), rtol=2e-4, atol=2e-5)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from packed_rows import pack as pack_rows
+from packed_rows import pack
 
 from rec_jax.hashing import row_keys
 from rec_jax.mesh import MeshConfig, make_mesh
@@ -31,7 +31,7 @@ def make(**kwargs):
 
 def encode(model, params, histories, key_B=None):
     """x_SD of one packed row."""
-    return np.asarray(_encode(model, params, pack(histories, MAX_LEN), key_B))[0]
+    return np.asarray(_encode(model, params, pack([histories]), key_B))[0]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -109,11 +109,6 @@ def reference(config, params, history, hidden=None):
     return x / config.temperature
 
 
-def pack(histories, length):
-    """All histories in one row, in order."""
-    return pack_rows([histories], length)
-
-
 HISTORIES = [[3, 7, 7, 1], [20], [5, 6, 2, 9, 11]]
 
 
@@ -172,7 +167,7 @@ def test_heads_wider_than_the_input_can_be_split_over_devices():
     def run(params, batch):
         return model.bind(params)(batch)
 
-    x_SD = run(params, pack(HISTORIES, MAX_LEN))[0]
+    x_SD = run(params, pack([HISTORIES]))[0]
     expected = np.concatenate([reference(config, params, history) for history in HISTORIES])
     np.testing.assert_allclose(x_SD[: len(expected)], expected, rtol=2e-4, atol=2e-5)
 
@@ -190,7 +185,7 @@ def test_shared_layers_have_one_block_and_a_dropout_each():
         model.bind(params)(batch, row_keys(jnp.uint32(0), jnp.arange(1)), hidden=hidden)
         return hidden
 
-    outputs = run(silent, pack([list(range(1, 13))], MAX_LEN))
+    outputs = run(silent, pack([[list(range(1, 13))]]))
     first, second = np.asarray(outputs[0]), np.asarray(outputs[1] - outputs[0])
     assert set(np.unique(first)) == set(np.unique(second)) == {0.0, 2.0}
     assert np.any(first != second)
@@ -206,7 +201,7 @@ def test_some_tokens_alone_and_the_hidden_states_of_every_layer(kwargs):
         hidden = []
         return model.bind(params)(batch, at=at, hidden=hidden), hidden
 
-    x_QD, hidden = run(params, pack(HISTORIES, MAX_LEN))
+    x_QD, hidden = run(params, pack([HISTORIES]))
     np.testing.assert_allclose(x_QD, encode(model, params, HISTORIES)[at[1]], rtol=1e-5, atol=1e-6)
     expected = []
     reference(config, params, HISTORIES[2], expected)
