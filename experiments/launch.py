@@ -8,7 +8,7 @@ import traceback
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections.config_flags import config_flags
 
 from rec_jax.mesh import use_cpu_cores
 
