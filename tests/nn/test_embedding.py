@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rec_jax.nn import embedding
+from rec_jax.tables import embedding
 from rec_jax.tables.embedding import (
     Embedding,
     MultiHash,
