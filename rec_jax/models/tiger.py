@@ -7,12 +7,12 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from rec_jax.models.base import SequenceConfig, SequenceModel
 from rec_jax.models.semantic_ids import Codes
-from rec_jax.nn.blocks import TransformerBlock, TransformerShape, tensor_parallel
+from rec_jax.nn.blocks import TransformerBlock, TransformerShape
 from rec_jax.nn.context import Context
+from rec_jax.nn.dims import named
 from rec_jax.nn.norm import LayerNorm
 from rec_jax.tables.embedding import Embedding
 
@@ -50,9 +50,6 @@ class TigerConfig(SequenceConfig):
             norm=self.norm,
         )
 
-    def tensor_parallel(self, parts: int) -> dict[str, P]:
-        return tensor_parallel(self.num_heads, self.ff_width, parts)
-
 
 class Tiger(SequenceModel):
     """Every item is Q tokens: its codes but for the last, and then the whole item, the sum of all its codes.
@@ -75,14 +72,14 @@ class Tiger(SequenceModel):
         self.config, self.codes = config, codes
         if len(codes.codes_VQ) != num_items + 1:
             raise ValueError(f"there are codes of {len(codes.codes_VQ) - 1} items, and {num_items} items")
-        num_places = codes.num_levels * codes.num_codes
-        self.code_table = Embedding(1 + num_places, config.width, rngs=rngs)  # row 0: no item
+        num_places = codes.num_levels * codes.num_codes  # row 0 of both tables stands for no item
+        self.code_table = named(Embedding(1 + num_places, config.width, rngs=rngs), "codes", "width")
         if config.prefixes:
             num_nodes = [len(codes_of) for codes_of in codes.trie.codes]
             self.first_nodes = tuple(1 + sum(num_nodes[:level]) for level in range(codes.num_levels))
-            self.nodes = Embedding(1 + sum(num_nodes), config.width, rngs=rngs)  # row 0: no item
-        self.positions = Embedding(max_len, config.width, rngs=rngs)
-        self.slots = Embedding(codes.num_levels, config.width, rngs=rngs)
+            self.nodes = named(Embedding(1 + sum(num_nodes), config.width, rngs=rngs), "nodes", "width")
+        self.positions = named(Embedding(max_len, config.width, rngs=rngs), "positions", "width")
+        self.slots = named(Embedding(codes.num_levels, config.width, rngs=rngs), "levels", "width")
         self.blocks = nnx.List(
             [TransformerBlock(config.block_shape(), rngs=rngs) for _ in range(config.num_layers)]
         )
