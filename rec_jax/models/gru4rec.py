@@ -27,6 +27,10 @@ class GRU4RecConfig(SequenceConfig):
         super().__post_init__()
         self.at_least(num_layers=1, hidden_width=0)
 
+    @property
+    def fixed_layers(self) -> str:
+        return "a layer replaces its input"
+
 
 @dataclass(frozen=True)
 class Gates:
@@ -79,9 +83,7 @@ class Gates:
 class GRU(Block):
     """One layer of gated recurrent units, whose state is zero at the first token of a segment."""
 
-    def __init__(
-        self, width: int, hidden_width: int, rate: float, dims=("width", "hidden"), *, rngs: nnx.Rngs
-    ):
+    def __init__(self, width: int, hidden_width: int, rate: float, dims, *, rngs: nnx.Rngs):
         """dims: names of both widths."""
         gates, (dim, hidden) = 3 * hidden_width, dims
         inputs = Dense(width, gates, kernel_init=_INIT, rngs=rngs)

@@ -39,6 +39,10 @@ class TigerConfig(SequenceConfig):
         if self.l2_normalize:
             raise ValueError("l2_normalize=True needs a table of items, which there is none of (TigerConfig)")
 
+    @property
+    def fixed_layers(self) -> str:
+        return "" if self.norm == "pre" else f"under norm={self.norm!r} a layer normalises what passes it by"
+
     def block_shape(self) -> TransformerShape:
         return TransformerShape(
             width=self.width,
@@ -48,6 +52,7 @@ class TigerConfig(SequenceConfig):
             activation=self.activation,
             dropout=self.dropout,
             norm=self.norm,
+            full_width=self.full_width,
         )
 
 
@@ -83,7 +88,7 @@ class Tiger(SequenceModel):
         self.blocks = nnx.List(
             [TransformerBlock(config.block_shape(), rngs=rngs) for _ in range(config.num_layers)]
         )
-        self.final_norm = LayerNorm(config.width)
+        self.final_norm = LayerNorm(config.width, config.full_width)
 
     def __call__(self, batch, key_B=None, at=None, hidden=None):
         """See SequenceModel; the outputs at whole items."""
@@ -186,7 +191,11 @@ class Tiger(SequenceModel):
         return self.read_out(x_NKD), cache
 
     def _placed(self, x, positions, slots):
-        return x * self.config.width**0.5 + self.positions(positions) + self.slots(slots)
+        return (
+            x * (self.config.full_width or self.config.width) ** 0.5
+            + self.positions(positions)
+            + self.slots(slots)
+        )
 
     def _vectors(self, items):
         """What stands for the codes of items, [..., Q, D]."""

@@ -45,8 +45,8 @@ _SPLIT = ("heads", "ff_width", "experts")  # names of dims that blocks can compu
 
 
 def split_dims(dims: dict[str, tuple], parts: int) -> dict[str, int]:
-    """{name of a parameter: the dim that is split over "model"}: heads, channels and experts, each in a block
-    where `parts` divides them and all parameters have them in contiguous pieces; else they are whole there."""
+    """{name of a parameter: the dim that is split over "model"}: heads, channels and experts, in blocks
+    where `parts` divides them and all parameters have them in contiguous pieces; elsewhere they are whole."""
     splits, whole = [], set()
     for name, param_dims in dims.items():
         block = name.split("/")[:2]
