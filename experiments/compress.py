@@ -12,7 +12,7 @@ The config is that of the trained run, under it the recipe, above both the flags
    compress.distill.teachers).
 2. Training goes on where masks, teachers, adapters or quantization-aware training are asked for
    (compress.prune, distill, lora, quant.aware); train.*, optim.* and precision.* say how.
-3. The result is stored in integers (compress.quant) as model.npz in --output.
+3. The result is stored in --output/model, in integers where compress.quant names them.
 
 The output is a run like any other: experiments.evaluate and experiments.recommend take it as --workdir. The
 same command goes on where it was stopped.
@@ -75,7 +75,7 @@ def _compress(parent, output, overrides):
     pareto.print_rows(rows)
     command = " ".join(["python -m experiments.compress", *sys.argv[1:]])
     write_json(output / "result.json", rows | {"command": command})
-    print(f"wrote {output / 'model.npz'} and {output / 'result.json'}")
+    print(f"wrote {output / 'model'} and {output / 'result.json'}")
 
 
 def _compare(parent, output, overrides):

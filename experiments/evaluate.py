@@ -1,11 +1,13 @@
-"""Scores the best checkpoint of a run, beside the baselines on the same split.
+"""Scores the trained model of a run, beside the baselines on the split that it was trained on.
 
 python -m experiments.evaluate --workdir=runs/ml1m --split=test
 python -m experiments.evaluate --workdir=runs/ml1m --dims=32    # by the first dims alone (loss.matryoshka)
 python -m experiments.evaluate --workdir=run0,run1,run2         # each, and the mean of their scores
+python -m experiments.evaluate --workdir=runs/ml1m --config.eval.sampled_negatives=100   # any key of eval
 """
 
 from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from experiments.launch import launch
 
@@ -19,15 +21,17 @@ flags.mark_flag_as_required("workdir")
 
 
 def main():
-    from rec_jax.eval.ensemble import EnsembleRanker, check_same_split
+    from rec_jax.eval.ensemble import EnsembleRanker
     from rec_jax.experiment import Experiment, write_json
     from rec_jax.report import print_breakdown, print_scores
+    from rec_jax.trained import TrainedModel, check_same_split
 
-    runs = [Experiment.open(workdir) for workdir in _WORKDIR.value]
-    check_same_split(runs)
-    experiment, part = runs[0], _SPLIT.value
-    rankers = {str(run.workdir): run.best_scorer(_DIMS.value) for run in runs}
-    is_one = len(runs) == 1
+    models = [TrainedModel.load(workdir) for workdir in _WORKDIR.value]
+    check_same_split(models)
+    overrides = config_flags.get_override_values(flags.FLAGS["config"])
+    experiment, part = Experiment.open(_WORKDIR.value[0], overrides), _SPLIT.value
+    rankers = {str(model.workdir): model.ranker(experiment.mesh, _DIMS.value) for model in models}
+    is_one = len(models) == 1
     model = next(iter(rankers.values())) if is_one else EnsembleRanker(rankers.values())
     singles = {} if is_one else {name: experiment.evaluate(each, part) for name, each in rankers.items()}
     scores = {"model" if is_one else "ensemble": experiment.evaluate(model, part)}
@@ -67,5 +71,15 @@ def _compare(experiment, ensemble, rankers: dict) -> dict[str, dict]:
     return over
 
 
+def _define_config():
+    """The eval section is a flag key by key, at the defaults of the run."""
+    from rec_jax.config import to_config_dict
+    from rec_jax.eval.evaluator import EvalConfig
+
+    cfg = ConfigDict({"eval": to_config_dict(EvalConfig())})
+    return config_flags.DEFINE_config_dict("config", cfg, "Changes to the eval section of the run's config.")
+
+
 if __name__ == "__main__":
+    _define_config()
     launch(main)

@@ -8,7 +8,7 @@ import traceback
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections.config_flags import config_flags
 
 from rec_jax.mesh import use_cpu_cores
 
@@ -32,7 +32,6 @@ def launch(main) -> None:
         logging.set_verbosity(logging.WARNING)
         use_cpu_cores()
         from rec_jax import processes  # slow to import: after --help
-        from rec_jax.train.checkpoint import SaveError
 
         try:
             processes.connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
@@ -40,7 +39,7 @@ def launch(main) -> None:
                 sys.stdout = open(os.devnull, "w")
             main()
         except (Exception, KeyboardInterrupt) as error:
-            is_mistake = isinstance(error, (ValueError, OSError, FloatingPointError, SaveError))
+            is_mistake = isinstance(error, (ValueError, OSError, FloatingPointError))
             text = f"error: {error}" if is_mistake and "REC_JAX_TRACEBACK" not in os.environ else ""
             if jax.distributed.is_initialized():
                 # The others wait for this one: it must not wait for them, as JAX would at exit.

@@ -1,13 +1,11 @@
 """Compressed runs beside their parent: quality kept, bytes, operations, latency."""
 
 import itertools
-import tempfile
 import time
 
 import jax
 import numpy as np
 
-from rec_jax.compress import artifact
 from rec_jax.compress.prune import share_of_zeros
 from rec_jax.compress.quant import dequantize_params, memory_bytes
 from rec_jax.compress.shrink import multiply_adds
@@ -27,11 +25,11 @@ PARENT = "f32"
 def measure(parent, runs: dict) -> dict[str, dict]:
     """{name: figures} of the parent (as "f32") and of each run, all on the parent's test part."""
     everything = {PARENT: parent, **runs}
-    params = {name: jax.device_put(run.model_params(), jax.devices()[0]) for name, run in everything.items()}
+    models = {name: run.trained for name, run in everything.items()}
+    params = {name: jax.device_put(model.params, jax.devices()[0]) for name, model in models.items()}
     quality = {name: _per_example(parent, run) for name, run in everything.items()}
     users = quality[PARENT]["users"]
     times = _latencies(everything, params, parent)
-    stored = {name: _disk_bytes(parent, params[name], run) for name, run in everything.items()}
     rows = {}
     for name, run in everything.items():
         work = multiply_adds(run.config.model, run.histories.num_items, run.config.data.max_len)
@@ -43,7 +41,7 @@ def measure(parent, runs: dict) -> dict[str, dict]:
         row |= {
             "params": num_params(run.model.abstract_params),
             "share_of_zeros": share_of_zeros(dequantize_params(params[name])),
-            "bytes": stored[name],
+            "bytes": models[name].param_bytes,
             "memory_bytes": memory_bytes(params[name]),
             "multiply_adds": work,
         }
@@ -66,14 +64,6 @@ def _per_example(parent, run) -> dict[str, np.ndarray]:
     config = parent.config
     values = per_example(run.best_scorer(), parent.histories, parent.split, "test", config.eval, config.seed)
     return {name: values[name] for name in ("ndcg@10", "hr@10", "users")}
-
-
-def _disk_bytes(parent, params, run) -> int:
-    """Of model.npz; the parent's is written only to be weighed."""
-    if run is not parent:
-        return (run.workdir / artifact.NAME).stat().st_size
-    with tempfile.TemporaryDirectory() as folder:
-        return artifact.save(folder, params)
 
 
 def _latencies(runs: dict, params: dict, parent) -> dict[str, dict]:

@@ -10,3 +10,16 @@ Names of array dims, used as suffixes in models, losses and metrics (`x_BSD`):
 Inside `shard_map` a lower-case letter is the local shard. Item id 0 is padding everywhere, masks are
 bool with True for what is real, times are integer seconds UTC.
 """
+
+
+def load(*workdirs, dims: int = 0):
+    """A recommender by the model that was trained in a workdir, or by the mean of several.
+
+        rec_jax.load("runs/mine").recommend(["i5", "i6"], k=10)
+
+    See `rec_jax.recommend.Recommender`, whose `model` has parameters, ids and titles. dims: score by so many
+    first dims (loss.matryoshka); 0 = by all. Raises ValueError if there is no trained model.
+    """
+    from rec_jax.recommend import Recommender
+
+    return Recommender.load(*workdirs, dims=dims)

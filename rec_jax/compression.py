@@ -7,14 +7,16 @@ on (distilling, masking, quantizing as asked), the result is stored.
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from rec_jax.compress import artifact
+from rec_jax import versions
 from rec_jax.compress.config import CompressConfig
 from rec_jax.compress.factor import factorise_model, student_from
-from rec_jax.compress.quant import is_quantized, observe_inputs, quantize_params
+from rec_jax.compress.quant import observe_inputs, quantize_params
 from rec_jax.compress.shrink import ShrinkConfig, choose_units, multiply_adds, shrink, shrunk_config
 from rec_jax.config import build, to_config_dict
 from rec_jax.experiment import Experiment, model_builder, write_json
@@ -209,9 +211,10 @@ def compress(parent: Experiment, config: ExperimentConfig, output) -> Experiment
     )
     _check_output(output, config)
     run = Experiment(config, output, base=params, dataset=parent.dataset)
+    _share_data(parent, run)
+    step = parent.trained.step
     if params is None or _trains(asked):
-        run.fit()
-        params = jax.device_get(run.trained_params())
+        step, params = run.fit().best_step, plain_params(run)
     else:
         write_json(run.workdir / "config.json", dataclasses.asdict(run.config))
     if asked.quant.names:
@@ -221,16 +224,25 @@ def compress(parent: Experiment, config: ExperimentConfig, output) -> Experiment
         params = quantize_params(params, asked.quant, ranges)
     if asked.floats == "bf16":
         params = cast_floats(params, jnp.bfloat16)
-    artifact.save(run.workdir, params)
+    run.save_model(params, step)
     return run
+
+
+def _share_data(parent: Experiment, run: Experiment) -> None:
+    """Gives the run the prepared split, by hard links where the file system has them."""
+    if (parent.workdir / "data").exists() and not (run.workdir / "data").exists():
+        partial = run.workdir / "data.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(parent.workdir / "data", partial, copy_function=versions.link)
+        partial.rename(run.workdir / "data")
 
 
 def plain_params(run: Experiment):
     """Parameters of a run on the host. Raises ValueError if they are quantized."""
-    params = jax.device_get(run.model_params())
-    if any(is_quantized(leaf) for leaf in jax.tree.leaves(params, is_leaf=is_quantized)):
+    trained = run.trained
+    if trained.is_quantized:
         raise ValueError(f"--workdir={run.workdir} is quantized: use the run that it came from")
-    return params
+    return jax.tree.map(np.array, trained.params)
 
 
 def _check_output(output, config: ExperimentConfig) -> None:

@@ -13,13 +13,12 @@ import numpy as np
 
 from rec_jax import mesh as mesh_lib
 from rec_jax import processes
-from rec_jax.compress import artifact
 from rec_jax.compress.prune import last_rewind
 from rec_jax.compress.quant import dequantize_params
 from rec_jax.compress.training import first_share_in_force
-from rec_jax.config import build
+from rec_jax.config import build, to_config_dict
 from rec_jax.data.datasets import load_dataset
-from rec_jax.data.pipeline import BatchSource, make_iterator
+from rec_jax.data.pipeline import BatchSource, EpochPlan, make_iterator
 from rec_jax.eval.evaluator import check_eval, evaluate
 from rec_jax.mesh import replicate
 from rec_jax.models.base import define_model, init_model
@@ -33,12 +32,14 @@ from rec_jax.models.semantic_ids import load_codes
 from rec_jax.objectives.distill import DistillConfig
 from rec_jax.run_config import ExperimentConfig
 from rec_jax.tables.tables import Tables
-from rec_jax.train import checkpoint
 from rec_jax.train.loop import TrainingData, Validation, fit
 from rec_jax.train.optim import make_schedule
 from rec_jax.train.step import TrainStep
+from rec_jax.trained import ShardedTable, TrainedModel
+from rec_jax.trained import save as save_trained
 from rec_jax.training import make_step, with_layout
-from rec_jax.tree import num_params
+from rec_jax.tree import num_params, pop_leaf, with_leaf
+from rec_jax.versions import OTHER_VERSION
 from rec_jax.workdir import training_lock
 
 
@@ -50,20 +51,22 @@ def model_builder(config: ExperimentConfig, num_items: int, codes=None):
 class Experiment:
     """A config and its working directory, `workdir`, which holds all that the run reads and writes.
 
-    base: parameters of a trained run, for a run that starts from them. dataset: if it is loaded already.
+    base: parameters of a trained run, for a run that starts from them. dataset, codes: if they are loaded
+    already.
     """
 
-    def __init__(self, config: ExperimentConfig, workdir, base=None, dataset=None):
+    def __init__(self, config: ExperimentConfig, workdir, base=None, dataset=None, codes=None):
         self.config, self.workdir, self._base = config, pathlib.Path(workdir), base
         self.workdir.mkdir(parents=True, exist_ok=True)
         self.mesh = mesh_lib.make_mesh(config.mesh)
         processes.check_same("configs", repr(config))
         with processes.first_before_others():
-            self.dataset = dataset or load_dataset(config.data, self.workdir / "data")
+            is_used = any((self.workdir / "checkpoints").glob("[bl]*/[0-9]*"))
+            self.dataset = dataset or load_dataset(config.data, self.workdir / "data", is_used=is_used)
         self.histories, self.split = self.dataset.histories, self.dataset.split
         self.config = config = self._with_layout(config)
-        self.codes = None
-        if MODELS[type(config.model)].generates:
+        self.codes = codes
+        if codes is None and MODELS[type(config.model)].generates:
             self.codes = load_codes(config.codes, config.data, self.dataset, self.workdir, config.seed)
         self._build = model_builder(config, self.histories.num_items, self.codes)
         self.model = define_model(self._build)
@@ -86,15 +89,30 @@ class Experiment:
         return dataclasses.replace(config, table=dataclasses.replace(config.table, layout=layout))
 
     @classmethod
-    def open(cls, workdir) -> "Experiment":
-        """The experiment that was trained in `workdir`.
+    def open(cls, workdir, overrides: dict | None = None) -> "Experiment":
+        """The experiment that was trained in `workdir`, on the split that it was trained on.
 
-        Raises ValueError if there is none.
+        overrides: changes to its config, {"eval.ks": (10, 50)}. Where there are fewer devices than the run
+        had, it takes those there are.
+
+        Raises ValueError if there is no trained model, or its split is missing or another one.
         """
-        path = pathlib.Path(workdir) / "config.json"
-        if not path.exists():
-            raise ValueError(f"--workdir={workdir} holds no run ({path} is missing): train one there first")
-        return cls(build(ExperimentConfig, json.loads(path.read_text())), workdir)
+        trained = TrainedModel.load(workdir)
+        try:
+            cfg = to_config_dict(build(ExperimentConfig, trained.config))
+        except ValueError as error:
+            raise ValueError(f"{workdir} was {OTHER_VERSION} ({error})") from error
+        cfg.update_from_flattened_dict(overrides or {})
+        config = build(ExperimentConfig, cfg)
+        if config.mesh.data * config.mesh.model > jax.device_count():
+            print(f"mesh: the run had {config.mesh}, here are {jax.device_count()} devices", flush=True)
+            config = dataclasses.replace(config, mesh=mesh_lib.MeshConfig())
+        return cls(config, workdir, dataset=trained.dataset(), codes=trained.codes)
+
+    @property
+    def trained(self) -> TrainedModel:
+        """The best model so far, or what a compression stored, as it is on the disk now."""
+        return TrainedModel.load(self.workdir)
 
     @functools.cached_property
     def num_params(self) -> int:
@@ -123,28 +141,30 @@ class Experiment:
         return BatchSource(
             self.histories,
             self.split,
-            max_len=config.data.max_len,
-            batch_rows=config.train.batch_rows,
-            epochs=config.train.epochs,
-            seed=config.seed,
-            all_windows=config.train.all_windows,
+            EpochPlan(
+                config.data.max_len,
+                config.train.batch_rows,
+                config.train.epochs,
+                config.seed,
+                config.train.all_windows,
+            ),
             is_causal=self.model.is_causal,
             schema=self._schema,
             host=jax.process_index(),
             num_hosts=jax.process_count(),
         )
 
-    def fit(self):
-        """Trains, or resumes where an earlier session in `workdir` stopped. Returns the loop's FitResult.
+    def fit(self, with_users: bool = True):
+        """Trains, or resumes where an earlier session in `workdir` stopped. Every best evaluation becomes a
+        version of the trained model. Returns the loop's FitResult.
 
-        Raises ValueError if another process trains there.
+        with_users: see `trained.save`. Raises ValueError if another process trains there.
         """
         with training_lock(self.workdir) if processes.is_first() else contextlib.nullcontext():
-            return self._fit()
+            return self._fit(with_users)
 
-    def _fit(self):
+    def _fit(self, with_users: bool):
         check_eval(self.config.eval, self.histories, self.split, self.config.seed)
-        artifact.remove(self.workdir)  # of a run before this one
         config, source = self.config, self.batch_source()
         step = self.step(len(source), self._teachers())
         config_json = dataclasses.asdict(config)
@@ -152,8 +172,15 @@ class Experiment:
         if not path.exists():
             write_json(path, config_json)
         rate = make_schedule(config.optim, len(source))
+        saved = set()
+
+        def save_best(params, record):
+            if (at := record["step"]) not in saved:
+                self.save_model(_plain(step, params), at, with_users)
+                saved.add(at)
+
         fitted = fit(
-            step.init(self._first_params()),
+            step.init(self.first_params()),
             step,
             TrainingData(
                 make_iterator(source),
@@ -168,11 +195,17 @@ class Experiment:
             ),
             config=config.train,
             workdir=self.workdir,
-            run_info={"config": config_json, "split": self.split.checksum} | self._codes_info(),
+            run_info=self._run_info(),
             learning_rate=lambda step: rate(step - last_rewind(config.compress.prune, len(source), step)),
+            on_best=save_best,
         )
         write_json(path, config_json)  # an extended run has other epochs than the file says
         return fitted
+
+    def save_model(self, params, step: int, with_users: bool = True) -> None:
+        """Puts a new version of the trained model in force."""
+        config = dataclasses.asdict(self.config)
+        save_trained(self.workdir, params, step, config, self.dataset, self.codes, with_users)
 
     def step(self, total_steps: int = 1, teachers=None) -> TrainStep:
         """teachers: needed to train, where the config has some."""
@@ -191,13 +224,18 @@ class Experiment:
             neighbours_VK=self._neighbours(),
         )
 
-    def _first_params(self):
+    def first_params(self):
         """What a training starts from: given parameters of the model, or those drawn by the seed."""
         return init_model(self._build, self.config.seed)[1] if self._base is None else self._base
 
-    def _codes_info(self) -> dict[str, str]:
-        """What ties checkpoints to the codes that they were trained with."""
-        return {} if self.codes is None else {"codes": self.codes.digest}
+    def _run_info(self) -> dict:
+        """What must be the same when the run resumes."""
+        info = {
+            "config": dataclasses.asdict(self.config),
+            "split": self.split.checksum,
+            "vocabulary": self.histories.vocabulary,
+        }
+        return info if self.codes is None else info | {"codes": self.codes.digest}
 
     def _neighbours(self):
         """The nearest items of each, where training substitutes them."""
@@ -215,66 +253,37 @@ class Experiment:
         """
         teachers = []
         for workdir in self.config.compress.distill.teachers:
-            teacher = Experiment.open(workdir)
-            if teacher.split.checksum != self.split.checksum:
+            teacher = TrainedModel.load(workdir)
+            try:
+                teacher.check_data(self.dataset)
+            except ValueError as error:
+                raise ValueError(f"teachers={workdir}: {error} (DistillConfig)") from error
+            if teacher.max_len < self.config.data.max_len:
                 raise ValueError(
-                    f"teachers={workdir}: it learnt from split {teacher.split.checksum}, this run has "
-                    f"{self.split.checksum} (DistillConfig)"
-                )
-            if teacher.config.data.max_len < self.config.data.max_len:
-                raise ValueError(
-                    f"teachers={workdir}: it reads data.max_len={teacher.config.data.max_len} events, this "
-                    f"run {self.config.data.max_len}: set data.max_len to as many at most (DistillConfig)"
+                    f"teachers={workdir}: it reads data.max_len={teacher.max_len} events, this run "
+                    f"{self.config.data.max_len}: set data.max_len to as many at most (DistillConfig)"
                 )
             if not (teacher.model.is_causal and self.model.is_causal) or teacher.model.generates:
                 raise ValueError(
                     f"teachers={workdir}: only causal models with tables of items teach and learn "
-                    f"({teacher.config.model.type} teaches {self.config.model.type}) (DistillConfig)"
+                    f"({teacher.model_config.type} teaches {self.config.model.type}) (DistillConfig)"
                 )
-            params = dequantize_params(teacher.model_params())
-            teachers.append((teacher.model, replicate(params, self.mesh)))
+            teachers.append((teacher.model, replicate(dequantize_params(teacher.params), self.mesh)))
         return teachers
 
-    def best_params(self):
-        """Parameters of the best validation score, as they lie in training.
-
-        Raises ValueError if the workdir holds no finished evaluation.
-        """
-        restored = checkpoint.restore_best(self.workdir / "checkpoints", self.step().abstract_state().params)
-        if restored is None:
-            raise ValueError(f"{self.workdir} holds no best checkpoint yet: let the training evaluate once")
-        return restored.state
-
-    def trained_params(self):
-        """The best parameters of the training as the model takes them, whole on every device."""
-        return self.step().model_params(self.best_params())
-
-    def model_params(self):
-        """Those that a compressed run stored, or `trained_params`."""
-        return artifact.load(self.workdir) if artifact.exists(self.workdir) else self.trained_params()
-
     def scorer(self, params, dims: int = 0) -> Ranker:
-        """params: as they lie in training. dims: see `SequenceRanker`."""
+        """params: as they are placed in training. dims: see `SequenceRanker`."""
         step = self.step()
         return self.plain_scorer(step.objective.final(params), step.tables, dims)
 
     def best_scorer(self, dims: int = 0) -> Ranker:
-        """Of what a compressed run stored, or of the best parameters of the training."""
-        if artifact.exists(self.workdir):
-            return self.plain_scorer(artifact.load(self.workdir), dims=dims)
-        return self.scorer(self.best_params(), dims)
+        """Of `trained`."""
+        return self.trained.ranker(self.mesh, dims)
 
     def plain_scorer(self, params, tables: Tables | None = None, dims: int = 0) -> Ranker:
-        """params: as the model takes them; tables: those that are not parameters like any other.
-
-        Raises ValueError for more dims than there are.
-        """
-        if dims > (full := self.config.model.table_dim):
-            raise ValueError(f"dims={dims}: the vectors of {self.workdir} have {full} (SequenceConfig)")
+        """params: as the model takes them; tables: those that are not parameters like any other."""
         max_len = self.config.data.max_len
         if self.model.generates:
-            if dims:
-                raise ValueError(f"dims={dims}: model.type={self.config.model.type!r} scores no vectors")
             num_beams = self.config.model.num_beams
             num_items = self.histories.num_items
             return BeamRanker(self.model, params, num_items, max_len, self.mesh, num_beams)
@@ -294,6 +303,15 @@ class Experiment:
         if self.dataset.world is not None:
             rankers["oracle"] = ScoreRanker(self.dataset.world.oracle(self.histories))
         return {name: self.evaluate(ranker, part) for name, ranker in rankers.items()}
+
+
+def _plain(step: TrainStep, params) -> dict:
+    """Parameters of a training as the model takes them; a row-sharded table stays one, as a ShardedTable."""
+    for table in step.tables.tables.values():
+        if table.placement:
+            params, array = pop_leaf(params, table.path)
+            params = with_leaf(params, table.path, ShardedTable(array, table.placement))
+    return step.objective.merged(params)
 
 
 def _name_users(histories, users: np.ndarray) -> str:

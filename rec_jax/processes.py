@@ -12,8 +12,6 @@ import zlib
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from orbax.checkpoint import multihost
 
 _DAY_MS = 24 * 3600 * 1000
 _places = itertools.count()
@@ -88,6 +86,8 @@ def is_first() -> bool:
 def wait_for_all() -> None:
     """Returns once all processes have come to this place, however long that takes."""
     if jax.process_count() > 1:  # not by a collective: on a CPU the first one gives up after 30 s
+        from orbax.checkpoint import multihost  # slow to import
+
         multihost.get_barrier_sync_fn()(key=f"rec_jax_{next(_places)}", timeout_ms=_DAY_MS)
 
 
@@ -105,6 +105,8 @@ def largest(number: int) -> int:
     """Of the numbers, int32, that the processes give."""
     if jax.process_count() == 1:
         return number
+    from jax.experimental import multihost_utils
+
     return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
@@ -112,8 +114,19 @@ def of_first(value: float) -> float:
     """What process 0 gives, bit for bit: decisions must not hang on the rounding of one machine."""
     if jax.process_count() == 1:
         return value
+    from jax.experimental import multihost_utils
+
     bits = np.array([value], np.float64).view(np.uint32)  # JAX would round an f64
     return float(multihost_utils.broadcast_one_to_all(bits).view(np.float64)[0])
+
+
+def whole(array) -> np.ndarray:
+    """An array on the host of every process, wherever its parts are; all must call it."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
 
 
 def check_same(name: str, value: str) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from configs import sasrec_ml1m
-from rec_jax.compress import artifact
 from rec_jax.compress.config import CompressConfig
 from rec_jax.compress.quant import QuantConfig, is_quantized
 from rec_jax.compress.shrink import ShrinkConfig, multiply_adds, shrunk_config
@@ -72,7 +71,7 @@ def test_integers_score_like_the_parent_and_are_read_back(parent, tmp_path):
     assert abs(ndcg(run) / ndcg(parent) - 1) < 0.02
     opened = Experiment.open(tmp_path)
     assert ndcg(opened) == ndcg(run)
-    leaves = jax.tree.leaves(opened.model_params(), is_leaf=is_quantized)
+    leaves = jax.tree.leaves(opened.trained.params, is_leaf=is_quantized)
     assert sum(is_quantized(leaf) for leaf in leaves) == 2 + 5 * 2
     with pytest.raises(ValueError, match="is quantized"):
         compress(opened, opened.config, tmp_path / "again")
@@ -81,7 +80,7 @@ def test_integers_score_like_the_parent_and_are_read_back(parent, tmp_path):
 def test_calibrated_inputs_come_from_training_histories(parent, tmp_path):
     run = made(parent, tmp_path, compress__recipe="int8", compress__quant__inputs="static")
     assert abs(ndcg(run) / ndcg(parent) - 1) < 0.02
-    kernel = run.model_params()["blocks"][0]["ff"]["up"]["kernel"]
+    kernel = run.trained.params["blocks"][0]["ff"]["up"]["kernel"]
     assert kernel.inputs == "static" and float(kernel.input_scale[0, 0]) > 0
 
 
@@ -97,7 +96,7 @@ def test_one_run_trains_in_bf16_prunes_quantizes_and_stores_integers(parent, tmp
     evaluated = [line["step"] for line in steps if "val/ndcg@10" in line]
     last = max(line["step"] for line in steps)
     assert evaluated and min(evaluated) > last / 2  # nothing that is not yet what will be stored
-    stored = run.model_params()
+    stored = run.trained.params
     codes = [
         np.asarray(leaf.codes if hasattr(leaf, "codes") else leaf.weight.qvalue)
         for leaf in jax.tree.leaves(stored, is_leaf=is_quantized)
@@ -105,7 +104,7 @@ def test_one_run_trains_in_bf16_prunes_quantizes_and_stores_integers(parent, tmp
     ]
     assert {x.dtype for x in codes} == {np.dtype("int8")}
     assert all((x == 0).sum() >= np.round(0.7 * x.size) for x in codes)
-    aware = run.evaluate(run.scorer(run.best_params()), "test", quick=True)["ndcg@10"]
+    aware = run.evaluate(run.scorer(run.fit().best_params), "test", quick=True)["ndcg@10"]
     assert abs(ndcg(run) / aware - 1) < 0.02  # bf16 here, integers there
     again = made(parent, tmp_path, **asked)  # a finished run is not trained again
     assert ndcg(again) == ndcg(run)
@@ -114,7 +113,7 @@ def test_one_run_trains_in_bf16_prunes_quantizes_and_stores_integers(parent, tmp
 def test_adapters_are_merged_into_a_plain_model(parent, tmp_path):
     names = ".*(query|up)/kernel"
     run = made(parent, tmp_path, compress__lora__names=names, compress__lora__rank=2, train__epochs=2)
-    before, after = leaf_names(parent.model_params()), leaf_names(run.model_params())
+    before, after = leaf_names(parent.trained.params), leaf_names(run.trained.params)
     changed = {name for name in before if np.any(np.asarray(before[name]) != np.asarray(after[name]))}
     assert changed == {f"blocks/{i}/{name}/kernel" for i in (0, 1) for name in ("attention/query", "ff/up")}
     assert np.isfinite(ndcg(Experiment.open(tmp_path)))
@@ -144,11 +143,9 @@ def test_a_table_is_factorised_under_the_trained_blocks(parent, tmp_path):
 
 def test_bf16_halves_the_file(parent, tmp_path):
     run = made(parent, tmp_path, compress__recipe="bf16")
-    assert {x.dtype for x in jax.tree.leaves(run.model_params())} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in jax.tree.leaves(run.trained.params)} == {jnp.dtype(jnp.bfloat16)}
     assert abs(ndcg(run) / ndcg(parent) - 1) < 0.05
-    (tmp_path / "whole").mkdir()
-    size = artifact.save(tmp_path / "whole", parent.model_params())
-    assert (tmp_path / artifact.NAME).stat().st_size < 0.6 * size
+    assert run.trained.param_bytes < 0.6 * parent.trained.param_bytes
 
 
 def test_mistakes_are_named(parent, tmp_path):

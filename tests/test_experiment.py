@@ -4,7 +4,10 @@ import dataclasses
 
 import pytest
 
+from configs.sasrec_ml1m import get_config
 from rec_jax.compress.config import CompressConfig
+from rec_jax.config import build
+from rec_jax.experiment import Experiment
 from rec_jax.models.sasrec import SASRecConfig
 from rec_jax.run_config import ExperimentConfig
 from rec_jax.tables.config import TableConfig
@@ -30,3 +33,12 @@ BASE = ExperimentConfig()
 def test_parts_that_do_not_go_together(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(BASE, **changes)
+
+
+def test_a_training_that_no_evaluation_could_score_is_refused_before_its_first_step(tmp_path):
+    cfg = get_config("smoke")
+    cfg.eval.sampled_negatives = 1000
+    experiment = Experiment(build(ExperimentConfig, cfg), tmp_path)
+    with pytest.raises(ValueError, match="sampled_negatives=1000 but user .* untouched items: lower it"):
+        experiment.fit()
+    assert not {"config.json", "checkpoints", "metrics.jsonl"} & {path.name for path in tmp_path.iterdir()}

@@ -11,9 +11,8 @@ from rec_jax.run_config import ExperimentConfig
 ROOT = pathlib.Path(__file__).parents[1]
 LEVELS = {
     "tree": 0, "config": 0, "mesh": 0, "processes": 0, "hashing": 0, "workdir": 0, "report": 0,
-    "data": 1, "nn": 1,
-    "models": 2, "train": 3, "eval": 3, "compress": 3, "recommend": 4, "experiment": 4,
-    "compression": 5, "experiments": 6, "configs": 6,
+    "data": 1, "nn": 1, "models": 2, "versions": 2, "train": 3, "eval": 3, "compress": 3, "trained": 4,
+    "recommend": 5, "lists": 6, "experiment": 6, "compression": 7, "experiments": 8, "configs": 8,
 }  # fmt: skip
 
 

@@ -110,16 +110,19 @@ class Dataset:
     schema: Schema = ()
 
 
-def load_dataset(config: DataConfig, directory: Path | str) -> Dataset:
+def load_dataset(config: DataConfig, directory: Path | str, *, is_used: bool = False) -> Dataset:
     """The data set of a config, prepared in `directory` unless it is there already.
 
     A directory made from another config, or from a file that has changed since, is prepared anew. Prints
     the report of what is new, and a line of what was there.
 
+    Args:
+      is_used: a run has been trained on what is in `directory`, which must then stay what it is.
+
     Raises:
       ValueError: whatever is wrong with the files or the config, with the way out.
     """
-    dataset, is_new = prepare_dataset(config, directory)
+    dataset, is_new = prepare_dataset(config, directory, is_used=is_used)
     if is_new:
         print("\n\n".join(dataset.report), flush=True)
     else:
@@ -132,7 +135,28 @@ def load_dataset(config: DataConfig, directory: Path | str) -> Dataset:
     return dataset
 
 
-def prepare_dataset(config: DataConfig, directory: Path | str) -> tuple[Dataset, bool]:
+def load_prepared(config: DataConfig, directory: Path | str) -> Dataset:
+    """The data set that a run has prepared in `directory`, or the prepared directory that its config names:
+    never anything that would have to be prepared anew.
+
+    Raises ValueError if it is missing or damaged.
+    """
+    directory = Path(directory)
+    world = World(config.sim) if config.format == "simulator" else None
+    if (about := _read_about(directory)) is not None:
+        return _load(directory, about, world, config.context)
+    path = Path(_source(config))
+    if not path.is_dir():
+        raise ValueError(
+            f"{directory / _ABOUT} is missing: the split that the run was trained on was prepared there, and "
+            f"another preparation of {str(path)!r} could be another split: bring it back, or train again"
+        )
+    return _load(path, _about_of_directory(config, path), world, config.context)
+
+
+def prepare_dataset(
+    config: DataConfig, directory: Path | str, *, is_used: bool = False
+) -> tuple[Dataset, bool]:
     """As `load_dataset`, but prints nothing, and tells whether the data set was prepared just now."""
     directory = Path(directory)
     world = World(config.sim) if config.format == "simulator" else None
@@ -143,7 +167,8 @@ def prepare_dataset(config: DataConfig, directory: Path | str) -> tuple[Dataset,
     about = _read_about(directory)
     is_new = about is None or about["fingerprint"] != fingerprint
     if is_new:
-        about = _prepare(config, path, world, directory, fingerprint)
+        used = (about, _load(directory, about, world, ())) if about and is_used else None
+        about = _prepare(config, path, world, directory, fingerprint, used)
     return _load(directory, about, world, config.context), is_new
 
 
@@ -239,7 +264,7 @@ def _load(directory: Path, about: dict[str, Any], world: World | None, context: 
     return Dataset(histories, split, about["report"], world, make_schema(histories, split, context))
 
 
-def _prepare(config, path: str, world, directory: Path, fingerprint) -> dict[str, Any]:
+def _prepare(config, path: str, world, directory: Path, fingerprint, used=None) -> dict[str, Any]:
     log = world.sample() if world else _read(config, path)
     log, cleaning = clean(
         log,
@@ -255,6 +280,8 @@ def _prepare(config, path: str, world, directory: Path, fingerprint) -> dict[str
         titles = read_titles(resolve_path(config.titles, "titles"), ids)
     histories = build_histories(log, titles)
     split = _split(config, histories)
+    if used:
+        _check_unchanged(*used, fingerprint, histories, split, directory)
     about = {"fingerprint": fingerprint, "report": _report(log, cleaning, histories, split, world)}
     try:
         with replaced_directory(directory, _ABOUT) as new:
@@ -265,6 +292,31 @@ def _prepare(config, path: str, world, directory: Path, fingerprint) -> dict[str
         if (there := _read_about(directory)) is None or there["fingerprint"] != fingerprint:
             raise
     return about
+
+
+def _check_unchanged(about, dataset: Dataset, fingerprint, histories, split, directory: Path) -> None:
+    """Raises ValueError, naming what has changed, where a run would go on with other data than it had."""
+
+    def facts(histories, split, made_from) -> dict[str, Any]:
+        return {
+            **{f"data.{name}": value for name, value in made_from["config"].items()},
+            "users": histories.num_users,
+            "items": histories.num_items,
+            "events": histories.num_events,
+            "item vocabulary": histories.vocabulary[:12],
+            "split checksum": split.checksum[:12],
+        }
+
+    before = facts(dataset.histories, dataset.split, about["fingerprint"])
+    now = facts(histories, split, fingerprint)
+    names = [name for name in now if before.get(name) != now[name]]
+    changed = [f"{name} ({before.get(name, 'nothing')} then, {now[name]} now)" for name in names]
+    if dataset.split.checksum != split.checksum or dataset.histories.vocabulary != histories.vocabulary:
+        raise ValueError(
+            f"the data are not those that the run in {directory.parent} was trained on, which stay in "
+            f"{directory}: {', '.join(changed)}. Bring back the log and the settings of then to resume, or "
+            "train in another workdir"
+        )
 
 
 def _read(config: DataConfig, path: str) -> InteractionLog:

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,11 @@ class Histories:
     @property
     def num_events(self) -> int:
         return len(self.items)
+
+    @cached_property
+    def vocabulary(self) -> str:
+        """sha256 of the item ids in their order: models of equal vocabularies mean the same by a row."""
+        return hashlib.sha256("\0".join(map(str, self.item_ids)).encode()).hexdigest()
 
     @property
     def columns(self) -> dict[str, np.ndarray]:

@@ -31,22 +31,3 @@ def _standardised(scores_BV):
     deviation_B1 = jnp.sqrt(jnp.mean(items_BV**2, axis=1, keepdims=True))
     items_BV /= jnp.maximum(deviation_B1, 1e-12)
     return jnp.pad(items_BV, ((0, 0), (1, 0)), constant_values=-jnp.inf)
-
-
-def check_same_split(experiments) -> None:
-    """Raises ValueError where several runs were trained on different splits, which may have seen each other's
-    test part, or one of them does not score every item."""
-    if len(experiments) == 1:
-        return
-    first = experiments[0]
-    for other in experiments:
-        if other.model.generates:
-            raise ValueError(
-                f"--workdir: {other.workdir} (model.type={other.config.model.type!r}) scores only what its "
-                "search finds, which has no mean with others: evaluate it alone"
-            )
-        if other.split.checksum != first.split.checksum:
-            raise ValueError(
-                f"--workdir: {other.workdir} was trained on split {other.split.checksum}, {first.workdir} on "
-                f"{first.split.checksum}: name runs of one split"
-            )

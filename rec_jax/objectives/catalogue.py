@@ -74,7 +74,10 @@ class Scores:
                 level_Bv & is_item_Bv,
                 jnp.isnan(values_Bv) & is_item_Bv,
             )
-            _, top_BK = columns.best(values_Bv, is_unseen_Bv if filter_seen else is_item_Bv, top_k)
+            is_listed_Bv = is_unseen_Bv if filter_seen else is_item_Bv
+            finite_Bv = jnp.maximum(values_Bv, _LEAST)  # a listed -inf still comes before what is left out
+            best_BK, id_BK = columns.top_k(jnp.where(is_listed_Bv, finite_Bv, -jnp.inf), top_k)
+            top_BK = jnp.where(best_BK == -jnp.inf, 0, id_BK)
             if sampled_BN is None:
                 return Ranks(*columns.sum(counts), top_BK)
             values_BN = columns.get(values_Bv, sampled_BN)
@@ -85,23 +88,23 @@ class Scores:
 
     @partial(jax.jit, static_argnames="k")
     def top_k(self, k: int, exclude=None, allowed_V=None) -> tuple[jax.Array, jax.Array]:
-        """(scores f32[B, k], ids int32[B, k]), best first, exact; -inf and id 0 where fewer are left.
+        """(scores f32[B, k], ids int32[B, k]), best first, exact; -inf and id 0 where fewer are left. What
+        scores -inf is not listed.
 
         exclude: (rows int[P], ids int[P]) pairs that are left out; rows beyond B are ignored. allowed_V:
         bool[V + 1], the items to choose from. Equal scores: the lower id first, if the scores are whole.
         """
-
         num_rows = self.placement.num_rows if self.placement else self.values_BV.shape[1]
         num = min(k, num_rows - 1)
 
         def part(columns, values_Bv, exclude, allowed_V):
-            is_listed_v = columns.ids_v > 0
+            values_Bv = columns.items_only(values_Bv)
             if allowed_V is not None:
-                is_listed_v &= allowed_V[columns.ids_v]
-            is_listed_Bv = jnp.broadcast_to(is_listed_v, values_Bv.shape)
+                values_Bv = jnp.where(allowed_V[columns.ids_v], values_Bv, -jnp.inf)
             if exclude is not None:
-                is_listed_Bv = is_listed_Bv.at[exclude[0], columns.of(exclude[1])].set(False, mode="drop")
-            return columns.best(values_Bv, is_listed_Bv, num)
+                values_Bv = values_Bv.at[exclude[0], columns.of(exclude[1])].set(-jnp.inf, mode="drop")
+            best_BK, id_BK = columns.top_k(values_Bv, num)
+            return best_BK, jnp.where(best_BK == -jnp.inf, 0, id_BK)
 
         best_BK, ids_BK = self._map(part, exclude, allowed_V)
         beyond = (0, 0), (0, k - num)
@@ -155,20 +158,18 @@ class _Columns:
     def max(self, x):
         return x
 
-    def _top_k(self, values_Bv, k: int):
+    def items_only(self, values_Bv):
+        """-inf in place of the scores of what is no item."""
+        return values_Bv.at[:, 0].set(-jnp.inf)
+
+    def top_k(self, values_Bv, k: int):
+        """(scores, ids) of the k best columns of all devices."""
         return jax.lax.top_k(values_Bv, k)
 
     def get(self, values_Bv, ids_BN):
         """f32[B, N]: the scores of ids."""
         rows_B1 = jnp.arange(len(values_Bv))[:, None]
         return self.max(values_Bv.at[rows_B1, self.of(ids_BN)].get(mode="fill", fill_value=-jnp.inf))
-
-    def best(self, values_Bv, is_listed_Bv, k: int):
-        """The k best (scores, ids) of what is listed, of all devices."""
-        finite_Bv = jnp.maximum(values_Bv, _LEAST)  # a listed -inf still comes before what is left out
-        best_BK, id_BK = self._top_k(jnp.where(is_listed_Bv, finite_Bv, -jnp.inf), k)
-        ids_BK = jnp.where(best_BK > -jnp.inf, id_BK, 0)
-        return jnp.where(best_BK > _LEAST, best_BK, -jnp.inf), ids_BK
 
 
 class _ShardColumns(_Columns):
@@ -190,7 +191,10 @@ class _ShardColumns(_Columns):
     def max(self, x):
         return jax.lax.pmax(x, AXES)
 
-    def _top_k(self, values_Bv, k: int):
+    def items_only(self, values_Bv):
+        return jnp.where(self.ids_v > 0, values_Bv, -jnp.inf)
+
+    def top_k(self, values_Bv, k: int):
         """What travels is the best k of each device."""
         best_BK, column_BK = jax.lax.top_k(values_Bv, min(k, self._size))
         row_BK = column_BK + self._first

@@ -37,7 +37,7 @@ _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_DISK_TEXTS = ("No space left", "File too large", "quota exceeded", "RESOURCE_EXHAUSTED")
 
 
-class SaveError(RuntimeError):
+class SaveError(OSError):
     """A checkpoint could not be written (a full disk, mostly); earlier ones are intact."""
 
 

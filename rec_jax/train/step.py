@@ -109,10 +109,6 @@ class TrainStep:
 
         return jax.tree.map(placed, jax.eval_shape(init, params), wanted)
 
-    def model_params(self, params):
-        """The parameters of the model, tables in the order of ids, from those of a state."""
-        return self.objective.merged(self.tables.unplace(params))
-
     @cached_property
     def state_specs(self) -> TrainState:
         """How a state is placed on the mesh."""

@@ -1,10 +1,7 @@
-from types import SimpleNamespace
-
 import numpy as np
-import pytest
 
 from rec_jax.data.queries import Queries
-from rec_jax.eval.ensemble import EnsembleRanker, check_same_split
+from rec_jax.eval.ensemble import EnsembleRanker
 from rec_jax.models.ranker import ScoreRanker
 
 RNG = np.random.default_rng(0)
@@ -39,25 +36,3 @@ def test_scales_do_not_vote_and_constants_say_nothing():
     np.testing.assert_allclose(scaled[:, 1:], once[:, 1:], rtol=1e-3, atol=1e-4)
     alone = EnsembleRanker([ranker(FIRST), ranker(np.zeros((3, 6)))]).scores(EVERYONE).whole()
     np.testing.assert_allclose(alone[:, 1:], standardised(FIRST) / 2, rtol=1e-4, atol=1e-5)
-
-
-def made_up_run(checksum, generates=False):
-    return SimpleNamespace(
-        workdir=f"run{checksum}",
-        split=SimpleNamespace(checksum=checksum),
-        model=SimpleNamespace(generates=generates),
-        config=SimpleNamespace(model=SimpleNamespace(type="tiger")),
-    )
-
-
-def test_a_run_that_does_not_score_every_item_is_refused():
-    with pytest.raises(ValueError, match="type='tiger'.* evaluate it alone"):
-        check_same_split([made_up_run("a"), made_up_run("a", generates=True)])
-    check_same_split([made_up_run("a", generates=True)])
-
-
-def test_runs_of_other_splits_are_refused():
-    runs = [made_up_run(checksum) for checksum in "aab"]
-    check_same_split(runs[:2])
-    with pytest.raises(ValueError, match="runb was trained on split b, runa on a"):
-        check_same_split(runs)

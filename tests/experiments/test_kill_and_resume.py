@@ -12,7 +12,7 @@ import time
 import jax
 import numpy as np
 
-from rec_jax.experiment import Experiment
+from rec_jax.trained import TrainedModel
 
 ROOT = pathlib.Path(__file__).parents[2]
 NUM_KILLS = 6
@@ -54,9 +54,8 @@ def last_step(workdir) -> int:
 
 def outcome(workdir):
     """The final and best states bit for bit, and the scores."""
-    experiment = Experiment.open(workdir)
     result = json.loads((workdir / "result.json").read_text())
-    leaves = [np.asarray(x).tobytes() for x in jax.tree.leaves(experiment.best_params())]
+    leaves = [np.asarray(x).tobytes() for x in jax.tree.leaves(TrainedModel.load(workdir).params)]
     evaluations = [
         {k: v for k, v in json.loads(line).items() if k == "step" or k.startswith("val/")}
         for line in (workdir / "metrics.jsonl").read_text().splitlines()

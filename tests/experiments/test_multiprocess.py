@@ -30,7 +30,7 @@ OVERRIDES = {
 
 
 def evaluated(experiment: Experiment) -> dict:
-    return experiment.evaluate(experiment.scorer(experiment.best_params()), "test")
+    return experiment.evaluate(experiment.best_scorer(), "test")
 
 
 def alone(name, workdir, overrides) -> dict:

@@ -1,0 +1,365 @@
+"""A trained model on disk, in workdir/model/: all that evaluation, recommendation, compression, teachers and
+ensembles read. Files and versions are as `rec_jax.versions` has them.
+
+It holds parameters in the order of ids, item ids and titles, training counts of the items, the last events of
+each user, the semantic ids of a model that has them, the config, and the checksums of the split and of the
+vocabulary.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rec_jax import versions
+from rec_jax.config import build
+from rec_jax.data.schema import Feature, Schema
+from rec_jax.data.strings import Strings
+from rec_jax.data.user_histories import UserHistories, last_events
+from rec_jax.tree import pop_leaf, with_leaf
+
+FOLDER = "model"
+_CHUNK_BYTES = 2**26  # of a sharded table that are on the host at once
+_USER_COLUMNS = ("offsets", "items", "times", "seen_offsets", "seen_items")
+
+
+@dataclass(frozen=True)
+class ShardedTable:
+    """A leaf of the parameters whose rows are placed as `tables.exchange.Placement` says."""
+
+    array: jax.Array
+    placement: object
+
+    def chunks(self):
+        """Blocks of rows in the order of ids, on the host: a whole copy would take as much room again."""
+        num_rows, row_bytes = self.placement.num_rows, self.array[:1].nbytes
+        size = min(num_rows, max(1, _CHUNK_BYTES // row_bytes))
+        replicated = jax.sharding.NamedSharding(self.array.sharding.mesh, jax.sharding.PartitionSpec())
+        gather = jax.jit(lambda array, rows: array.at[rows].get(), out_shardings=replicated)
+        for first in range(0, num_rows, size):
+            ids = np.minimum(np.arange(first, first + size), num_rows - 1)  # one shape, compiled once
+            yield np.asarray(gather(self.array, self.placement.to_physical(ids)))[: num_rows - first]
+
+
+def save(workdir, params, step: int, config: dict, dataset, codes=None, with_users: bool = True) -> None:
+    """Writes a version and puts it in force; of several processes all must call it.
+
+    Args:
+      params: as the model takes them, a nested dict whose leaves are arrays, sharded or not, quantized
+        parameters, or ShardedTable.
+      step: training step of the parameters.
+      config: of the run, JSON-able.
+      dataset: `data.datasets.Dataset`, for ids, titles, training counts and histories.
+      codes: semantic ids, of a model that has them.
+      with_users: keep the users' ids and last events, so that the model can recommend to them by id.
+    """
+    from rec_jax.compress.quant import pack_leaf
+
+    root = Path(workdir).absolute() / FOLDER
+    before, writer, stored = versions.in_force(root), versions.Writer(root), {}
+    for name, leaf in _flatten(params).items():
+        stem = "params." + name.replace("/", ".").replace("#", "")
+        if isinstance(leaf, ShardedTable):
+            parts = {"array": writer.rows(stem, leaf.placement.num_rows, leaf.chunks())}
+            stored[name] = {"kind": "array", "parts": parts, "meta": {}}
+            continue
+        kind, parts, meta = pack_leaf(leaf)
+        entries = {part: writer.array(f"{stem}.{part}", array, pack=True) for part, array in parts.items()}
+        stored[name] = {"kind": kind, "parts": entries, "meta": meta}
+    made_of = {
+        "split": dataset.split.checksum,
+        "vocabulary": dataset.histories.vocabulary,
+        "codes": None if codes is None else codes.digest,
+        "max_len": config["data"]["max_len"],
+        "context": [feature.name for feature in dataset.schema if not feature.is_outcome],
+        "with_users": with_users,
+    }
+    if before and before[1]["made_of"] == made_of:  # none of it changes during a run
+        catalogue = before[1]["catalogue"]
+        writer.link(catalogue, *before)
+    else:
+        catalogue = _write_catalogue(writer, dataset, codes)
+        if with_users:
+            catalogue["users"] = _write_users(writer, last_events(dataset.histories, made_of["max_len"]))
+    about = {"step": step, "config": config, "made_of": made_of, "params": stored, "catalogue": catalogue}
+    writer.publish(about)
+
+
+def _write_catalogue(writer: versions.Writer, dataset, codes) -> dict:
+    histories, titles = dataset.histories, dataset.histories.titles
+    entries = {
+        "item_ids": writer.strings("item_ids", histories.item_ids),
+        "titles": writer.strings("titles", (titles[x] if x in titles else "" for x in histories.item_ids)),
+        "train_counts": writer.array("train_counts", dataset.split.train_item_counts(histories)),
+        "schema": [dataclasses.asdict(feature) for feature in dataset.schema],
+    }
+    if codes is not None:
+        entries["codes"] = writer.array("codes", codes.codes_VQ)
+        entries |= {"num_codes": codes.num_codes, "codes_report": codes.report}
+    return entries
+
+
+def _write_users(writer: versions.Writer, users: UserHistories) -> dict:
+    columns = {name: getattr(users, name) for name in _USER_COLUMNS}
+    entries = {name: writer.array(f"users.{name}", x) for name, x in columns.items() if x is not None}
+    features = enumerate(users.features.items())
+    entries["features"] = {name: writer.array(f"users.feature{n}", x) for n, (name, x) in features}
+    return entries | {"ids": writer.strings("users.ids", users.ids)}
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A version that was read back.
+
+    workdir: of the run. folder: of the version. about: what its about.json says.
+    """
+
+    workdir: Path
+    folder: Path
+    about: dict
+
+    @classmethod
+    def load(cls, workdir) -> "TrainedModel":
+        """The model of a run, every file of it checked.
+
+        Raises ValueError if there is none, none is intact, or another version of rec_jax wrote it.
+        """
+        workdir = Path(workdir)
+        root = workdir / FOLDER
+        if versions.exists(root):
+            try:
+                return cls(workdir, *versions.newest(root))
+            except versions.DamagedError as error:
+                raise ValueError(
+                    f"{error}: give the command that made {workdir} once more, which writes it anew from the "
+                    "best checkpoint"
+                ) from error
+        if (workdir / "config.json").exists():
+            raise ValueError(
+                f"{workdir} holds no trained model yet ({root} is missing): let the training evaluate once, "
+                f"or it was {versions.OTHER_VERSION}"
+            )
+        raise ValueError(f"--workdir={workdir} holds no run ({root} is missing): train one there first")
+
+    @property
+    def step(self) -> int:
+        return self.about["step"]
+
+    @property
+    def config(self) -> dict:
+        """Of the run, as in config.json."""
+        return self.about["config"]
+
+    @property
+    def split(self) -> str:
+        """Checksum of the split."""
+        return self.about["made_of"]["split"]
+
+    @property
+    def vocabulary(self) -> str:
+        """Digest of the item ids in their order."""
+        return self.about["made_of"]["vocabulary"]
+
+    @property
+    def max_len(self) -> int:
+        return self.config["data"]["max_len"]
+
+    @property
+    def num_items(self) -> int:
+        return len(self.item_ids) - 1
+
+    @property
+    def is_quantized(self) -> bool:
+        return any(entry["kind"] != "array" for entry in self.about["params"].values())
+
+    @property
+    def param_bytes(self) -> int:
+        """Of the files of the parameters."""
+        return sum(size for name, (size, _) in self.about["files"].items() if name.startswith("params."))
+
+    @cached_property
+    def model_config(self):
+        from rec_jax.models.registry import MODELS
+
+        section, classes = self.config["model"], {cls.type: cls for cls in MODELS}
+        try:
+            return build(classes[section["type"]], section, "model")
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{self.workdir} was {versions.OTHER_VERSION} ({error})") from error
+
+    @cached_property
+    def model(self):
+        """The definition, a `models.base.Model`."""
+        from rec_jax.models.base import define_model
+        from rec_jax.models.registry import model_builder
+
+        return define_model(model_builder(self.model_config, self.num_items, self.max_len, self.codes))
+
+    @cached_property
+    def params(self) -> dict:
+        """As the model takes them; plain arrays are memory maps."""
+        params = {}
+        for name, entry in self.about["params"].items():
+            parts = {part: self._array(stored) for part, stored in entry["parts"].items()}
+            if entry["kind"] == "array":
+                leaf = parts["array"]
+            else:
+                from rec_jax.compress.quant import unpack_leaf
+
+                parts = {part: jnp.asarray(array) for part, array in parts.items()}
+                leaf = unpack_leaf(entry["kind"], parts, entry["meta"])
+            _put(params, name, leaf)
+        return params
+
+    @cached_property
+    def item_ids(self) -> Strings:
+        """Strings[V + 1], "" of padding first."""
+        return versions.read_strings(self.folder, self.about["catalogue"]["item_ids"])
+
+    @cached_property
+    def titles(self) -> Strings:
+        """Strings[V + 1], "" where none is known."""
+        return versions.read_strings(self.folder, self.about["catalogue"]["titles"])
+
+    @cached_property
+    def train_counts(self) -> np.ndarray:
+        """int64[V + 1]: training events of each item."""
+        return self._array(self.about["catalogue"]["train_counts"])
+
+    @cached_property
+    def schema(self) -> Schema:
+        """The features of the log, with their normalisation."""
+        sections = self.about["catalogue"]["schema"]
+        return tuple(Feature(**section | {"values": tuple(section["values"])}) for section in sections)
+
+    @cached_property
+    def codes(self):
+        """`models.semantic_ids.Codes`, or None."""
+        entries = self.about["catalogue"]
+        if "codes" not in entries:
+            return None
+        from rec_jax.models.semantic_ids import Codes
+
+        return Codes(self._array(entries["codes"]), entries["num_codes"], entries["codes_report"])
+
+    @cached_property
+    def users(self) -> UserHistories:
+        """Raises ValueError where the run did not keep them."""
+        if "users" not in self.about["catalogue"]:
+            raise ValueError(f"{self.workdir} was trained without keeping users: give a history of item ids")
+        entries = self.about["catalogue"]["users"]
+        columns = {name: self._array(entries[name]) if name in entries else None for name in _USER_COLUMNS}
+        features = {name: self._array(entry) for name, entry in entries["features"].items()}
+        return UserHistories(versions.read_strings(self.folder, entries["ids"]), features=features, **columns)
+
+    def _array(self, entry: dict) -> np.ndarray:
+        return versions.read_array(self.folder, entry)
+
+    def dataset(self):
+        """The prepared split that the run was trained on (`data.datasets.Dataset`).
+
+        Raises ValueError if it is missing, or another one.
+        """
+        from rec_jax.data.datasets import DataConfig, load_prepared
+
+        dataset = load_prepared(build(DataConfig, self.config["data"], "data"), self.workdir / "data")
+        self.check_data(dataset)
+        return dataset
+
+    def check_data(self, dataset) -> None:
+        """Raises ValueError unless this is the split, with the item ids, that the model was trained on."""
+        histories = dataset.histories
+        pairs = {
+            "split checksum": (self.split, dataset.split.checksum),
+            "vocabulary": (self.vocabulary, histories.vocabulary),
+        }
+        for name, (ours, theirs) in pairs.items():
+            if ours != theirs:
+                raise ValueError(
+                    f"{self.workdir} was trained on {name} {ours}, and these data have {name} {theirs} "
+                    f"({histories.num_items:,} items, {histories.num_events:,} events): bring back those of "
+                    "the training, or train again in another workdir"
+                )
+
+    def ranker(self, mesh=None, dims: int = 0, num_beams: int = 0):
+        """A `models.ranker.ScoreRanker` by this model.
+
+        mesh: None = the first device alone. dims: score by so many first dims; 0 = by all. num_beams: of a
+        search; 0 = as the config says.
+
+        Raises ValueError for more dims than there are.
+        """
+        from rec_jax.mesh import MeshConfig, make_mesh
+        from rec_jax.models.beam import BeamRanker
+        from rec_jax.models.scoring import SequenceRanker
+
+        if dims > (full := self.model_config.table_dim):
+            raise ValueError(f"dims={dims}: the vectors of {self.workdir} have {full} (SequenceConfig)")
+        mesh = mesh or make_mesh(MeshConfig(data=1))
+        if self.model.generates:
+            if dims:
+                raise ValueError(f"dims={dims}: model.type={self.model_config.type!r} scores no vectors")
+            beams = num_beams or self.model_config.num_beams
+            return BeamRanker(self.model, self.params, self.num_items, self.max_len, mesh, beams)
+        params, tables = self._params_on(mesh)
+        schema = tuple(feature for feature in self.schema if feature.name in self.model.columns)
+        return SequenceRanker(self.model, params, self.max_len, mesh, tables, dims, schema)
+
+    def _params_on(self, mesh) -> tuple:
+        """(parameters, tables that are not like any other or None), as the training evaluated them."""
+        params, config = self.params, self.config
+        if config["compress"]["quant"]["aware"] and not self.is_quantized:
+            from rec_jax.compress.quant import QuantConfig, fake_quantize_params
+
+            quant = build(QuantConfig, config["compress"]["quant"])
+            params = fake_quantize_params(jax.tree.map(jnp.asarray, params), quant)
+        if config["table"]["layout"] != "rows" or mesh.size == 1 or "items" not in self.model.tables:
+            return params, None
+        from rec_jax.tables.layouts import RowSharded
+        from rec_jax.tables.tables import Table, Tables
+
+        path, layout = self.model.tables["items"], RowSharded(self.num_items + 1, mesh)
+        dense, array = pop_leaf(params, path)
+        return with_leaf(dense, path, layout.place(array)), Tables({"items": Table(path, layout, None)})
+
+
+def check_same_split(models: list[TrainedModel]) -> None:
+    """Raises ValueError for models that cannot be one ensemble: of different splits, which may have seen each
+    other's test part, or of a kind that does not score every item."""
+    first, *others = models
+    for model in models if others else ():
+        if model.model.generates:
+            raise ValueError(
+                f"--workdir: {model.workdir} (model.type={model.model_config.type!r}) scores only what its "
+                "search finds, which has no mean with others: leave it out"
+            )
+    for other in others:
+        for name in ("split", "vocabulary"):
+            ours, theirs = getattr(first, name), getattr(other, name)
+            if ours != theirs:
+                raise ValueError(
+                    f"--workdir: {other.workdir} learnt from {name} {theirs}, {first.workdir} from {name} "
+                    f"{ours}: name runs of one split"
+                )
+
+
+def _flatten(tree, prefix="") -> dict:
+    """{"blocks/#0/ff/up/kernel": leaf}: # marks keys that are integers."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    leaves = {}
+    for key, value in tree.items():
+        text = f"#{key}" if isinstance(key, int) else key
+        leaves |= _flatten(value, f"{prefix}/{text}" if prefix else text)
+    return leaves
+
+
+def _put(tree: dict, name: str, leaf) -> None:
+    *groups, last = (int(key[1:]) if key[0] == "#" else key for key in name.split("/"))
+    for group in groups:
+        tree = tree.setdefault(group, {})
+    tree[last] = leaf
