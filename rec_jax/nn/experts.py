@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rec_jax.nn.context import Context
+from rec_jax.nn.dims import named
 from rec_jax.nn.parallel import sum_parts, to_parts
 
 
@@ -70,11 +71,15 @@ class Experts(nnx.Module):
         num, up_width = mixture.num_experts, (2 if is_gated else 1) * ff_width
         init = nnx.initializers.xavier_uniform(batch_axis=0)
         # Near 0, so that all experts begin with about as many tokens.
-        self.router_kernel = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (width, num)))
-        self.up_kernel = nnx.Param(init(rngs.params(), (num, width, up_width)))
-        self.up_bias = nnx.Param(jnp.zeros((num, up_width)))
-        self.down_kernel = nnx.Param(init(rngs.params(), (num, ff_width, width)))
-        self.down_bias = nnx.Param(jnp.zeros((num, width)))
+        router = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (width, num)))
+        self.router_kernel = named(router, "width", None)  # whole wherever experts are split
+        hidden = (2 if is_gated else 1, "expert_width")
+        up = nnx.Param(init(rngs.params(), (num, width, up_width)))
+        self.up_kernel = named(up, "experts", "width", hidden)
+        self.up_bias = named(nnx.Param(jnp.zeros((num, up_width))), "experts", hidden)
+        down = nnx.Param(init(rngs.params(), (num, ff_width, width)))
+        self.down_kernel = named(down, "experts", "expert_width", "width")
+        self.down_bias = named(nnx.Param(jnp.zeros((num, width))), "experts", "width")
         self.mixture, self.activation, self.is_gated = mixture, activation, is_gated
 
     def __call__(self, x, ctx: Context):
