@@ -18,7 +18,7 @@ from rec_jax.compress.quant import dequantize_params
 from rec_jax.compress.training import first_share_in_force
 from rec_jax.config import build, to_config_dict
 from rec_jax.data.datasets import load_dataset
-from rec_jax.data.pipeline import BatchSource, make_iterator
+from rec_jax.data.pipeline import BatchSource, EpochPlan, make_iterator
 from rec_jax.eval.evaluator import check_eval, evaluate
 from rec_jax.mesh import replicate
 from rec_jax.models.base import define_model, init_model
@@ -141,11 +141,13 @@ class Experiment:
         return BatchSource(
             self.histories,
             self.split,
-            max_len=config.data.max_len,
-            batch_rows=config.train.batch_rows,
-            epochs=config.train.epochs,
-            seed=config.seed,
-            all_windows=config.train.all_windows,
+            EpochPlan(
+                config.data.max_len,
+                config.train.batch_rows,
+                config.train.epochs,
+                config.seed,
+                config.train.all_windows,
+            ),
             is_causal=self.model.is_causal,
             schema=self._schema,
             host=jax.process_index(),
@@ -178,7 +180,7 @@ class Experiment:
                 saved.add(at)
 
         fitted = fit(
-            step.init(self._first_params()),
+            step.init(self.first_params()),
             step,
             TrainingData(
                 make_iterator(source),
@@ -222,7 +224,7 @@ class Experiment:
             neighbours_VK=self._neighbours(),
         )
 
-    def _first_params(self):
+    def first_params(self):
         """What a training starts from: given parameters of the model, or those drawn by the seed."""
         return init_model(self._build, self.config.seed)[1] if self._base is None else self._base
 

@@ -1,5 +1,6 @@
 """The one place where Flax NNX modules become plain pytrees and back."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
+from rec_jax.data.batch import Batch
+from rec_jax.nn.context import Block, Cache, Context
 from rec_jax.nn.dense import dense
-from rec_jax.nn.norm import unit
+from rec_jax.nn.norm import LayerNorm, unit
+from rec_jax.tables.embedding import Embedding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +25,18 @@ class SequenceConfig:
     dropout: float = 0.1
     l2_normalize: bool = False  # score by cosine: both sides normalised to length 1
     temperature: float = 1.0  # scores are divided by it
+    full_width: int = 0  # the width before dims were removed, which norms and scales still count; 0 = width
     num_future: int = 1  # items that training foretells at each token: the next and those after it
 
     def __post_init__(self):
         self.at_least(width=1, num_layers=0, num_future=1)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1) ({type(self).__name__})")
+        if self.full_width and self.full_width < self.width:
+            raise ValueError(
+                f"full_width={self.full_width} must be 0 or at least width={self.width} "
+                f"({type(self).__name__})"
+            )
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be positive ({type(self).__name__})")
 
@@ -41,39 +50,121 @@ class SequenceConfig:
 
     @property
     def table_dim(self) -> int:
-        """Of the table of items."""
+        """Dims of item vectors."""
         return self.width
 
-    def tensor_parallel(self, parts: int) -> dict[str, P]:
-        """{regex of a parameter's name: how it lies over the mesh axis "model" of `parts` devices}; what is
-        not named is whole."""
-        return {}
+    @property
+    def table_dim_name(self) -> str:
+        """Their name, see `nn.dims`."""
+        return "width"
+
+    @property
+    def fixed_layers(self) -> str:
+        """Why no layer can be left out; "" where each adds to its input."""
+        return ""
 
 
 class SequenceModel(nnx.Module):
-    """Encodes packed rows; scores the catalogue by dot products with its table of items, `self.items`.
+    """Encodes packed rows, event encoder -> blocks -> norm -> query, and scores the catalogue by dot products
+    with its item embedding table, `self.items`.
 
-    A model implements
-
-        __call__(batch, key_B=None, at=None, hidden=None, penalties=None) -> x_BSD, or x_QD for `at`
-
-    batch: a `Batch` with the features in `columns`. key_B: uint32[B] from `hashing.row_keys`, or None for no
-    dropout. at: (rows int[Q], columns int[Q]) of the only query positions, without dropout; or None. hidden:
-    a list to which the output of each layer is appended; with `at` the last of them is x_QD. penalties: a
-    list to which a model, given a key_B, may append what the training loss adds, f32[B], weighted and summed
-    over the real tokens of each row. What is returned has gone through `queries`.
+    A model makes its parts in __init__: config, items, blocks (`nn.context.Block`), and positions and
+    final_norm where it has them. It may override `look_up`, `inputs`, `stack` and `read_out`.
     """
 
-    # Does the output at a token predict the next one? Else the event to predict is a query token of its own,
-    # whose output predicts it: `batch.is_query` says which.
+    # Does the output at a token predict the next one? Else the event to predict has a masked token of its
+    # own: `batch.is_query` says which.
     is_causal = True
     # Features of the events that the model reads beside the items; a log must have them.
     columns: tuple[str, ...] = ()
-    # Has no table of items, but `codes`, a `loss(batch, key_B)` and a beam search instead.
+    # Has no item embedding table, but `codes`, a `loss(batch, key_B)` and a beam search instead.
     generates = False
 
+    positions: Embedding | None = None
+    final_norm: LayerNorm | None = None
     # {name: path of the parameter} of its embedding tables that may be large.
     tables: dict[str, str] = {"items": "items/embedding"}
+
+    def __call__(
+        self, batch, key_B=None, at=None, hidden: list | None = None, penalties: list | None = None
+    ) -> jax.Array:
+        """x_BSD, or x_QD for `at`, scaled by `queries`.
+
+        batch: with the features in `columns`.
+        key_B: uint32[B] from `hashing.row_keys`, or None for no dropout. at: (rows int[Q], columns int[Q]) of
+        the only tokens to return, without dropout; or None. hidden: a list to which the output of each layer
+        is appended; with `at` the last of them is x_QD. penalties: a list to which layers, given a key_B,
+        append what they add to the training loss, f32[B], weighted and summed over the real tokens of a row.
+        """
+        x = self.run(self.inputs(batch), self.context(batch, key_B), at, hidden, penalties)
+        return self.read_out(x)
+
+    def look_up(self, batch):
+        """The vectors of the events, [..., table_dim]."""
+        return self.items(batch.place("items", "events", batch.items))
+
+    def inputs(self, batch):
+        """What the first block sees, before dropout."""
+        x = self.look_up(batch) * (self.config.full_width or self.config.width) ** 0.5
+        return x if self.positions is None else x + self.positions(batch.positions)
+
+    def context(self, batch, key_B=None) -> Context:
+        columns = {name: batch.events[name] for name in self.columns}
+        return Context(batch.positions, batch.segments, columns, key_B)
+
+    @property
+    def stack(self) -> list[Block]:
+        """The block of each layer; a shared one several times."""
+        return list(self.blocks)
+
+    def run(self, x_BSD, ctx: Context, at=None, hidden: list | None = None, penalties: list | None = None):
+        """The output of the last block. Arguments as of `__call__`."""
+        x, stack = ctx.dropout(x_BSD, 0, self.config.dropout), self.stack
+        for layer, block in enumerate(stack):
+            x, penalty_B = block(x, ctx.of_layer(layer, at if layer == len(stack) - 1 else None))
+            if hidden is not None:
+                hidden.append(x)
+            if penalties is not None and penalty_B is not None:
+                penalties.append(penalty_B)
+        return x if at is None or stack else x[at]
+
+    def read_out(self, x):
+        """Queries from outputs of the last block."""
+        return self.queries(x if self.final_norm is None else self.final_norm(x))
+
+    def prefill(self, batch, at, room: int) -> tuple[jax.Array, Cache]:
+        """(x_ND at the last events of N histories, a cache to which each of their continuations may add
+        `room` events). Causal models only. at: (rows int[N], columns int[N])."""
+        x, cache = self.fill(self.inputs(batch), self.context(batch), at, room)
+        return self.read_out(x), cache
+
+    def fill(self, x_BSD, ctx: Context, at, room: int) -> tuple[jax.Array, Cache]:
+        """`run` without dropout, and the cache; room: in tokens."""
+        x, stack, layers = x_BSD, self.stack, []
+        for layer, block in enumerate(stack):
+            own = ctx.of_layer(layer, at if layer == len(stack) - 1 else None)
+            x, cache = block.prefill(x, dataclasses.replace(own, room=room), at)
+            layers.append(cache)
+        return x if stack else x[at], Cache.of(layers, ctx.positions[at] + 1, room)
+
+    def step(self, events: dict[str, jax.Array], cache: Cache) -> tuple[jax.Array, Cache]:
+        """(x_BKD, cache): one more event for each of K continuations of the cache's B histories.
+
+        K may grow from 1. events: columns [B, K], as those of a batch. Equals the full forward pass up to
+        max_len events; more than `room` events give NaN.
+        """
+        batch = Batch(events, segments=None, positions=cache.positions(events["item"].shape[1]))
+        x_BKD, cache = self.advance(self.inputs(batch), self.context(batch), cache)
+        return self.read_out(x_BKD), cache
+
+    def advance(self, x_BKD, ctx: Context, cache: Cache) -> tuple[jax.Array, Cache]:
+        """`run` for one new token of each continuation."""
+        ctx, own = dataclasses.replace(ctx, count=cache.count), []
+        for layer, block in enumerate(self.stack):
+            x_BKD, new = block.step(x_BKD, cache.prefix[layer], cache.own[layer], ctx.of_layer(layer))
+            own.append(new)
+        x_BKD = jnp.where(jnp.reshape(cache.count, (-1, 1, 1)) < cache.room, x_BKD, jnp.nan)
+        return x_BKD, cache.after(own)
 
     def table_ids(self, batch, item_ids: dict) -> dict[str, dict]:
         """{table: {use: int32 ids}}: the entries that a batch reads, where only these are at hand.
@@ -138,6 +229,8 @@ class Model:
     columns: tuple[str, ...] = ()
     generates: bool = False
     tables: dict[str, str] = field(default_factory=dict)
+    config: SequenceConfig | None = None
+    dims: dict[str, tuple] = field(default_factory=dict)  # of each parameter, see `nn.dims`
 
     def bind(self, params) -> SequenceModel:
         return nnx.merge(self.graphdef, nnx.State(params))
@@ -148,7 +241,17 @@ def define_model(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     graphdef, state = nnx.split(module, nnx.Param)
     abstract_params = jax.tree.map(_abstract, nnx.to_pure_dict(state))
-    return Model(graphdef, abstract_params, module.is_causal, module.columns, module.generates, module.tables)
+    dims = {"/".join(map(str, path)): x.get_metadata("dims") for path, x in nnx.to_flat_state(state)}
+    return Model(
+        graphdef,
+        abstract_params,
+        module.is_causal,
+        module.columns,
+        module.generates,
+        module.tables,
+        module.config,
+        dims,
+    )
 
 
 def _abstract(leaf) -> jax.ShapeDtypeStruct:

@@ -27,9 +27,8 @@ def beam_search(module, batch, at, num_beams: int) -> tuple[jax.Array, jax.Array
     batch: packed rows as for the model; at: (rows int[N], columns int[N]) of the last event of each history.
     """
     codes, trie = module.codes, module.codes.trie
-    positions_N = batch.positions[at]
-    x_ND, past = module.prefill(batch, at)
-    x_NKD, own = x_ND[:, None], None
+    x_ND, cache = module.prefill(batch, at, room=1)
+    x_NKD = x_ND[:, None]
     node_NK = jnp.zeros((len(x_ND), 1), jnp.int32)  # the root
     log_prob_NK = jnp.zeros((len(x_ND), 1))
     for level in range(codes.num_levels):
@@ -40,8 +39,7 @@ def beam_search(module, batch, at, num_beams: int) -> tuple[jax.Array, jax.Array
         parent_NK, place_NK = best_NK // trie.most[level], best_NK % trie.most[level]
         node_NK = first[jnp.take_along_axis(node_NK, parent_NK, axis=1)] + place_NK
         if level < codes.num_levels - 1:
-            own = jax.tree.map(lambda x: x[jnp.arange(len(x))[:, None], parent_NK], own)  # noqa: B023
-            x_NKD, own = module.decode(code_of[node_NK], node_NK, level, positions_N, past, own)
+            x_NKD, cache = module.decode(code_of[node_NK], node_NK, level, cache.fork(parent_NK))
     return jnp.asarray(trie.items)[node_NK], log_prob_NK
 
 

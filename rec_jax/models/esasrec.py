@@ -6,15 +6,13 @@ from typing import Literal
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from rec_jax.models.sasrec import SASRec, SASRecConfig
-from rec_jax.nn.blocks import attention_of
+from rec_jax.nn.blocks import TransformerShape
+from rec_jax.nn.context import Block, Context
 from rec_jax.nn.convolution import CausalConv
 from rec_jax.nn.dense import Dense, dense
-from rec_jax.nn.dropout import dropout
-from rec_jax.nn.experts import Experts, feed_forward
-from rec_jax.nn.norm import LayerNorm
+from rec_jax.nn.dims import named
 from rec_jax.nn.parallel import join, to_parts
 
 
@@ -30,15 +28,6 @@ class ESASRecConfig(SASRecConfig):
         super().__post_init__()
         self.at_least(conv_width=0)
 
-    def tensor_parallel(self, parts: int) -> dict[str, P]:
-        split = super().tensor_parallel(parts)
-        if parts > 1 and self.ff_width % parts == 0:
-            split |= {
-                r".*ff/gate_up/kernel": P(None, None, "model"),
-                r".*ff/gate_up/bias": P(None, "model"),
-            }
-        return split
-
 
 class SwiGLU(nnx.Module):
     """(SiLU(x W) * (x V)) W_2. Source: Shazeer, arXiv 2002.05202, equation 6, with biases."""
@@ -46,19 +35,21 @@ class SwiGLU(nnx.Module):
     def __init__(self, width: int, ff_width: int, *, rngs: nnx.Rngs):
         init = nnx.initializers.xavier_uniform()
         self.ff_width = ff_width
-        self.gate_up = nnx.LinearGeneral(width, (2, ff_width), kernel_init=init, rngs=rngs)
-        self.down = Dense(ff_width, width, kernel_init=init, rngs=rngs)
+        gate_up = nnx.LinearGeneral(width, (2, ff_width), kernel_init=init, rngs=rngs)
+        self.gate_up = named(gate_up, "width", 2, "ff_width")
+        self.down = named(Dense(ff_width, width, kernel_init=init, rngs=rngs), "ff_width", "width")
 
-    def __call__(self, x):
+    def __call__(self, x, ctx: Context):
+        """(y, None): it has no penalty."""
         kernel_D2F = self.gate_up.kernel[...]
         is_split = kernel_D2F.shape[-1] < self.ff_width  # over "model", by channels
         x_TD = x.reshape(-1, x.shape[-1])
         both = dense(to_parts(x_TD) if is_split else x_TD, kernel_D2F, self.gate_up.bias[...])
         gate_TF, up_TF = jnp.split(both, 2, axis=-1)
-        return join(self.down, jax.nn.silu(gate_TF) * up_TF, is_split).reshape(x.shape)
+        return join(self.down, jax.nn.silu(gate_TF) * up_TF, is_split).reshape(x.shape), None
 
 
-class LiGRBlock(nnx.Module):
+class LiGRBlock(Block):
     """x + sigmoid(x W) * f(norm(x)), for attention and then for the feed-forward. Attention sees norm(x) and
     its short convolution, summed.
 
@@ -66,37 +57,31 @@ class LiGRBlock(nnx.Module):
     Primer, So et al., NeurIPS'21 (arXiv 2109.08668). Differs: before the projections, and added.
     """
 
-    def __init__(self, config: ESASRecConfig, *, is_causal: bool = True, rngs: nnx.Rngs):
-        init = nnx.initializers.xavier_uniform()
-        self.attention_norm = LayerNorm(config.width, config.full_width)
-        self.conv = CausalConv(config.width, config.conv_width, rngs=rngs) if config.conv_width else None
-        self.attention = attention_of(config, is_causal=is_causal, rngs=rngs)
-        self.attention_gate = Dense(config.width, config.width, kernel_init=init, rngs=rngs)
-        self.ff_norm = LayerNorm(config.width, config.full_width)
-        if config.num_experts:
-            self.ff = Experts(config, is_gated=True, rngs=rngs)
+    def __init__(self, shape: TransformerShape, conv_width: int, *, rngs: nnx.Rngs):
+        width, init = shape.width, nnx.initializers.xavier_uniform()
+        self.attention_norm = shape.make_norm()
+        self.conv = CausalConv(width, conv_width, rngs=rngs) if conv_width else None
+        self.attention = shape.make_attention(rngs)
+        self.attention_gate = named(Dense(width, width, kernel_init=init, rngs=rngs), "width", "width")
+        self.ff_norm = shape.make_norm()
+        if shape.mixture:
+            self.ff = shape.make_experts(rngs, is_gated=True)
         else:
-            self.ff = SwiGLU(config.width, config.ff_width, rngs=rngs)
-        self.ff_gate = Dense(config.width, config.width, kernel_init=init, rngs=rngs)
-        self.rate = config.dropout
+            self.ff = SwiGLU(width, shape.ff_width, rngs=rngs)
+        self.ff_gate = named(Dense(width, width, kernel_init=init, rngs=rngs), "width", "width")
+        self.rate = shape.dropout
 
-    def __call__(self, x_BSD, segments_BS, positions_BS, key_B, index: int, at=None, penalties=None):
-        """As `nn.blocks.TransformerBlock`."""
-
+    def apply(self, x_BSD, ctx: Context, mix):
         def add(x, y, gate, site):
             y = y * jax.nn.sigmoid(gate(x.reshape(-1, x.shape[-1]))).reshape(x.shape)
-            if key_B is not None and self.rate:
-                y = dropout(y, key_B, 2 * index + site, self.rate)
-            return x + y
+            return x + ctx.dropout(y, 2 * ctx.layer + site, self.rate)
 
         normed = self.attention_norm(x_BSD)
         if self.conv is not None:
-            normed += self.conv(normed, positions_BS)
-        attended = self.attention(normed, normed, segments_BS, positions_BS)
-        x_BSD = add(x_BSD, attended, self.attention_gate, 1)
-        x = x_BSD if at is None else x_BSD[at]  # the rest of the block looks at one token at a time
-        y = feed_forward(self.ff, self.ff_norm(x), segments_BS, key_B, penalties)
-        return add(x, y, self.ff_gate, 2)
+            normed += mix(self.conv, normed)
+        x = ctx.only(add(x_BSD, self.attention(normed, normed, ctx, mix), self.attention_gate, 1))
+        y, penalty_B = self.ff(self.ff_norm(x), ctx)
+        return add(x, y, self.ff_gate, 2), penalty_B
 
 
 class ESASRec(SASRec):
@@ -107,4 +92,6 @@ class ESASRec(SASRec):
     which score better (LOG.md, 2026-11-27); what SASRec here differs in; the loss is chosen by the config.
     """
 
-    block = LiGRBlock
+    def make_block(self, rngs: nnx.Rngs) -> Block:
+        shape = self.config.block_shape(self.is_causal)
+        return LiGRBlock(shape, self.config.conv_width, rngs=rngs)

@@ -7,10 +7,10 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 
-from rec_jax.data.batch import Batch
 from rec_jax.models.base import SequenceConfig, SequenceModel
+from rec_jax.nn.context import Block, Context
 from rec_jax.nn.dense import Dense, dense
-from rec_jax.nn.dropout import dropout
+from rec_jax.nn.dims import named
 from rec_jax.tables.embedding import Embedding
 
 # Of variance 1 / inputs, however many gates a kernel holds side by side.
@@ -27,9 +27,14 @@ class GRU4RecConfig(SequenceConfig):
         super().__post_init__()
         self.at_least(num_layers=1, hidden_width=0)
 
+    @property
+    def fixed_layers(self) -> str:
+        return "a layer replaces its input"
 
-class GRU(nnx.Module):
-    """One layer of gated recurrent units, whose state is zero at the first token of a segment.
+
+@dataclass(frozen=True)
+class Gates:
+    """The recurrence of a GRU as a mixer (`nn.context`), on its inputs to the gates; own: the states, f32.
 
     Source: Cho et al., EMNLP'14 (arXiv 1406.1078), section 2.3; with z the share of the new state, as in
     Hidasi et al., section 3.
@@ -37,30 +42,60 @@ class GRU(nnx.Module):
     serves all gates of a step.
     """
 
-    def __init__(self, width: int, hidden_width: int, *, rngs: nnx.Rngs):
-        gates = 3 * hidden_width
-        self.inputs = Dense(width, gates, kernel_init=_INIT, rngs=rngs)
-        self.state = nnx.Linear(hidden_width, gates, use_bias=False, kernel_init=_INIT, rngs=rngs)
+    kernel_HG: jax.Array
 
-    def __call__(self, x_BSD, is_first_BS):
-        """h_BSH. is_first_BS: bool, where the state is zero before the token. The state is f32."""
-        batch, length, width = x_BSD.shape
-        kernel_HG = self.state.kernel[...]
-        x_BSG = self.inputs(x_BSD.reshape(-1, width)).reshape(batch, length, -1)
+    def next(self, h_BH, x_BG, is_first_B):
+        """The state after a token, before which it is zero where the token is the first of a segment."""
+        h_BH = jnp.where(is_first_B[:, None], 0, h_BH)
+        from_state = jnp.split(dense(h_BH.astype(x_BG.dtype), self.kernel_HG).astype(jnp.float32), 3, -1)
+        from_input = jnp.split(x_BG.astype(jnp.float32), 3, -1)
+        z, r = (nnx.sigmoid(x + h) for x, h in zip(from_input[:2], from_state[:2], strict=True))
+        new_BH = jnp.tanh(from_input[2] + r * from_state[2])
+        return (1 - z) * h_BH + z * new_BH
+
+    def states(self, x_BSG, ctx: Context, dtype):
+        """h_BSH of this type; computed in f32."""
+        is_first_BS = ctx.positions == 0
 
         def step(h_BH, token):
-            x_BG, is_first_B = token
-            h_BH = jnp.where(is_first_B[:, None], 0, h_BH)
-            from_state = jnp.split(dense(h_BH.astype(x_BG.dtype), kernel_HG).astype(jnp.float32), 3, -1)
-            from_input = jnp.split(x_BG.astype(jnp.float32), 3, -1)
-            z, r = (nnx.sigmoid(x + h) for x, h in zip(from_input[:2], from_state[:2], strict=True))
-            new_BH = jnp.tanh(from_input[2] + r * from_state[2])
-            h_BH = (1 - z) * h_BH + z * new_BH
-            return h_BH, h_BH.astype(x_BG.dtype)
+            h_BH = self.next(h_BH, *token)
+            return h_BH, h_BH.astype(dtype)
 
-        before_BH = jnp.zeros((batch, x_BSG.shape[-1] // 3), jnp.float32)
-        _, h_SBH = jax.lax.scan(step, before_BH, (x_BSG.swapaxes(0, 1), is_first_BS.swapaxes(0, 1)))
-        return h_SBH.swapaxes(0, 1)
+        before_BH = jnp.zeros((len(x_BSG), x_BSG.shape[-1] // 3), jnp.float32)
+        tokens = x_BSG.swapaxes(0, 1), is_first_BS.swapaxes(0, 1)
+        return jax.lax.scan(step, before_BH, tokens)[1].swapaxes(0, 1)
+
+    def __call__(self, x_BSG, ctx: Context):
+        return self.states(x_BSG, ctx, x_BSG.dtype)
+
+    def prefill(self, x_BSG, ctx: Context, at):
+        h_BSH = self.states(x_BSG, ctx, jnp.float32)
+        return h_BSH.astype(x_BSG.dtype), None, h_BSH[at][:, None]
+
+    def step(self, x_BKG, prefix, own, ctx: Context):
+        own = jnp.broadcast_to(own, (*x_BKG.shape[:2], own.shape[-1]))
+        is_first_T = ctx.positions.reshape(-1) == 0
+        h_TH = self.next(own.reshape(-1, own.shape[-1]), x_BKG.reshape(-1, x_BKG.shape[-1]), is_first_T)
+        h_BKH = h_TH.reshape(own.shape)
+        return h_BKH.astype(x_BKG.dtype), h_BKH
+
+
+class GRU(Block):
+    """One layer of gated recurrent units, whose state is zero at the first token of a segment."""
+
+    def __init__(self, width: int, hidden_width: int, rate: float, dims, *, rngs: nnx.Rngs):
+        """dims: names of both widths."""
+        gates, (dim, hidden) = 3 * hidden_width, dims
+        inputs = Dense(width, gates, kernel_init=_INIT, rngs=rngs)
+        state = nnx.Linear(hidden_width, gates, use_bias=False, kernel_init=_INIT, rngs=rngs)
+        self.inputs, self.state = named(inputs, dim, (3, hidden)), named(state, hidden, (3, hidden))
+        self.rate = rate
+
+    def apply(self, x_BSD, ctx: Context, mix):
+        if ctx.layer:  # the input of the first layer has its dropout already
+            x_BSD = ctx.dropout(x_BSD, ctx.layer, self.rate)
+        x_TG = self.inputs(x_BSD.reshape(-1, x_BSD.shape[-1]))
+        return ctx.only(mix(Gates(self.state.kernel[...]), x_TG.reshape(*x_BSD.shape[:2], -1))), None
 
 
 class GRU4Rec(SequenceModel):
@@ -76,32 +111,22 @@ class GRU4Rec(SequenceModel):
         """max_len: any length will do."""
         self.config = config
         hidden_width = config.hidden_width or config.width
-        widths = [config.width] + [hidden_width] * (config.num_layers - 1)
-        self.items = Embedding(num_items + 1, config.width, rngs=rngs)
-        self.layers = nnx.List([GRU(width, hidden_width, rngs=rngs) for width in widths])
+        self.items = named(Embedding(num_items + 1, config.width, rngs=rngs), "items", "width")
+        hidden = "width" if hidden_width == config.width else "hidden"
+        inputs = [(config.width, "width")] + [(hidden_width, hidden)] * (config.num_layers - 1)
+        self.layers = nnx.List(
+            [GRU(width, hidden_width, config.dropout, (dim, hidden), rngs=rngs) for width, dim in inputs]
+        )
         if hidden_width != config.width:
-            self.project = Dense(hidden_width, config.width, kernel_init=_INIT, rngs=rngs)
+            project = Dense(hidden_width, config.width, kernel_init=_INIT, rngs=rngs)
+            self.project = named(project, "hidden", "width")
 
-    def __call__(
-        self,
-        batch: Batch,
-        key_B: jax.Array | None = None,
-        at=None,
-        hidden: list | None = None,
-        penalties: list | None = None,
-    ) -> jax.Array:
-        """See SequenceModel."""
+    @property
+    def stack(self) -> list[Block]:
+        return list(self.layers)
+
+    def read_out(self, x):
         config = self.config
-        is_first_BS = batch.positions == 0
-        x = self.items(batch.place("items", "events", batch.items)) * config.width**0.5
-        for index, layer in enumerate(self.layers):
-            if key_B is not None and config.dropout:
-                x = dropout(x, key_B, index, config.dropout)
-            x = layer(x, is_first_BS)
-            if at is not None and index == config.num_layers - 1:
-                x = x[at]
-            if hidden is not None:
-                hidden.append(x)
         if config.hidden_width not in (0, config.width):
             x = self.project(x.reshape(-1, config.hidden_width)).reshape(*x.shape[:-1], config.width)
         return self.queries(x)

@@ -4,15 +4,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import flax.nnx as nnx
-import jax
 import jax.numpy as jnp
 
-from rec_jax.data.batch import Batch
 from rec_jax.models.base import SequenceConfig, SequenceModel
+from rec_jax.nn.context import Block, Context
 from rec_jax.nn.dense import Dense, dense
-from rec_jax.nn.dropout import dropout
+from rec_jax.nn.dims import named
 from rec_jax.nn.norm import LayerNorm
-from rec_jax.nn.pointwise_attention import pointwise_attention, time_buckets
+from rec_jax.nn.pointwise_attention import PointwiseAttention
 from rec_jax.tables.embedding import Embedding
 
 _NORMAL = nnx.initializers.normal(0.02)
@@ -23,19 +22,20 @@ class HSTUConfig(SequenceConfig):
     """time_bias: attention sees how much time lies between events. The data must have times then; for a log
     without, set model.time_bias=False.
 
-    `tensor_parallel` names nothing: each device along the mesh axis "model" has the blocks whole.
+    Each device along the mesh axis "model" has the blocks whole: a kernel packs four groups of heads.
     """
 
     type: Literal["hstu"] = "hstu"
     num_heads: int = 1
     head_width: int = 0  # of queries and keys; 0 = width / num_heads
     value_width: int = 0  # of a head; 0 = the same
+    full_heads: int = 0  # the heads before some were removed, which norms still count; 0 = num_heads
     time_bias: bool = True
     num_time_buckets: int = 128  # 72 hold all that 32 bits of seconds can tell apart
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(num_heads=1, head_width=0, value_width=0, num_time_buckets=1)
+        self.at_least(num_heads=1, head_width=0, value_width=0, full_heads=0, num_time_buckets=1)
         if not self.head_width and self.width % self.num_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide width={self.width}: change either, or set "
@@ -43,7 +43,7 @@ class HSTUConfig(SequenceConfig):
             )
 
 
-class HSTUBlock(nnx.Module):
+class HSTUBlock(Block):
     """x + W_o (norm(attention) * U), where U, V, Q, K = SiLU(norm(x) W)."""
 
     def __init__(self, config: HSTUConfig, max_len: int, *, rngs: nnx.Rngs):
@@ -52,32 +52,33 @@ class HSTUBlock(nnx.Module):
         self.num_heads, self.rate = config.num_heads, config.dropout
         inner = self.num_heads * self.value_width
         total = 2 * (inner + self.num_heads * self.head_width)
-        self.norm = LayerNorm(config.width)
-        self.uvqk = nnx.Linear(config.width, total, use_bias=False, kernel_init=_NORMAL, rngs=rngs)
-        self.position_bias = nnx.Param(_NORMAL(rngs.params(), (max_len,)))
-        if config.time_bias:
-            self.time_bias = nnx.Param(_NORMAL(rngs.params(), (config.num_time_buckets,)))
-        self.attention_norm = LayerNorm(inner)
-        self.out = Dense(inner, config.width, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
+        self.norm = LayerNorm(config.width, config.full_width)
+        uvqk = nnx.Linear(config.width, total, use_bias=False, kernel_init=_NORMAL, rngs=rngs)
+        sizes = {"heads": self.num_heads, "head_width": self.head_width, "value_width": self.value_width}
+        groups = [(2, "heads", "value_width"), (2, "heads", "head_width")]
+        self.uvqk = named(uvqk, "width", groups, **sizes)
+        self.position_bias = named(nnx.Param(_NORMAL(rngs.params(), (max_len,))), "distances")
+        buckets = (config.num_time_buckets,)
+        self.time_bias = (
+            named(nnx.Param(_NORMAL(rngs.params(), buckets)), "buckets") if config.time_bias else None
+        )
+        values, full = ("heads", "value_width"), (config.full_heads or self.num_heads) * self.value_width
+        self.attention_norm = LayerNorm(inner, full, values, **sizes)
+        out = Dense(inner, config.width, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
+        self.out = named(out, values, "width", **sizes)
 
-    def __call__(self, x_BSD, segments_BS, buckets_BSS, key_B, index: int, at=None):
-        """buckets_BSS: of the times, None without time_bias. index: which layer this is, for its dropout.
-        at: (rows, columns) of the only tokens to return, as x_QD; None for all of x_BSD."""
+    def apply(self, x_BSD, ctx: Context, mix):
         batch, length, width = x_BSD.shape
         inner, of_keys = self.num_heads * self.value_width, self.num_heads * self.head_width
         uvqk_TF = nnx.silu(dense(self.norm(x_BSD).reshape(-1, width), self.uvqk.kernel[...]))
         uvqk_BSF = uvqk_TF.reshape(batch, length, -1)
         u, v, q, k = jnp.split(uvqk_BSF, (inner, 2 * inner, 2 * inner + of_keys), axis=-1)
         q, k, v = (x.reshape(batch, length, self.num_heads, -1) for x in (q, k, v))
-        time_bias = None if buckets_BSS is None else self.time_bias[...]
-        y = pointwise_attention(q, k, v, segments_BS, self.position_bias[...], time_bias, buckets_BSS)
-        y, x = y.reshape(batch, length, inner), x_BSD
-        if at is not None:  # the rest looks at one token at a time
-            x, y, u = x[at], y[at], u[at]
-        gated = self.attention_norm(y) * u
-        if key_B is not None and self.rate:
-            gated = dropout(gated, key_B, 1 + index, self.rate)
-        return x + self.out(gated.reshape(-1, inner)).reshape(x.shape)
+        time_bias = None if self.time_bias is None else self.time_bias[...]
+        y = mix(PointwiseAttention(self.position_bias[...], time_bias), q, k, v)
+        x, y, u = (ctx.only(part) for part in (x_BSD, y.reshape(batch, length, inner), u))
+        gated = ctx.dropout(self.attention_norm(y) * u, 1 + ctx.layer, self.rate)
+        return x + self.out(gated.reshape(-1, inner)).reshape(x.shape), None
 
 
 class HSTU(SequenceModel):
@@ -95,34 +96,8 @@ class HSTU(SequenceModel):
     def __init__(self, config: HSTUConfig, num_items: int, max_len: int, *, rngs: nnx.Rngs):
         self.config = config
         self.columns = ("time",) if config.time_bias else ()
-        self.items = Embedding(num_items + 1, config.width, rngs=rngs)
+        self.items = named(Embedding(num_items + 1, config.width, rngs=rngs), "items", "width")
         init = nnx.initializers.truncated_normal(config.width**-0.5)
-        self.positions = Embedding(max_len, config.width, init=init, rngs=rngs)
+        positions = Embedding(max_len, config.width, init=init, rngs=rngs)
+        self.positions = named(positions, "positions", "width")
         self.blocks = nnx.List([HSTUBlock(config, max_len, rngs=rngs) for _ in range(config.num_layers)])
-
-    def __call__(
-        self,
-        batch: Batch,
-        key_B: jax.Array | None = None,
-        at=None,
-        hidden: list | None = None,
-        penalties: list | None = None,
-    ) -> jax.Array:
-        """See SequenceModel."""
-        config = self.config
-        x_BSD = self.items(batch.place("items", "events", batch.items)) * config.width**0.5 + self.positions(
-            batch.positions
-        )
-        if key_B is not None and config.dropout:
-            x_BSD = dropout(x_BSD, key_B, 0, config.dropout)
-        buckets_BSS = (
-            time_buckets(batch.events["time"], config.num_time_buckets) if config.time_bias else None
-        )
-        for index, block in enumerate(self.blocks):
-            last = index == config.num_layers - 1
-            x_BSD = block(x_BSD, batch.segments, buckets_BSS, key_B, index, at if last else None)
-            if hidden is not None:
-                hidden.append(x_BSD)
-        if at is not None and not config.num_layers:
-            x_BSD = x_BSD[at]
-        return self.queries(x_BSD)

@@ -4,17 +4,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import flax.nnx as nnx
-import jax
 import jax.numpy as jnp
 
-from rec_jax.data.batch import Batch
 from rec_jax.models.base import SequenceConfig, SequenceModel
 from rec_jax.nn.blocks import FeedForward
+from rec_jax.nn.context import Block, Context
 from rec_jax.nn.convolution import CausalConv
 from rec_jax.nn.dense import Dense
-from rec_jax.nn.dropout import dropout
+from rec_jax.nn.dims import named
 from rec_jax.nn.norm import LayerNorm
-from rec_jax.nn.recurrence import linear_scan
+from rec_jax.nn.recurrence import LinearRecurrence
 from rec_jax.tables.embedding import Embedding
 
 DECAY_POWER = 8  # c of the paper
@@ -49,56 +48,52 @@ class GatedRecurrence(nnx.Module):
     """
 
     def __init__(self, width: int, conv_width: int, *, rngs: nnx.Rngs):
-        self.branches = Dense(width, 2 * width, kernel_init=_INIT, rngs=rngs)
+        branches = Dense(width, 2 * width, kernel_init=_INIT, rngs=rngs)
+        self.branches = named(branches, "width", (2, "width"))
         self.conv = CausalConv(width, conv_width, rngs=rngs) if conv_width else None
-        self.gates = Dense(width, 2 * width, kernel_init=_INIT, rngs=rngs)
+        gates = Dense(width, 2 * width, kernel_init=_INIT, rngs=rngs)
+        self.gates = named(gates, "width", (2, "width"))
         rate_D = -jnp.log(jnp.linspace(*FIRST_DECAYS, width)) / DECAY_POWER
-        self.rate = nnx.Param(jnp.log(jnp.expm1(rate_D)))  # L, before its softplus
-        self.out = Dense(width, width, kernel_init=_INIT, rngs=rngs)
+        self.rate = named(nnx.Param(jnp.log(jnp.expm1(rate_D))), "width")  # L, before its softplus
+        self.out = named(Dense(width, width, kernel_init=_INIT, rngs=rngs), "width", "width")
 
-    def __call__(self, x_BSD, positions_BS):
+    def __call__(self, x_BSD, ctx: Context, mix):
+        """mix: see `nn.context.Block`."""
         shape = x_BSD.shape
         branch_TD, x_TD = jnp.split(self.branches(x_BSD.reshape(-1, shape[-1])), 2, -1)
         if self.conv is not None:
-            x_TD = self.conv(x_TD.reshape(shape), positions_BS).reshape(x_TD.shape)
+            x_TD = mix(self.conv, x_TD.reshape(shape)).reshape(x_TD.shape)
         r_TD, i_TD = jnp.split(nnx.sigmoid(self.gates(x_TD).astype(jnp.float32)), 2, -1)
         log_a = -DECAY_POWER * nnx.softplus(self.rate[...].astype(jnp.float32)) * r_TD
-        is_first = positions_BS.reshape(-1, 1) == 0
+        is_first = ctx.positions.reshape(-1, 1) == 0
         change = jnp.expm1(log_a)  # a - 1, exact for a near 1
         a_TD = jnp.where(is_first, 0, 1 + change)
         # sqrt(1 - a^2), held above 0, where it has no gradient.
         scale = jnp.where(is_first, 1, jnp.sqrt(jnp.maximum(-change * (2 + change), 1e-12)))
         input_TD = scale * i_TD * x_TD.astype(jnp.float32)
-        h_BSD = linear_scan(a_TD.reshape(shape), input_TD.reshape(shape))
+        h_BSD = mix(LinearRecurrence(), a_TD.reshape(shape), input_TD.reshape(shape))
         h_TD = h_BSD.reshape(x_TD.shape).astype(x_TD.dtype)
         return self.out(nnx.gelu(branch_TD) * h_TD).reshape(shape)
 
 
-class LRUBlock(nnx.Module):
+class LRUBlock(Block):
     """Recurrence then feed-forward, each x + f(norm(x)).
 
     As in Griffin: the sum of residuals reaches the output unscaled, however deep the model is.
     """
 
     def __init__(self, config: LRUConfig, *, rngs: nnx.Rngs):
-        self.recurrence_norm = LayerNorm(config.width)
+        self.recurrence_norm = LayerNorm(config.width, config.full_width)
         self.recurrence = GatedRecurrence(config.width, config.conv_width, rngs=rngs)
-        self.ff_norm = LayerNorm(config.width)
+        self.ff_norm = LayerNorm(config.width, config.full_width)
         self.ff = FeedForward(config.width, config.ff_width, "gelu", rngs=rngs)
         self.rate = config.dropout
 
-    def __call__(self, x_BSD, positions_BS, key_B, index: int, at=None):
-        """index: which layer this is, for its dropout. at: (rows, columns) of the only tokens to return, as
-        x_QD; None for all of x_BSD."""
-
-        def drop(x, site):
-            if key_B is None or self.rate == 0:
-                return x
-            return dropout(x, key_B, 2 * index + site, self.rate)
-
-        x_BSD = x_BSD + drop(self.recurrence(self.recurrence_norm(x_BSD), positions_BS), 1)
-        x = x_BSD if at is None else x_BSD[at]
-        return x + drop(self.ff(self.ff_norm(x)), 2)
+    def apply(self, x_BSD, ctx: Context, mix):
+        y_BSD = self.recurrence(self.recurrence_norm(x_BSD), ctx, mix)
+        x = ctx.only(x_BSD + ctx.dropout(y_BSD, 2 * ctx.layer + 1, self.rate))
+        y, _ = self.ff(self.ff_norm(x), ctx)
+        return x + ctx.dropout(y, 2 * ctx.layer + 2, self.rate), None
 
 
 class LRURec(SequenceModel):
@@ -116,28 +111,6 @@ class LRURec(SequenceModel):
     def __init__(self, config: LRUConfig, num_items: int, max_len: int, *, rngs: nnx.Rngs):
         """max_len: any length will do."""
         self.config = config
-        self.items = Embedding(num_items + 1, config.width, rngs=rngs)
+        self.items = named(Embedding(num_items + 1, config.width, rngs=rngs), "items", "width")
         self.blocks = nnx.List([LRUBlock(config, rngs=rngs) for _ in range(config.num_layers)])
-        self.final_norm = LayerNorm(config.width)
-
-    def __call__(
-        self,
-        batch: Batch,
-        key_B: jax.Array | None = None,
-        at=None,
-        hidden: list | None = None,
-        penalties: list | None = None,
-    ) -> jax.Array:
-        """See SequenceModel."""
-        config = self.config
-        x = self.items(batch.place("items", "events", batch.items)) * config.width**0.5
-        if key_B is not None and config.dropout:
-            x = dropout(x, key_B, 0, config.dropout)
-        for index, block in enumerate(self.blocks):
-            last = index == config.num_layers - 1
-            x = block(x, batch.positions, key_B, index, at if last else None)
-            if hidden is not None:
-                hidden.append(x)
-        if at is not None and not config.num_layers:
-            x = x[at]
-        return self.queries(self.final_norm(x))
+        self.final_norm = LayerNorm(config.width, config.full_width)

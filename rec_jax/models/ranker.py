@@ -20,8 +20,8 @@ class Ranker(Protocol):
         the history, or all. sampled_ids: int[B, N], the negatives of the sampled protocol."""
 
     def top_k(self, queries: Queries, k: int, exclude=None, allowed=None) -> tuple[jax.Array, jax.Array]:
-        """(scores f32[B, k], ids int32[B, k]), best first; -inf and id 0 where fewer are left. What a ranker
-        knows nothing of comes last, at -inf.
+        """(scores f32[B, k], ids int32[B, k]), best first; -inf and id 0 where fewer are left. An item at
+        -inf, which a search has not found, is not listed.
 
         exclude: (rows int[P], ids int[P]) to leave out, such as `queries.seen()`. allowed: bool[V + 1], the
         items to choose from; None = all.

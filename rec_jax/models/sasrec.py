@@ -6,13 +6,13 @@ from typing import Literal
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
-from rec_jax.data.batch import Batch
 from rec_jax.models.base import SequenceConfig, SequenceModel
-from rec_jax.nn.blocks import TransformerBlock, tensor_parallel
+from rec_jax.nn.blocks import TransformerBlock, TransformerShape
+from rec_jax.nn.context import Block
 from rec_jax.nn.dense import dense
-from rec_jax.nn.dropout import dropout
+from rec_jax.nn.dims import named
+from rec_jax.nn.experts import Mixture
 from rec_jax.nn.norm import LayerNorm
 from rec_jax.tables.embedding import Embedding
 
@@ -28,7 +28,6 @@ class SASRecConfig(SequenceConfig):
     item_dim: int = 0  # of the table of items, which a kernel projects to width and back; 0 = width
     share_layers: bool = False  # one block, applied num_layers times
     head_width: int = 0  # 0 = width / num_heads; set where heads or dims were removed from a model
-    full_width: int = 0  # the width before dims were removed, which norms still count; 0 = width
     num_experts: int = 0  # feed-forwards of each layer, of which a router picks a few; 0 = a plain one
     experts_per_token: int = 2
     capacity_factor: float = 1.25  # tokens that an expert takes in training, over an even share of a row's
@@ -47,10 +46,6 @@ class SASRecConfig(SequenceConfig):
             raise ValueError(
                 f"head_width={head_width} (by default width/num_heads) must be even for "
                 "position='rotary' (SASRecConfig)"
-            )
-        if self.full_width and self.full_width < self.width:
-            raise ValueError(
-                f"full_width={self.full_width} must be 0 or at least width={self.width} (SASRecConfig)"
             )
         if self.item_dim and self.l2_normalize:
             raise ValueError(
@@ -71,11 +66,39 @@ class SASRecConfig(SequenceConfig):
 
     @property
     def table_dim(self) -> int:
-        """Of the table of items."""
         return self.item_dim or self.width
 
-    def tensor_parallel(self, parts: int) -> dict[str, P]:
-        return tensor_parallel(self.num_heads, self.ff_width, parts, self.num_experts)
+    @property
+    def table_dim_name(self) -> str:
+        return "item_dim" if self.item_dim else "width"
+
+    @property
+    def fixed_layers(self) -> str:
+        if self.share_layers:
+            return "shared layers are one block"
+        if self.norm != "pre":
+            return f"under norm={self.norm!r} a layer normalises what passes it by"
+        return ""
+
+    def block_shape(self, is_causal: bool) -> TransformerShape:
+        mixture = None
+        if self.num_experts:
+            mixture = Mixture(
+                self.num_experts, self.experts_per_token, self.capacity_factor, self.balance_weight
+            )
+        return TransformerShape(
+            width=self.width,
+            num_heads=self.num_heads,
+            head_width=self.head_width or self.width // self.num_heads,
+            ff_width=self.ff_width,
+            activation=self.activation,
+            dropout=self.dropout,
+            norm=self.norm,
+            full_width=self.full_width,
+            is_causal=is_causal,
+            is_rotary=self.position == "rotary",
+            mixture=mixture,
+        )
 
 
 class SASRec(SequenceModel):
@@ -87,61 +110,41 @@ class SASRec(SequenceModel):
     dropout on attention weights; norm="post", which scored best, unless the original order is asked for.
     """
 
-    block = TransformerBlock
-
     def __init__(self, config: SASRecConfig, num_items: int, max_len: int, *, rngs: nnx.Rngs):
         self.config = config
-        self.items = Embedding(num_items + 1, config.table_dim, rngs=rngs)
-        if config.position == "learned":
-            self.positions = Embedding(max_len, config.width, rngs=rngs)
-        num_blocks = min(1, config.num_layers) if config.share_layers else config.num_layers
-        self.blocks = nnx.List(
-            [self.block(config, is_causal=self.is_causal, rngs=rngs) for _ in range(num_blocks)]
+        self.items = named(
+            Embedding(num_items + 1, config.table_dim, rngs=rngs), "items", config.table_dim_name
         )
+        if config.position == "learned":
+            self.positions = named(Embedding(max_len, config.width, rngs=rngs), "positions", "width")
+        num_blocks = min(1, config.num_layers) if config.share_layers else config.num_layers
+        self.blocks = nnx.List([self.make_block(rngs) for _ in range(num_blocks)])
         self.final_norm = LayerNorm(config.width, config.full_width)
         if config.item_dim:
             # Of variance 1 / item_dim, with which inputs start as large as those of a plain table.
             init = nnx.initializers.lecun_normal()
-            self.project = nnx.Linear(
-                config.item_dim, config.width, use_bias=False, kernel_init=init, rngs=rngs
-            )
+            project = nnx.Linear(config.item_dim, config.width, use_bias=False, kernel_init=init, rngs=rngs)
+            self.project = named(project, "item_dim", "width")
 
-    def embed(self, batch):
-        """What stands for the items, [B, S, table_dim]."""
-        return self.items(batch.place("items", "events", batch.items))
+    def make_block(self, rngs: nnx.Rngs) -> Block:
+        return TransformerBlock(self.config.block_shape(self.is_causal), rngs=rngs)
 
-    def __call__(
-        self,
-        batch: Batch,
-        key_B: jax.Array | None = None,
-        at=None,
-        hidden: list | None = None,
-        penalties: list | None = None,
-    ) -> jax.Array:
-        """See SequenceModel. Returned vectors have item_dim dims, if that is set."""
-        config = self.config
-        x_BSD = self.embed(batch)
+    @property
+    def stack(self) -> list[Block]:
+        return [self.blocks[0]] * self.config.num_layers if self.config.share_layers else list(self.blocks)
+
+    def inputs(self, batch):
+        config, x = self.config, self.look_up(batch)
         if config.item_dim:
-            x_TD = dense(x_BSD.reshape(-1, config.item_dim), self.project.kernel[...])
-            x_BSD = x_TD.reshape(*x_BSD.shape[:2], config.width)
-        x_BSD = x_BSD * (config.full_width or config.width) ** 0.5
-        if config.position == "learned":
-            x_BSD = x_BSD + self.positions(batch.positions)
-        if key_B is not None and config.dropout:
-            x_BSD = dropout(x_BSD, key_B, 0, config.dropout)
-        for index in range(config.num_layers):
-            block = self.blocks[0 if config.share_layers else index]
-            last = index == config.num_layers - 1
-            asked = at if last else None
-            x_BSD = block(x_BSD, batch.segments, batch.positions, key_B, index, asked, penalties)
-            if hidden is not None:
-                hidden.append(x_BSD)
-        if at is not None and not config.num_layers:
-            x_BSD = x_BSD[at]
-        x = self.final_norm(x_BSD)
-        if config.item_dim:
-            x = _transposed(x, self.project.kernel[...])
-        return self.queries(x)
+            x_TD = dense(x.reshape(-1, config.item_dim), self.project.kernel[...])
+            x = x_TD.reshape(*x.shape[:2], config.width)
+        x = x * (config.full_width or config.width) ** 0.5
+        return x if self.positions is None else x + self.positions(batch.positions)
+
+    def read_out(self, x):
+        """Queries, of item_dim dims if that is set."""
+        x = self.final_norm(x)
+        return self.queries(_transposed(x, self.project.kernel[...]) if self.config.item_dim else x)
 
 
 def _transposed(x, kernel_ED):

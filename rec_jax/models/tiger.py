@@ -1,19 +1,18 @@
 """Generative retrieval: a causal transformer that writes the codes of the next item one by one."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from rec_jax.models.base import SequenceConfig, SequenceModel
 from rec_jax.models.semantic_ids import Codes
-from rec_jax.nn.blocks import TransformerBlock, tensor_parallel
-from rec_jax.nn.decoding import decode_block, keys_values
-from rec_jax.nn.dropout import dropout
+from rec_jax.nn.blocks import TransformerBlock, TransformerShape
+from rec_jax.nn.context import Context
+from rec_jax.nn.dims import named
 from rec_jax.nn.norm import LayerNorm
 from rec_jax.tables.embedding import Embedding
 
@@ -31,11 +30,6 @@ class TigerConfig(SequenceConfig):
     norm: Literal["pre", "post", "original"] = "pre"
     prefixes: bool = False  # a vector for each beginning of codes that items have, besides those of its codes
     num_beams: int = 50  # items found for a history, seen ones among them; all others score -inf
-    # As the blocks want to know; nothing is removed from this model.
-    position: ClassVar[str] = "learned"
-    head_width: ClassVar[int] = 0
-    full_width: ClassVar[int] = 0
-    num_experts: ClassVar[int] = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -45,8 +39,21 @@ class TigerConfig(SequenceConfig):
         if self.l2_normalize:
             raise ValueError("l2_normalize=True needs a table of items, which there is none of (TigerConfig)")
 
-    def tensor_parallel(self, parts: int) -> dict[str, P]:
-        return tensor_parallel(self.num_heads, self.ff_width, parts)
+    @property
+    def fixed_layers(self) -> str:
+        return "" if self.norm == "pre" else f"under norm={self.norm!r} a layer normalises what passes it by"
+
+    def block_shape(self) -> TransformerShape:
+        return TransformerShape(
+            width=self.width,
+            num_heads=self.num_heads,
+            head_width=self.width // self.num_heads,
+            ff_width=self.ff_width,
+            activation=self.activation,
+            dropout=self.dropout,
+            norm=self.norm,
+            full_width=self.full_width,
+        )
 
 
 class Tiger(SequenceModel):
@@ -70,31 +77,46 @@ class Tiger(SequenceModel):
         self.config, self.codes = config, codes
         if len(codes.codes_VQ) != num_items + 1:
             raise ValueError(f"there are codes of {len(codes.codes_VQ) - 1} items, and {num_items} items")
-        num_places = codes.num_levels * codes.num_codes
-        self.code_table = Embedding(1 + num_places, config.width, rngs=rngs)  # row 0: no item
+        num_places = codes.num_levels * codes.num_codes  # row 0 of both tables stands for no item
+        self.code_table = named(Embedding(1 + num_places, config.width, rngs=rngs), "codes", "width")
         if config.prefixes:
             num_nodes = [len(codes_of) for codes_of in codes.trie.codes]
             self.first_nodes = tuple(1 + sum(num_nodes[:level]) for level in range(codes.num_levels))
-            self.nodes = Embedding(1 + sum(num_nodes), config.width, rngs=rngs)  # row 0: no item
-        self.positions = Embedding(max_len, config.width, rngs=rngs)
-        self.slots = Embedding(codes.num_levels, config.width, rngs=rngs)
-        self.blocks = nnx.List([TransformerBlock(config, rngs=rngs) for _ in range(config.num_layers)])
-        self.final_norm = LayerNorm(config.width)
+            self.nodes = named(Embedding(1 + sum(num_nodes), config.width, rngs=rngs), "nodes", "width")
+        self.positions = named(Embedding(max_len, config.width, rngs=rngs), "positions", "width")
+        self.slots = named(Embedding(codes.num_levels, config.width, rngs=rngs), "levels", "width")
+        self.blocks = nnx.List(
+            [TransformerBlock(config.block_shape(), rngs=rngs) for _ in range(config.num_layers)]
+        )
+        self.final_norm = LayerNorm(config.width, config.full_width)
 
     def __call__(self, batch, key_B=None, at=None, hidden=None):
-        """See SequenceModel."""
-        x_BTD = self._embed(batch, _following(batch))
+        """See SequenceModel; the outputs at whole items."""
         num_levels = self.codes.num_levels
         if at is not None:
             at = at[0], at[1] * num_levels
-        x = self._encode(x_BTD, batch, key_B, at, hidden)
+        x = self.read_out(self.run(self.inputs(batch), self.context(batch, key_B), at, hidden))
         return x if at is not None else x[:, ::num_levels]
+
+    def inputs(self, batch):
+        return self._embed(batch, _following(batch))
+
+    def context(self, batch, key_B=None) -> Context:
+        num_levels, segments_BS = self.codes.num_levels, batch.segments
+        positions_BSQ = batch.positions[..., None] * num_levels + jnp.arange(num_levels)
+        segments_BT = jnp.repeat(segments_BS, num_levels, axis=1)
+        return Context(positions_BSQ.reshape(segments_BT.shape), segments_BT, key_B=key_B)
+
+    def read_out(self, x):
+        """Outputs, which `log_probs` scales."""
+        return self.final_norm(x)
 
     def loss(self, batch, key_B, score):
         """See SequenceModel: the sum over targets of -log p(item), where p is the product over its codes."""
         targets_BS = batch.targets
         ahead_BS = jnp.where(targets_BS > 0, targets_BS, _following(batch))
-        x_BTD = self._encode(self._embed(batch, ahead_BS), batch, key_B)
+        x_BTD = self.run(self._embed(batch, ahead_BS), self.context(batch, key_B))
+        x_BTD = self.read_out(x_BTD)
         x_BSQD = x_BTD.reshape(*targets_BS.shape, self.codes.num_levels, -1)
         paths_BSQ = jnp.asarray(self.codes.trie.paths_VQ)[targets_BS]
         real_BS = targets_BS > 0
@@ -137,37 +159,43 @@ class Tiger(SequenceModel):
                 logits += jnp.einsum("...d,...md->...m", x, of_children, preferred_element_type=jnp.float32)
         return jax.nn.log_softmax(jnp.where(is_child, logits, -jnp.inf), axis=-1)
 
-    def prefill(self, batch, at):
-        """What beams start from: the outputs x_ND at the asked items, and `past` of `decode`."""
-        rows_N, columns_N = at
-        tokens_N = columns_N * self.codes.num_levels
-        inputs = [self._embed(batch, _following(batch))]
-        x_BTD = self._encode(inputs[0], batch, hidden=inputs)
-        segments_BT = jnp.repeat(batch.segments, self.codes.num_levels, axis=1)
-        allowed_NT = segments_BT[rows_N] == segments_BT[rows_N, tokens_N][:, None]
-        allowed_NT &= jnp.arange(segments_BT.shape[1]) <= tokens_N[:, None]
-        past = []
-        for block, x in zip(self.blocks, inputs, strict=False):
-            past.append((*(y[rows_N] for y in keys_values(block, x)), allowed_NT))
-        return x_BTD[rows_N, tokens_N], past
+    def prefill(self, batch, at, room: int):
+        num_levels = self.codes.num_levels
+        at = at[0], at[1] * num_levels
+        x, cache = self.fill(self.inputs(batch), self.context(batch), at, room * num_levels)
+        return self.read_out(x), cache
 
-    def decode(self, codes_NK, nodes_NK, level: int, positions_N, past, own):
-        """The outputs x_NKD behind the next item's code of `level`, for K beams of each history.
+    def step(self, events, cache):
+        items_BK = events["item"]
+        paths, codes = (
+            jnp.asarray(self.codes.trie.paths_VQ)[items_BK],
+            jnp.asarray(self.codes.codes_VQ)[items_BK],
+        )
+        for level in range(self.codes.num_levels - 1):
+            cache = self.decode(codes[..., level], paths[..., level], level, cache)[1]
+        return self._advance(jnp.sum(self._vectors(items_BK), axis=-2), cache)
 
-        nodes_NK: of the trie, where the codes so far lead. positions_N: of the items that the histories end
-        with. own: of earlier levels, None before. Returns (x_NKD, own).
-        """
+    def decode(self, codes_NK, nodes_NK, level: int, cache):
+        """(x_NKD, cache): one more token, the next item's code of `level`, for each of K continuations.
+
+        nodes_NK: of the trie, where the codes so far lead."""
         x_NKD = self.code_table(1 + level * self.codes.num_codes + codes_NK)
         if self.config.prefixes:
             x_NKD += self.nodes(self.first_nodes[level] + nodes_NK)
-        x_NKD = self._placed(x_NKD, positions_N[:, None], jnp.full((1, 1), level + 1))
-        own = own or [None] * len(past)
-        for index, block in enumerate(self.blocks):
-            x_NKD, own[index] = decode_block(block, x_NKD, past[index], own[index])
-        return self.final_norm(x_NKD), own
+        return self._advance(x_NKD, cache)
+
+    def _advance(self, x_NKD, cache):
+        tokens_NK, num_levels = cache.positions(x_NKD.shape[1]), self.codes.num_levels
+        x_NKD = self._placed(x_NKD, tokens_NK // num_levels, tokens_NK % num_levels)
+        x_NKD, cache = self.advance(x_NKD, Context(tokens_NK), cache)
+        return self.read_out(x_NKD), cache
 
     def _placed(self, x, positions, slots):
-        return x * self.config.width**0.5 + self.positions(positions) + self.slots(slots)
+        return (
+            x * (self.config.full_width or self.config.width) ** 0.5
+            + self.positions(positions)
+            + self.slots(slots)
+        )
 
     def _vectors(self, items):
         """What stands for the codes of items, [..., Q, D]."""
@@ -188,20 +216,6 @@ class Tiger(SequenceModel):
         x_BSQD = jnp.concatenate([whole_BSD[:, :, None], ahead_BSQD], axis=2)
         x_BSQD = self._placed(x_BSQD, batch.positions[..., None], jnp.arange(self.codes.num_levels))
         return x_BSQD.reshape(x_BSQD.shape[0], -1, x_BSQD.shape[-1])
-
-    def _encode(self, x_BTD, batch, key_B=None, at=None, hidden=None):
-        rate = self.config.dropout
-        if key_B is not None and rate:
-            x_BTD = dropout(x_BTD, key_B, 0, rate)
-        segments_BT = jnp.repeat(batch.segments, self.codes.num_levels, axis=1)
-        for index, block in enumerate(self.blocks):
-            last = index == len(self.blocks) - 1
-            x_BTD = block(x_BTD, segments_BT, None, key_B, index, at if last else None)
-            if hidden is not None:
-                hidden.append(x_BTD)
-        if at is not None and not len(self.blocks):
-            x_BTD = x_BTD[at]
-        return self.final_norm(x_BTD)
 
 
 def _following(batch):

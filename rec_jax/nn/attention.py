@@ -1,13 +1,16 @@
 """Self-attention over packed rows: a token attends to its segment, usually to itself and what precedes it."""
 
 import itertools
+from dataclasses import dataclass
 from functools import partial
 
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 
+from rec_jax.nn.context import Context
 from rec_jax.nn.dense import Dense, dense
+from rec_jax.nn.dims import named
 from rec_jax.nn.parallel import join, to_parts
 
 # Queries are processed in blocks of about this many, so that keys of the future are not even computed.
@@ -97,6 +100,34 @@ def _backward(query_block, is_causal, residuals, dout_BSNH):
 segment_attention.defvjp(_forward, _backward)
 
 
+@dataclass(frozen=True)
+class SoftmaxAttention:
+    """`segment_attention` as a mixer (`nn.context`)."""
+
+    is_causal: bool = True
+
+    def __call__(self, q_BSNH, k_BSNH, v_BSNH, ctx: Context):
+        return segment_attention(q_BSNH, k_BSNH, v_BSNH, ctx.segments, QUERY_BLOCK, self.is_causal)
+
+    def prefill(self, q_BSNH, k_BSNH, v_BSNH, ctx: Context, at):
+        prefix = k_BSNH[at[0]], v_BSNH[at[0]], ctx.seen(at)
+        own = [ctx.empty(x, len(at[0])) for x in (k_BSNH, v_BSNH)]
+        return self(q_BSNH, k_BSNH, v_BSNH, ctx), prefix, own
+
+    def step(self, q_BKNH, k_BKNH, v_BKNH, prefix, own, ctx: Context):
+        k_BSNH, v_BSNH, seen_BS = prefix
+        own = k_BKCNH, v_BKCNH = [ctx.added(*x) for x in zip(own, (k_BKNH, v_BKNH), strict=True)]
+        q_BKNH = q_BKNH * q_BKNH.shape[-1] ** -0.5
+        to_prefix = jnp.einsum("bknh,bsnh->bnks", q_BKNH, k_BSNH, preferred_element_type=jnp.float32)
+        to_prefix = jnp.where(seen_BS[:, None, None], to_prefix, -jnp.inf)
+        to_own = jnp.einsum("bknh,bkcnh->bnkc", q_BKNH, k_BKCNH, preferred_element_type=jnp.float32)
+        to_own = jnp.where(ctx.is_added(to_own.shape[-1])[:, None], to_own, -jnp.inf)
+        weights = jax.nn.softmax(jnp.concatenate([to_prefix, to_own], axis=-1), axis=-1).astype(v_BKNH.dtype)
+        num = k_BSNH.shape[1]
+        out_BKNH = jnp.einsum("bnks,bsnh->bknh", weights[..., :num], v_BSNH)
+        return out_BKNH + jnp.einsum("bnkc,bkcnh->bknh", weights[..., num:], v_BKCNH), own
+
+
 class SelfAttention(nnx.Module):
     """Multi-head self-attention. The heads together may be narrower than the input, [D, N * H] and back."""
 
@@ -112,16 +143,17 @@ class SelfAttention(nnx.Module):
     ):
         init = nnx.initializers.xavier_uniform()
         self.head_width, self.is_causal, self.is_rotary = head_width, is_causal, is_rotary
-        inner = num_heads * head_width
-        self.query = Dense(width, inner, kernel_init=init, rngs=rngs)
-        self.key_value = nnx.LinearGeneral(width, (2, inner), kernel_init=init, rngs=rngs)
-        self.out = Dense(inner, width, kernel_init=init, rngs=rngs)
+        inner, heads = num_heads * head_width, ("heads", "head_width")
+        query = Dense(width, inner, kernel_init=init, rngs=rngs)
+        key_value = nnx.LinearGeneral(width, (2, inner), kernel_init=init, rngs=rngs)
+        out = Dense(inner, width, kernel_init=init, rngs=rngs)
+        self.query = named(query, "width", heads, heads=num_heads)
+        self.key_value = named(key_value, "width", 2, heads, heads=num_heads)
+        self.out = named(out, heads, "width", heads=num_heads)
 
-    def __call__(self, x_BSD, memory_BSD, segments_BS, positions_BS):
-        """Queries from `x_BSD`, keys and values from `memory_BSD`, usually the same array.
-
-        positions_BS: read if is_rotary; else they are in the input already.
-        """
+    def __call__(self, x_BSD, memory_BSD, ctx: Context, mix):
+        """Queries from `x_BSD`, keys and values from `memory_BSD`, usually the same array. Positions are read
+        if is_rotary; else they are in the input already. mix: see `nn.context.Block`."""
         batch, length, width = x_BSD.shape
         is_split = self.query.kernel.shape[1] < self.query.out_features  # over "model", by heads
         if is_split:
@@ -133,8 +165,6 @@ class SelfAttention(nnx.Module):
         both = dense(memory_TD, self.key_value.kernel[...], self.key_value.bias[...])
         k, v = (x.reshape(heads) for x in jnp.split(both, 2, axis=-1))
         if self.is_rotary:
-            q, k = rotary(q, positions_BS), rotary(k, positions_BS)
-        out_TD = segment_attention(q, k, v, segments_BS, QUERY_BLOCK, self.is_causal).reshape(
-            batch * length, -1
-        )
+            q, k = rotary(q, ctx.positions), rotary(k, ctx.positions)
+        out_TD = mix(SoftmaxAttention(self.is_causal), q, k, v).reshape(batch * length, -1)
         return join(self.out, out_TD, is_split).reshape(x_BSD.shape)

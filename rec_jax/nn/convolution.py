@@ -4,22 +4,40 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 
+from rec_jax.nn.context import Context
+from rec_jax.nn.dims import named
+
 
 class CausalConv(nnx.Module):
-    """Each channel's own weighted sum of a token and those before it in its segment, with a bias.
+    """Each channel's own weighted sum of a token and those before it in its segment, with a bias; a mixer
+    (`nn.context`).
 
     taps: [W, D], that of the token itself first.
     """
 
     def __init__(self, width: int, conv_width: int, *, rngs: nnx.Rngs):
         taps = jax.random.normal(rngs.params(), (conv_width, width)) * conv_width**-0.5
-        self.taps, self.bias = nnx.Param(taps), nnx.Param(jnp.zeros(width))
+        self.taps = named(nnx.Param(taps), None, "width")
+        self.bias = named(nnx.Param(jnp.zeros(width)), "width")
 
-    def __call__(self, x_BSD, positions_BS):
-        """positions_BS: int32, of each token in its segment, so how many tokens there are before it."""
+    def __call__(self, x_BSD, ctx: Context):
         taps_WD = self.taps[...]
         y_BSD = x_BSD * taps_WD[0] + self.bias[...]
         for back in range(1, min(len(taps_WD), x_BSD.shape[1])):
             earlier = jnp.pad(x_BSD[:, :-back], ((0, 0), (back, 0), (0, 0)))
-            y_BSD += jnp.where(positions_BS[..., None] >= back, earlier, 0) * taps_WD[back]
+            y_BSD += jnp.where(ctx.positions[..., None] >= back, earlier, 0) * taps_WD[back]
         return y_BSD
+
+    def prefill(self, x_BSD, ctx: Context, at):
+        """own: the last inputs [N, 1, W - 1, D], the latest first, 0 where the history has none."""
+        rows_N, columns_N = at
+        back_W = jnp.arange(self.taps.shape[0] - 1)
+        last_NWD = x_BSD[rows_N[:, None], jnp.maximum(columns_N[:, None] - back_W, 0)]
+        is_inside_NW = ctx.positions[at][:, None] >= back_W
+        return self(x_BSD, ctx), None, jnp.where(is_inside_NW[..., None], last_NWD, 0)[:, None]
+
+    def step(self, x_BKD, prefix, own, ctx: Context):
+        last_BKWD = jnp.concatenate(
+            [x_BKD[:, :, None], jnp.broadcast_to(own, (*x_BKD.shape[:2], *own.shape[2:]))], axis=2
+        )
+        return jnp.sum(last_BKWD * self.taps[...], axis=2) + self.bias[...], last_BKWD[:, :, :-1]

@@ -1,11 +1,14 @@
 """Mixture of experts: feed-forwards of which each token uses a few."""
 
 import math
+from dataclasses import dataclass
 
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 
+from rec_jax.nn.context import Context
+from rec_jax.nn.dims import named
 from rec_jax.nn.parallel import sum_parts, to_parts
 
 
@@ -23,6 +26,17 @@ move.defvjp(
     lambda x_AD, source_N, place_A: (move(x_AD, source_N, place_A), (source_N, place_A)),
     lambda moves, grad_ND: (move(grad_ND, moves[1], moves[0]), None, None),
 )
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """num_experts: of which the router picks experts_per_token. capacity_factor: tokens that an expert takes
+    in training, over an even share of a row's. balance_weight: of the penalty for uneven shares."""
+
+    num_experts: int
+    experts_per_token: int
+    capacity_factor: float
+    balance_weight: float
 
 
 class Experts(nnx.Module):
@@ -43,42 +57,53 @@ class Experts(nnx.Module):
     second choice is never left to chance.
     """
 
-    def __init__(self, config, *, is_gated: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        ff_width: int,
+        activation: str,
+        mixture: Mixture,
+        *,
+        is_gated: bool = False,
+        rngs: nnx.Rngs,
+    ):
         """is_gated: an expert is activation(x W) * (x V), then W_2; else activation(x W), then W_2."""
-        num, width, ff_width = config.num_experts, config.width, config.ff_width
-        up_width = (2 if is_gated else 1) * ff_width
+        num, up_width = mixture.num_experts, (2 if is_gated else 1) * ff_width
         init = nnx.initializers.xavier_uniform(batch_axis=0)
         # Near 0, so that all experts begin with about as many tokens.
-        self.router_kernel = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (width, num)))
-        self.up_kernel = nnx.Param(init(rngs.params(), (num, width, up_width)))
-        self.up_bias = nnx.Param(jnp.zeros((num, up_width)))
-        self.down_kernel = nnx.Param(init(rngs.params(), (num, ff_width, width)))
-        self.down_bias = nnx.Param(jnp.zeros((num, width)))
-        self.config, self.is_gated = config, is_gated
+        router = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (width, num)))
+        self.router_kernel = named(router, "width", None)  # whole wherever experts are split
+        hidden = (2 if is_gated else 1, "expert_width")
+        up = nnx.Param(init(rngs.params(), (num, width, up_width)))
+        self.up_kernel = named(up, "experts", "width", hidden)
+        self.up_bias = named(nnx.Param(jnp.zeros((num, up_width))), "experts", hidden)
+        down = nnx.Param(init(rngs.params(), (num, ff_width, width)))
+        self.down_kernel = named(down, "experts", "expert_width", "width")
+        self.down_bias = named(nnx.Param(jnp.zeros((num, width))), "experts", "width")
+        self.mixture, self.activation, self.is_gated = mixture, activation, is_gated
 
-    def __call__(self, x):
-        """x [..., D]. Drops nothing."""
+    def __call__(self, x, ctx: Context):
+        """(y like x [..., D], penalty f32[B] or None). Outside of training nothing is dropped."""
+        if ctx.is_training:
+            return self.in_training(x, ctx.segments > 0)
         x_TD = x.reshape(-1, x.shape[-1])
         _, chosen_TKE, gates_TK = self.route(x_TD)
         gates_TE = jnp.sum(jnp.where(chosen_TKE, gates_TK[..., None], 0), axis=1).astype(x.dtype)
         hidden_TEF = jnp.einsum("td,edf->tef", x_TD, self.up_kernel[...]) + self.up_bias[...]
         hidden_TEF = self.activate(hidden_TEF) * gates_TE[..., None]
         y_TD = jnp.einsum("tef,efd->td", hidden_TEF, self.down_kernel[...])
-        return (y_TD + gates_TE @ self.down_bias[...]).reshape(x.shape)
+        return (y_TD + gates_TE @ self.down_bias[...]).reshape(x.shape), None
 
-    def in_training(self, x_BSD, real_BS, penalties: list | None):
-        """real_BS: bool; what is False is padding, which gets 0 and takes nobody's room.
-
-        penalties: see SequenceModel.
-        """
-        config, (batch, length, width) = self.config, x_BSD.shape
+    def in_training(self, x_BSD, real_BS):
+        """(y_BSD, penalty f32[B]). real_BS: bool; what is False is padding, which gets 0 and takes nobody's
+        room."""
+        config, (batch, length, width) = self.mixture, x_BSD.shape
         num, num_chosen = config.num_experts, config.experts_per_token
         probs_TE, chosen_TKE, gates_TK = self.route(x_BSD.reshape(-1, width))
         chosen_BSKE = chosen_TKE.reshape(batch, length, num_chosen, num) & real_BS[..., None, None]
         chosen_BSE = jnp.any(chosen_BSKE, axis=2)
-        if penalties is not None:
-            probs_BSE = probs_TE.reshape(batch, length, num)
-            penalties.append(config.balance_weight * balance(probs_BSE, chosen_BSE, real_BS))
+        probs_BSE = probs_TE.reshape(batch, length, num)
+        penalty_B = config.balance_weight * balance(probs_BSE, chosen_BSE, real_BS)
 
         kernel_eDF = self.up_kernel[...]
         here = kernel_eDF.shape[0]
@@ -104,11 +129,11 @@ class Experts(nnx.Module):
         y_eND += self.down_bias[...][:, None]
         y_AD = move(y_eND.reshape(num_slots, width), slot_A, move_N)
         y_TD = jnp.sum(y_AD.reshape(-1, num_chosen, width) * gates_TK[..., None].astype(y_AD.dtype), axis=1)
-        return (sum_parts(y_TD) if is_split else y_TD).reshape(x_BSD.shape)
+        return (sum_parts(y_TD) if is_split else y_TD).reshape(x_BSD.shape), penalty_B
 
     def route(self, x_TD):
         """(probabilities f32[T, E], bool[T, K, E] which expert each choice is, gates f32[T, K])."""
-        num_chosen = self.config.experts_per_token
+        num_chosen = self.mixture.experts_per_token
         logits_TE = jnp.dot(x_TD.astype(jnp.float32), self.router_kernel[...].astype(jnp.float32))
         probs_TE = jax.nn.softmax(logits_TE)
         expert_TK = jax.lax.top_k(jax.lax.stop_gradient(probs_TE), num_chosen)[1]
@@ -119,7 +144,7 @@ class Experts(nnx.Module):
         return probs_TE, chosen_TKE, gates_TK
 
     def activate(self, hidden):
-        function = getattr(nnx, self.config.activation)
+        function = getattr(nnx, self.activation)
         if not self.is_gated:
             return function(hidden)
         gate, up = jnp.split(hidden, 2, axis=-1)
@@ -133,10 +158,3 @@ def balance(probs_BSE, chosen_BSE, real_BS):
     choices_BE = jnp.sum(chosen_BSE, axis=1, dtype=jnp.float32)
     probs_BE = jnp.sum(jnp.where(real_BS[..., None], probs_BSE, 0), axis=1)
     return num * jnp.sum(choices_BE * probs_BE, axis=-1) / jnp.maximum(jnp.sum(choices_BE, axis=-1), 1)
-
-
-def feed_forward(ff, x, segments_BS, key_B, penalties: list | None):
-    """ff(x) of a block, whose feed-forward may be Experts. key_B: None outside of a training."""
-    if key_B is None or not isinstance(ff, Experts):
-        return ff(x)
-    return ff.in_training(x, segments_BS > 0, penalties)

@@ -1,25 +1,26 @@
 """Attention without a softmax over packed rows: how much there is to attend to shows in what comes out."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 
 from rec_jax.nn.attention import QUERY_BLOCK, query_blocks
+from rec_jax.nn.context import Context
 from rec_jax.tree import cast_floats
 
 _BUCKET_WIDTH = 0.301  # in ln(seconds)
 
 
-def time_buckets(times_BS: jax.Array, num_buckets: int) -> jax.Array:
-    """int32[B, S, S]: the bucket of the time from key (last dim) to query.
-
-    times_BS: int32 seconds, at least 0. Up to a second is bucket 0, a minute 13, a day 37; none is beyond 71.
+def time_buckets(seconds: jax.Array, num_buckets: int) -> jax.Array:
+    """int32 like `seconds`, which lie between a key and a query: the bucket of each. Up to a second is bucket
+    0, a minute 13, a day 37; none is beyond 71.
 
     Source: `generative_recommenders/research/modeling/sequential/hstu.py` of github.com/facebookresearch/
-    generative-recommenders. Differs: its query has the time of the event that is to be foretold.
+    generative-recommenders. Differs: its query has the time of the event that is to be predicted.
     """
-    seconds_BSS = jnp.abs(times_BS[:, :, None] - times_BS[:, None, :])
-    log_BSS = jnp.log(jnp.maximum(seconds_BSS, 1).astype(jnp.float32))
-    return jnp.minimum(jnp.floor(log_BSS / _BUCKET_WIDTH).astype(jnp.int32), num_buckets - 1)
+    log = jnp.log(jnp.maximum(jnp.abs(seconds), 1).astype(jnp.float32))
+    return jnp.minimum(jnp.floor(log / _BUCKET_WIDTH).astype(jnp.int32), num_buckets - 1)
 
 
 def pointwise_attention(
@@ -63,3 +64,56 @@ def pointwise_attention(
         count = jnp.sum(seen, axis=-1)[:, None, :, None]
         outs.append((total / count).astype(v.dtype))
     return jnp.concatenate(outs, axis=2).swapaxes(1, 2)
+
+
+@dataclass(frozen=True)
+class PointwiseAttention:
+    """`pointwise_attention` as a mixer (`nn.context`). time_bias_M: None = times are not read."""
+
+    position_bias_L: jax.Array
+    time_bias_M: jax.Array | None
+
+    def __call__(self, q_BSNH, k_BSNH, v_BSNE, ctx: Context):
+        buckets_BSS = None
+        if self.time_bias_M is not None:
+            times_BS = ctx.columns["time"]
+            buckets_BSS = time_buckets(times_BS[:, :, None] - times_BS[:, None, :], len(self.time_bias_M))
+        biases = self.position_bias_L, self.time_bias_M, buckets_BSS
+        return pointwise_attention(q_BSNH, k_BSNH, v_BSNE, ctx.segments, *biases)
+
+    def _memory(self, k, v, ctx: Context) -> dict[str, jax.Array]:
+        """What later tokens read of these: keys, values, positions, and times for their bias."""
+        memory = {"k": k, "v": v, "position": ctx.positions}
+        return memory if self.time_bias_M is None else memory | {"time": ctx.columns["time"]}
+
+    def prefill(self, q_BSNH, k_BSNH, v_BSNE, ctx: Context, at):
+        memory = self._memory(k_BSNH, v_BSNE, ctx)
+        prefix = {name: x[at[0]] for name, x in memory.items()} | {"seen": ctx.seen(at)}
+        own = {name: ctx.empty(x, len(at[0])) for name, x in memory.items()}
+        return self(q_BSNH, k_BSNH, v_BSNE, ctx), prefix, own
+
+    def step(self, q_BKNH, k_BKNH, v_BKNE, prefix, own, ctx: Context):
+        new = self._memory(k_BKNH, v_BKNE, ctx)
+        own = {name: ctx.added(own[name], x) for name, x in new.items()}
+        total, count = 0.0, 0
+        seen_own = ctx.is_added(own["k"].shape[2])
+        # Keys X of the history, the same for all K, and those that each continuation has added.
+        for dims, keys, seen in (("bx", prefix, prefix["seen"][:, None]), ("bkx", own, seen_own)):
+            since = {name: new[name][..., None] - _per_beam(keys[name]) for name in new if name not in "kv"}
+            logits_BKNX = jnp.einsum(
+                f"bknh,{dims}nh->bknx", q_BKNH, keys["k"], preferred_element_type=jnp.float32
+            )
+            bias_BKX = self.position_bias_L.astype(jnp.float32)[jnp.maximum(since["position"], 0)]
+            if self.time_bias_M is not None:
+                buckets_BKX = time_buckets(since["time"], len(self.time_bias_M))
+                bias_BKX += self.time_bias_M.astype(jnp.float32)[buckets_BKX]
+            weights = jnp.where(seen[:, :, None], jax.nn.silu(logits_BKNX + bias_BKX[:, :, None]), 0)
+            weights, v = weights.astype(v_BKNE.dtype), keys["v"]
+            total += jnp.einsum(f"bknx,{dims}ne->bkne", weights, v, preferred_element_type=jnp.float32)
+            count += jnp.sum(seen, axis=-1)
+        return (total / count[..., None, None]).astype(v_BKNE.dtype), own
+
+
+def _per_beam(x):
+    """[B, X] of a history as [B, 1, X]; [B, K, X] as it is."""
+    return x[:, None] if x.ndim == 2 else x

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from rec_jax.nn.context import Context
+
 
 def linear_scan(a_BSD: jax.Array, x_BSD: jax.Array) -> jax.Array:
     """h_t = a_t * h_{t-1} + x_t along S, element by element, from h = 0; f32[B, S, D], computed in f32.
@@ -56,6 +58,21 @@ def _join(first, second):
     """Of two stretches of tokens, each h -> a * h + x, the one followed by the other."""
     (a, x), (b, y) = first, second
     return a * b, b * x + y
+
+
+class LinearRecurrence:
+    """`linear_scan` as a mixer (`nn.context`); own: the states [N, K, D]."""
+
+    def __call__(self, a_BSD, x_BSD, ctx: Context):
+        return linear_scan(a_BSD, x_BSD)
+
+    def prefill(self, a_BSD, x_BSD, ctx: Context, at):
+        h_BSD = linear_scan(a_BSD, x_BSD)
+        return h_BSD, None, h_BSD[at][:, None]
+
+    def step(self, a_BKD, x_BKD, prefix, own, ctx: Context):
+        h_BKD = a_BKD * own + x_BKD
+        return h_BKD, h_BKD
 
 
 def _is_cpu() -> bool:

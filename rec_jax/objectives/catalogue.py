@@ -6,6 +6,7 @@ its own items, and only counts and its best items travel.
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,12 +43,14 @@ class Scores:
     """Scores of every item for B queries.
 
     values_BV: f32[B, V + 1] in the order of ids; column 0 (padding) is not read. With a placement:
-    f32[B, placement.size], a column for each row of the row-sharded array, as P(None, AXES).
+    f32[B, placement.size], a column for each row of the row-sharded array, as P(None, AXES). num_items:
+    int32, if the ids above it are spare entries of a table that grows; None = all are items.
     """
 
     values_BV: jax.Array
     placement: Placement | None = field(default=None, metadata={"static": True})
     mesh: Mesh | None = field(default=None, metadata={"static": True})
+    num_items: Any = None
 
     @partial(jax.jit, static_argnames=("top_k", "filter_seen"))
     def rank(self, targets_B, seen, sampled_BN=None, *, top_k: int, filter_seen: bool = True) -> Ranks:
@@ -74,7 +77,10 @@ class Scores:
                 level_Bv & is_item_Bv,
                 jnp.isnan(values_Bv) & is_item_Bv,
             )
-            _, top_BK = columns.best(values_Bv, is_unseen_Bv if filter_seen else is_item_Bv, top_k)
+            is_listed_Bv = is_unseen_Bv if filter_seen else is_item_Bv
+            finite_Bv = jnp.maximum(values_Bv, _LEAST)  # a listed -inf still comes before what is left out
+            best_BK, id_BK = columns.top_k(jnp.where(is_listed_Bv, finite_Bv, -jnp.inf), top_k)
+            top_BK = jnp.where(best_BK == -jnp.inf, 0, id_BK)
             if sampled_BN is None:
                 return Ranks(*columns.sum(counts), top_BK)
             values_BN = columns.get(values_Bv, sampled_BN)
@@ -85,23 +91,23 @@ class Scores:
 
     @partial(jax.jit, static_argnames="k")
     def top_k(self, k: int, exclude=None, allowed_V=None) -> tuple[jax.Array, jax.Array]:
-        """(scores f32[B, k], ids int32[B, k]), best first, exact; -inf and id 0 where fewer are left.
+        """(scores f32[B, k], ids int32[B, k]), best first, exact; -inf and id 0 where fewer are left. What
+        scores -inf is not listed.
 
         exclude: (rows int[P], ids int[P]) pairs that are left out; rows beyond B are ignored. allowed_V:
         bool[V + 1], the items to choose from. Equal scores: the lower id first, if the scores are whole.
         """
-
         num_rows = self.placement.num_rows if self.placement else self.values_BV.shape[1]
         num = min(k, num_rows - 1)
 
         def part(columns, values_Bv, exclude, allowed_V):
-            is_listed_v = columns.ids_v > 0
+            values_Bv = columns.items_only(values_Bv)
             if allowed_V is not None:
-                is_listed_v &= allowed_V[columns.ids_v]
-            is_listed_Bv = jnp.broadcast_to(is_listed_v, values_Bv.shape)
+                values_Bv = jnp.where(allowed_V[columns.ids_v], values_Bv, -jnp.inf)
             if exclude is not None:
-                is_listed_Bv = is_listed_Bv.at[exclude[0], columns.of(exclude[1])].set(False, mode="drop")
-            return columns.best(values_Bv, is_listed_Bv, num)
+                values_Bv = values_Bv.at[exclude[0], columns.of(exclude[1])].set(-jnp.inf, mode="drop")
+            best_BK, id_BK = columns.top_k(values_Bv, num)
+            return best_BK, jnp.where(best_BK == -jnp.inf, 0, id_BK)
 
         best_BK, ids_BK = self._map(part, exclude, allowed_V)
         beyond = (0, 0), (0, k - num)
@@ -127,22 +133,24 @@ class Scores:
         """part(columns, values_Bv, *args) of the whole, or of the columns of each device."""
         if self.placement is None:
             values_BV = self.values_BV.astype(jnp.float32)
-            return part(_Columns(values_BV.shape[1]), values_BV, *args)
+            return part(_Columns(values_BV.shape[1], self.num_items), values_BV, *args)
 
-        def local(values_Bv, *args):
-            return part(_ShardColumns(values_Bv.shape[1], self.placement), values_Bv, *args)
+        def local(values_Bv, num_items, *args):
+            return part(_ShardColumns(values_Bv.shape[1], self.placement, num_items), values_Bv, *args)
 
-        specs = P(None, AXES), *(P() for _ in args)
+        specs = P(None, AXES), P(), *(P() for _ in args)
         return jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=P(), check_vma=False)(
-            self.values_BV, *args
+            self.values_BV, self.num_items, *args
         )
 
 
 class _Columns:
     """All columns of an array of scores. ids_v: the id of each, 0 for what is no item."""
 
-    def __init__(self, size: int):
-        self.ids_v = jnp.arange(size)
+    def __init__(self, size: int, num_items=None):
+        ids_v = jnp.arange(size)
+        self._has_spare = num_items is not None
+        self.ids_v = jnp.where(ids_v <= num_items, ids_v, 0) if self._has_spare else ids_v
 
     def of(self, ids):
         """The column of each id."""
@@ -155,7 +163,14 @@ class _Columns:
     def max(self, x):
         return x
 
-    def _top_k(self, values_Bv, k: int):
+    def items_only(self, values_Bv):
+        """-inf in place of the scores of what is no item."""
+        if self._has_spare:
+            return jnp.where(self.ids_v > 0, values_Bv, -jnp.inf)
+        return values_Bv.at[:, 0].set(-jnp.inf)
+
+    def top_k(self, values_Bv, k: int):
+        """(scores, ids) of the k best columns of all devices."""
         return jax.lax.top_k(values_Bv, k)
 
     def get(self, values_Bv, ids_BN):
@@ -163,21 +178,15 @@ class _Columns:
         rows_B1 = jnp.arange(len(values_Bv))[:, None]
         return self.max(values_Bv.at[rows_B1, self.of(ids_BN)].get(mode="fill", fill_value=-jnp.inf))
 
-    def best(self, values_Bv, is_listed_Bv, k: int):
-        """The k best (scores, ids) of what is listed, of all devices; a NaN is the best of all."""
-        finite_Bv = jnp.maximum(values_Bv, _LEAST)  # a listed -inf still comes before what is left out
-        best_BK, id_BK = self._top_k(jnp.where(is_listed_Bv, finite_Bv, -jnp.inf), k)
-        ids_BK = jnp.where(best_BK == -jnp.inf, 0, id_BK)
-        return jnp.where(best_BK <= _LEAST, -jnp.inf, best_BK), ids_BK
-
 
 class _ShardColumns(_Columns):
     """The columns of one device, inside a shard_map."""
 
-    def __init__(self, size: int, placement: Placement):
+    def __init__(self, size: int, placement: Placement, num_items=None):
         self._placement, self._size, self._first = placement, size, shard_index() * size
         ids_v = placement.to_ids(self._first + jnp.arange(size))
-        self.ids_v = jnp.where(ids_v < placement.num_rows, ids_v, 0)
+        last = placement.num_rows - 1 if num_items is None else num_items
+        self.ids_v = jnp.where(ids_v <= last, ids_v, 0)
 
     def of(self, ids):
         """Ids of other devices get a column beyond the last."""
@@ -190,7 +199,10 @@ class _ShardColumns(_Columns):
     def max(self, x):
         return jax.lax.pmax(x, AXES)
 
-    def _top_k(self, values_Bv, k: int):
+    def items_only(self, values_Bv):
+        return jnp.where(self.ids_v > 0, values_Bv, -jnp.inf)
+
+    def top_k(self, values_Bv, k: int):
         """What travels is the best k of each device."""
         best_BK, column_BK = jax.lax.top_k(values_Bv, min(k, self._size))
         row_BK = column_BK + self._first
@@ -212,12 +224,13 @@ class Catalogue:
     """The vectors of all items; a score is the dot product with a query.
 
     vectors: [V + 1, D], an array or a QuantizedTable; row 0 is padding. With a placement: the row-sharded
-    array [placement.size, D], as P(AXES).
+    array [placement.size, D], as P(AXES). num_items: as of `Scores`.
     """
 
     vectors: jax.Array | QuantizedTable
     placement: Placement | None = field(default=None, metadata={"static": True})
     mesh: Mesh | None = field(default=None, metadata={"static": True})
+    num_items: Any = None
 
     @jax.jit
     def scores(self, x_BD) -> Scores:
@@ -226,7 +239,7 @@ class Catalogue:
         if self.placement is not None:
             sharding = NamedSharding(self.mesh, P(None, AXES))
             scores_BV = jax.lax.with_sharding_constraint(scores_BV, sharding)
-        return Scores(scores_BV, self.placement, self.mesh)
+        return Scores(scores_BV, self.placement, self.mesh, self.num_items)
 
     def cross_entropy(self, x_TD, targets_T, weights_T, bias_V=None) -> jax.Array:
         """Sum over tokens of weight * (log of the sum of exp(scores) - score of the target), a f32 scalar.

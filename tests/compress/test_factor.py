@@ -24,7 +24,7 @@ from rec_jax.tree import leaf_names
 NUM_ITEMS, MAX_LEN = 25, 6
 CONFIG = SASRecConfig(width=8, ff_width=6, num_heads=2, num_layers=1, dropout=0.0)
 BATCH = Batch(
-    events={"item": np.array([[3, 7, 7, 1, 5, 6]])},
+    {"item": np.array([[3, 7, 7, 1, 5, 6]])},
     segments=np.array([[1, 1, 1, 1, 2, 2]]),
     positions=np.array([[0, 1, 2, 3, 0, 1]]),
 )

@@ -198,7 +198,7 @@ def sasrec():
     positions = np.where(np.arange(12) > 4, np.arange(12) - 5, np.arange(12)) * (segments > 0)
     items = rng.integers(1, 21, (3, 12)) * (segments > 0)
     batch = Batch({"item": items}, segments, positions)
-    return model, params, jax.tree.map(np.int32, batch)
+    return model, params, jax.tree.map(lambda x: np.asarray(x, np.int32), batch)
 
 
 @cache

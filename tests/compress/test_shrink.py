@@ -27,7 +27,7 @@ from rec_jax.tree import leaf_names, num_params
 NUM_ITEMS, MAX_LEN = 30, 10
 CONFIG = SASRecConfig(width=12, ff_width=10, num_heads=3, num_layers=2, dropout=0.0)
 BATCH = Batch(
-    events={"item": np.array([[3, 7, 7, 1, 5, 6, 2, 9, 11, 0], range(20, 30)])},
+    {"item": np.array([[3, 7, 7, 1, 5, 6, 2, 9, 11, 0], range(20, 30)])},
     segments=np.array([[1] * 4 + [2] * 5 + [0], [1] * 10]),
     positions=np.array([[*range(4), *range(5), 0], range(10)]),
 )

@@ -10,14 +10,20 @@ from rec_jax.data.batch import Batch
 ROW_LEN = 12
 
 
-def pack(rows, length=ROW_LEN):
-    """Each row holds its histories in order, then padding."""
-    items, segments, positions = np.zeros((3, len(rows), length), np.int32)
+def pack(rows, times=None, length=ROW_LEN):
+    """Each row holds its histories in order, then padding. times: seconds of their events, like rows."""
+    arrays = {
+        name: np.zeros((len(rows), length), np.int32) for name in ("item", "time", "segment", "position")
+    }
     for row, histories in enumerate(rows):
         for segment, (inside, history) in enumerate(zip(places(histories), histories, strict=True), 1):
-            items[row, inside], segments[row, inside] = history, segment
-            positions[row, inside] = np.arange(len(history))
-    return Batch({"item": items}, segments, positions)
+            arrays["item"][row, inside] = history
+            arrays["segment"][row, inside] = segment
+            arrays["position"][row, inside] = np.arange(len(history))
+            if times is not None:
+                arrays["time"][row, inside] = times[row][segment - 1]
+    events = {"item": arrays["item"]} | ({} if times is None else {"time": arrays["time"]})
+    return Batch(events, segments=arrays["segment"], positions=arrays["position"])
 
 
 def places(histories):

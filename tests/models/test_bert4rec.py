@@ -24,12 +24,13 @@ def rows(num_rows=1):
     items[:, :9] = np.arange(1, 10) + np.arange(num_rows)[:, None] % 10
     segments = np.array([[1] * 5 + [2] * 4 + [0] * 3] * num_rows, np.int32)
     positions = np.array([[*range(5), *range(4), 0, 0, 0]] * num_rows, np.int32)
-    return Batch({"item": items}, segments, positions, {"item": items})
+    return Batch({"item": items}, segments, positions, next={"item": items})
 
 
 def masked_batch(model, params, num_rows):
     key_B = row_keys(jnp.uint32(7), jnp.arange(num_rows))
-    return jax.device_get(model.bind(params).training_batch(rows(num_rows), key_B))
+    batch = model.bind(params).training_batch(rows(num_rows), key_B)
+    return jax.tree.map(np.asarray, batch)
 
 
 def test_masks_a_share_of_the_items_and_asks_for_these():

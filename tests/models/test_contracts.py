@@ -79,9 +79,10 @@ def rows(users, num_rows=None):
     slot_users[plan.slots_by_len] = plan.users_by_len
     num_rows = plan.num_rows if num_rows is None else num_rows
     ends = h.offsets[np.asarray(users) + 1]
-    batch = fill_rows(h.columns, plan, np.arange(plan.num_rows), slot_users, ends, num_rows, (TIME,))
-    batch = batch.with_targets(batch.items % NUM_ITEMS + (batch.items > 0))
-    return batch.replace(is_query=(batch.items % 5 == 0) & (batch.items > 0))
+    columns = {"item": h.items, "time": h.times}
+    batch = fill_rows(columns, plan, np.arange(plan.num_rows), slot_users, ends, num_rows, (TIME,))
+    is_query = (batch.items % 5 == 0) & (batch.items > 0)
+    return batch.with_targets(batch.items % NUM_ITEMS + (batch.items > 0)).replace(is_query=is_query)
 
 
 @EVERY_MODEL
@@ -103,11 +104,11 @@ def test_nothing_that_comes_later_is_seen(config_class):
     before = np.asarray(encode(batch))
     for at in (1, 5, 11):
         later = np.arange(MAX_LEN) >= at
-        changed = {
+        events = {
             "item": np.where(later, 1 + batch.items % NUM_ITEMS, batch.items),
             "time": np.where(later, batch.events["time"] + 10**6, batch.events["time"]),
         }
-        changed, shorter = batch.replace(events=changed), batch.keep(~later)
+        changed, shorter = batch.replace(events=events), batch.keep(~later)
         for other in (changed, shorter):
             np.testing.assert_allclose(
                 np.asarray(encode(other))[0, :at], before[0, :at], rtol=1e-5, atol=1e-6

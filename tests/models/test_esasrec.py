@@ -83,7 +83,7 @@ def reference(params, history):
 def test_equals_the_reference(kwargs):
     model, params = make(**kwargs)
     history = np.array([3, 7, 7, 1, 20])
-    batch = pack([[history]], MAX_LEN)
+    batch = pack([[history]], length=MAX_LEN)
     params_on_device = jax.tree.map(jax.numpy.asarray, params)
     x_SD = np.asarray(jax.jit(lambda batch: model.bind(params_on_device)(batch))(batch))[0, :5]
     np.testing.assert_allclose(x_SD, reference(params, history), rtol=2e-4, atol=2e-5)
@@ -97,7 +97,7 @@ def test_a_convolution_of_less_than_nothing_is_refused():
 def test_channels_of_the_feed_forward_lie_over_the_mesh():
     model, _ = make()
     mesh = make_mesh(MeshConfig(data=2, model=4))
-    specs = partition(model.abstract_params, CONFIG.tensor_parallel(4), mesh, fully_sharded=False)
+    specs = partition(model.abstract_params, model.dims, mesh, fully_sharded=False)
     ff = specs["blocks"][0]["ff"]
     assert ff["gate_up"]["kernel"] == P(None, None, "model") and ff["gate_up"]["bias"] == P(None, "model")
     assert ff["down"]["kernel"] == P("model", None) and ff["down"]["bias"] == P(None)

@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from packed_rows import pack as pack_rows
+from packed_rows import pack
 
 from rec_jax.hashing import row_keys
 from rec_jax.mesh import MeshConfig, make_mesh
 from rec_jax.models.base import init_model
 from rec_jax.models.sasrec import SASRec, SASRecConfig
-from rec_jax.nn.blocks import tensor_parallel
 from rec_jax.nn.parallel import partition
 
 NUM_ITEMS, MAX_LEN = 20, 12
@@ -31,7 +30,7 @@ def make(**kwargs):
 
 def encode(model, params, histories, key_B=None):
     """x_SD of one packed row."""
-    return np.asarray(_encode(model, params, pack(histories, MAX_LEN), key_B))[0]
+    return np.asarray(_encode(model, params, pack([histories]), key_B))[0]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -109,11 +108,6 @@ def reference(config, params, history, hidden=None):
     return x / config.temperature
 
 
-def pack(histories, length):
-    """All histories in one row, in order."""
-    return pack_rows([histories], length)
-
-
 HISTORIES = [[3, 7, 7, 1], [20], [5, 6, 2, 9, 11]]
 
 
@@ -163,8 +157,7 @@ def test_heads_wider_than_the_input_can_be_split_over_devices():
     """Each of two devices has half the heads, which are as wide as the whole input."""
     config, model, params = make(num_heads=4, head_width=4, num_layers=1)
     mesh = make_mesh(MeshConfig(data=1, model=2))
-    split = tensor_parallel(config.num_heads, config.ff_width, 2)
-    specs = partition(params, split, mesh, fully_sharded=False)
+    specs = partition(params, model.dims, mesh, fully_sharded=False)
     assert specs["blocks"][0]["attention"]["query"]["kernel"] == P(None, "model")
 
     @jax.jit
@@ -172,7 +165,7 @@ def test_heads_wider_than_the_input_can_be_split_over_devices():
     def run(params, batch):
         return model.bind(params)(batch)
 
-    x_SD = run(params, pack(HISTORIES, MAX_LEN))[0]
+    x_SD = run(params, pack([HISTORIES]))[0]
     expected = np.concatenate([reference(config, params, history) for history in HISTORIES])
     np.testing.assert_allclose(x_SD[: len(expected)], expected, rtol=2e-4, atol=2e-5)
 
@@ -190,7 +183,7 @@ def test_shared_layers_have_one_block_and_a_dropout_each():
         model.bind(params)(batch, row_keys(jnp.uint32(0), jnp.arange(1)), hidden=hidden)
         return hidden
 
-    outputs = run(silent, pack([list(range(1, 13))], MAX_LEN))
+    outputs = run(silent, pack([[list(range(1, 13))]]))
     first, second = np.asarray(outputs[0]), np.asarray(outputs[1] - outputs[0])
     assert set(np.unique(first)) == set(np.unique(second)) == {0.0, 2.0}
     assert np.any(first != second)
@@ -206,7 +199,7 @@ def test_some_tokens_alone_and_the_hidden_states_of_every_layer(kwargs):
         hidden = []
         return model.bind(params)(batch, at=at, hidden=hidden), hidden
 
-    x_QD, hidden = run(params, pack(HISTORIES, MAX_LEN))
+    x_QD, hidden = run(params, pack([HISTORIES]))
     np.testing.assert_allclose(x_QD, encode(model, params, HISTORIES)[at[1]], rtol=1e-5, atol=1e-6)
     expected = []
     reference(config, params, HISTORIES[2], expected)

@@ -47,7 +47,7 @@ def make(num_items, norm, prefixes):
 
 def packed():
     """One row of two histories, of 5 and 3 events; the last of each are at columns 4 and 7."""
-    return pack([[[3, 1, 7, 2, 5], [9, 4, 1]]], MAX_LEN)
+    return pack([[[3, 1, 7, 2, 5], [9, 4, 1]]], length=MAX_LEN)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from rec_jax.models.base import Model
 from rec_jax.models.esasrec import SwiGLU
 from rec_jax.models.sasrec import SASRecConfig
 from rec_jax.nn.blocks import FeedForward
+from rec_jax.nn.context import Context
 from rec_jax.nn.experts import Experts, balance
 
 WIDTH, FF_WIDTH, ROWS, LENGTH = 6, 10, 3, 8
@@ -29,7 +30,8 @@ def make(num=4, per_token=2, factor=1.0, is_gated=False):
         width=WIDTH, ff_width=FF_WIDTH, num_experts=num, experts_per_token=per_token, capacity_factor=factor,
         balance_weight=0.5, activation="silu",
     )  # fmt: skip
-    model = define(lambda rngs: Experts(config, is_gated=is_gated, rngs=rngs))
+    mixture = config.block_shape(is_causal=True).mixture
+    model = define(lambda rngs: Experts(WIDTH, FF_WIDTH, "silu", mixture, is_gated=is_gated, rngs=rngs))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: np.float32(rng.normal(size=x.shape)), model.abstract_params)
     return config, model, params
@@ -41,14 +43,13 @@ def inputs(seed=1):
 
 @partial(jax.jit, static_argnums=0)
 def train(model, params, x_BSD, real_BS):
-    """(y_BSD, [penalty_B])."""
-    penalties = []
-    return model.bind(params).in_training(x_BSD, real_BS, penalties), penalties
+    """(y_BSD, penalty_B)."""
+    return model.bind(params).in_training(x_BSD, real_BS)
 
 
 @partial(jax.jit, static_argnums=0)
 def infer(model, params, x_BSD):
-    return model.bind(params)(x_BSD)
+    return model.bind(params)(x_BSD, Context(None))[0]
 
 
 def reference(config, params, x_BSD, real_BS, capacity, is_gated=False):
@@ -87,7 +88,7 @@ def reference(config, params, x_BSD, real_BS, capacity, is_gated=False):
 def test_equals_the_loops(num, per_token, factor, is_gated, capacity):
     config, model, params = make(num, per_token, factor, is_gated)
     x_BSD = inputs()
-    y_BSD, (penalty_B,) = train(model, params, x_BSD, REAL)
+    y_BSD, penalty_B = train(model, params, x_BSD, REAL)
     expected, penalties = reference(config, params, x_BSD, REAL, capacity, is_gated)
     np.testing.assert_allclose(y_BSD, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(penalty_B, penalties, rtol=1e-5)
@@ -104,8 +105,8 @@ def test_gradients_are_those_of_the_loops():
     @jax.jit
     @partial(jax.grad, argnums=(0, 1))
     def gradients(params, x_BSD):
-        y_BSD, penalties = train(model, params, x_BSD, REAL)
-        return jnp.sum(y_BSD * weights) + jnp.sum(penalties[0])
+        y_BSD, penalty_B = train(model, params, x_BSD, REAL)
+        return jnp.sum(y_BSD * weights) + jnp.sum(penalty_B)
 
     def value(params, x_BSD):
         y_BSD, penalty_B = reference(config, params, x_BSD, REAL, 2)
@@ -142,14 +143,14 @@ def test_room_goes_to_the_first_tokens_and_none_to_padding():
 def test_what_follows_and_other_rows_change_nothing():
     _, model, params = make(4, 2, 0.5)
     x_BSD, other = inputs(), inputs(seed=5)
-    y_BSD, (penalty_B,) = train(model, params, x_BSD, REAL)
+    y_BSD, penalty_B = train(model, params, x_BSD, REAL)
     for at in (2, 5):
         later = np.where(np.arange(LENGTH)[:, None] >= at, other, x_BSD)
         np.testing.assert_allclose(
             train(model, params, later, REAL)[0][:, :at], y_BSD[:, :at], rtol=1e-5, atol=1e-6
         )
     neighbours = np.concatenate([x_BSD[:1], other[1:]])
-    y, (penalty,) = train(model, params, neighbours, np.ones_like(REAL))
+    y, penalty = train(model, params, neighbours, np.ones_like(REAL))
     np.testing.assert_allclose(y[0], y_BSD[0], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(penalty[0], penalty_B[0], rtol=1e-6)
     assert np.any(y[1] != y_BSD[1]) and penalty[1] != penalty_B[1]
@@ -184,14 +185,15 @@ def test_a_single_expert_is_the_plain_feed_forward(is_gated):
 def test_bf16_stays_bf16_and_the_balance_f32():
     _, model, params = make()
     x, params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (jnp.asarray(inputs()), params))
-    y_BSD, penalties = jax.eval_shape(partial(train, model), params, x, REAL)
+    y_BSD, penalty_B = jax.eval_shape(partial(train, model), params, x, REAL)
     assert y_BSD.dtype == jnp.bfloat16 == jax.eval_shape(partial(infer, model), params, x).dtype
-    assert penalties[0].dtype == jnp.float32
+    assert penalty_B.dtype == jnp.float32
 
 
 def test_experts_begin_as_a_plain_feed_forward_does():
     config = SASRecConfig(width=64, ff_width=96, num_experts=3)
-    experts = jax.jit(lambda: nnx.to_pure_dict(nnx.state(Experts(config, rngs=nnx.Rngs(0)))))()
+    shape = config.block_shape(is_causal=True)
+    experts = jax.jit(lambda: nnx.to_pure_dict(nnx.state(shape.make_experts(nnx.Rngs(0)))))()
     limit = (6 / (64 + 96)) ** 0.5  # of Glorot's uniform, of each kernel by itself
     for name in ("up_kernel", "down_kernel"):
         np.testing.assert_allclose(np.abs(experts[name]).max(axis=(1, 2)), limit, rtol=0.01)

@@ -30,8 +30,13 @@ def inputs(length, biases="both", dtype=jnp.float32):
         jnp.asarray(rng.normal(size=length + 2), dtype) if biases in ("position", "both") else None
     )
     time_bias = jnp.asarray(rng.normal(size=NUM_BUCKETS), dtype) if biases in ("time", "both") else None
-    buckets = lib.time_buckets(jnp.asarray(times), NUM_BUCKETS)
+    buckets = buckets_between(times, NUM_BUCKETS)
     return (q, k, v, jnp.asarray(segments), position_bias, time_bias, buckets), times
+
+
+def buckets_between(times, num_buckets):
+    times = jnp.asarray(times, jnp.int32)
+    return lib.time_buckets(times[:, :, None] - times[:, None, :], num_buckets)
 
 
 def silu(x):
@@ -73,7 +78,7 @@ def plain(q, k, v, segments, position_bias, time_bias, buckets):
 def test_by_hand():
     """One head of width 1: the second query sees two keys, the third starts a segment."""
     q, k, v = (jnp.array(x, jnp.float32).reshape(1, 3, 1, 1) for x in ([1, 2, 3], [0, 1, 1], [5, 7, 1]))
-    segments, buckets = jnp.array([[1, 1, 2]]), lib.time_buckets(jnp.array([[0, 60, 0]]), 20)
+    segments, buckets = jnp.array([[1, 1, 2]]), buckets_between([[0, 60, 0]], 20)
     np.testing.assert_array_equal(buckets[0], [[0, 13, 0], [13, 0, 13], [0, 13, 0]])
     out = pointwise_attention(q, k, v, segments, jnp.array([0.0, -1.0, 9.0]), jnp.arange(20) * 1.0, buckets)
     first, second = silu(0.0) * 5, (silu(0 - 1 + 13) * 5 + silu(2.0) * 7) / 2
@@ -172,8 +177,8 @@ def test_bf16_is_summed_in_f32_forward_and_backward():
 
 def test_time_buckets():
     seconds = np.array([0, 1, 2, 60, 3600, 86400, 2**31 - 1])
-    buckets = lib.time_buckets(jnp.asarray(seconds, jnp.int32)[None], 128)[0]
+    buckets = buckets_between(seconds[None], 128)[0]
     np.testing.assert_array_equal(buckets[:, 0], [0, 0, 2, 13, 27, 37, 71])
     np.testing.assert_array_equal(buckets[0], buckets[:, 0])
-    clipped = lib.time_buckets(jnp.asarray(seconds, jnp.int32)[None], 20)[0]
+    clipped = buckets_between(seconds[None], 20)[0]
     np.testing.assert_array_equal(clipped[:, 0], [0, 0, 2, 13, 19, 19, 19])

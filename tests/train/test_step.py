@@ -47,7 +47,7 @@ def test_tensor_parallel_and_fully_sharded_parameters_learn_the_same(data, model
 def test_parameters_and_moments_are_split_as_asked():
     step = make_program(devices=2, model_axis=4, fully_sharded=True, num_heads=4, optim=OptimConfig())
     state = step.init(initial_params(dataclasses.replace(MODEL, num_heads=4)))
-    names = {**leaf_names(state.params), **leaf_names(state.opt_state[0].mu)}
+    names = {**leaf_names(state.params), **leaf_names(state.opt_state[0][0].mu)}
     parts = {name: x.size // x.addressable_shards[0].data.size for name, x in names.items()}
     assert parts["blocks/0/attention/query/kernel"] == parts["blocks/0/ff/down/kernel"] == 8
     assert parts["blocks/0/ff/up/bias"] == 4 and parts["final_norm/scale"] == 2
