@@ -18,7 +18,7 @@ from rec_jax.compress.config import CompressConfig
 from rec_jax.compress.factor import factorise_model, student_from
 from rec_jax.compress.quant import observe_inputs, quantize_params
 from rec_jax.compress.shrink import ShrinkConfig, choose_units, multiply_adds, shrink, shrunk_config
-from rec_jax.config import build, to_config_dict
+from rec_jax.config import build, override, to_config_dict
 from rec_jax.experiment import Experiment, model_builder, write_json
 from rec_jax.models.base import define_model, init_model
 from rec_jax.objectives.negatives import make_prior
@@ -120,7 +120,7 @@ def recipe_config(parent: Experiment, overrides: dict) -> ExperimentConfig:
         raise ValueError(f"compress.recipe={recipe!r} is unknown: use {', '.join(RECIPES)} (CompressConfig)")
     if recipe:
         RECIPES[recipe](cfg, parent)
-    cfg.update_from_flattened_dict(overrides)
+    override(ExperimentConfig, cfg, overrides)
     config = build(ExperimentConfig, cfg)
     if not recipe and config.compress == CompressConfig() and config.model == parent.config.model:
         raise ValueError(

@@ -16,7 +16,7 @@ from rec_jax import processes
 from rec_jax.compress.prune import last_rewind
 from rec_jax.compress.quant import dequantize_params
 from rec_jax.compress.training import first_share_in_force
-from rec_jax.config import build, to_config_dict
+from rec_jax.config import build, override, to_config_dict
 from rec_jax.data.datasets import load_dataset
 from rec_jax.data.pipeline import BatchSource, EpochPlan, make_iterator
 from rec_jax.eval.evaluator import check_eval, evaluate
@@ -102,7 +102,7 @@ class Experiment:
             cfg = to_config_dict(build(ExperimentConfig, trained.config))
         except ValueError as error:
             raise ValueError(f"{workdir} was {OTHER_VERSION} ({error})") from error
-        cfg.update_from_flattened_dict(overrides or {})
+        override(ExperimentConfig, cfg, overrides or {})
         config = build(ExperimentConfig, cfg)
         if config.mesh.data * config.mesh.model > jax.device_count():
             print(f"mesh: the run had {config.mesh}, here are {jax.device_count()} devices", flush=True)
