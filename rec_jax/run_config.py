@@ -118,7 +118,7 @@ REFUSALS = [
     _scores_codes("contrastive.weight", 0),
     _scores_codes("augment", AugmentConfig()),
     _scores_codes("precision.output", ""),
-    _scores_codes("compress", CompressConfig()),
+    _scores_codes("compress.distill.teachers", ()),
     Refusal(
         lambda c: not _has_tables(c) and not _is_plain(c),
         "table",
@@ -205,11 +205,6 @@ REFUSALS = [
         "compress.lora.names",
         "is not supported with compress.prune: masks on adapters leave the merged weights dense; prune "
         "first, or last",
-    ),
-    Refusal(
-        lambda c: getattr(c.model, "num_experts", 0) > 0 and c.compress != CompressConfig(),
-        "model.num_experts",
-        "is not supported with compress, which knows no stacked kernels: set model.num_experts=0",
     ),
     Refusal(
         lambda c: bool(set(c.eval.baselines) - set(BASELINES)),

@@ -5,10 +5,8 @@ import dataclasses
 import pytest
 
 from configs.sasrec_ml1m import get_config
-from rec_jax.compress.config import CompressConfig
 from rec_jax.config import build
 from rec_jax.experiment import Experiment
-from rec_jax.models.sasrec import SASRecConfig
 from rec_jax.run_config import ExperimentConfig
 from rec_jax.tables.config import TableConfig
 
@@ -24,10 +22,6 @@ BASE = ExperimentConfig()
             "layout='rows' with table.optimizer='dense'.*not 'bce'",
         ),
         ({"eval": dataclasses.replace(BASE.eval, baselines=("popularity", "knn"))}, "no knn; use popularity"),
-        (
-            {"model": SASRecConfig(num_experts=2), "compress": CompressConfig(floats="bf16")},
-            "num_experts=2 does not go with compress.*num_experts=0",
-        ),
     ],
 )
 def test_parts_that_do_not_go_together(changes, message):
