@@ -1,7 +1,6 @@
 """Several tables in one step against plain optax on dense gradients of the whole tables."""
 
 import functools
-import json
 
 import flax.nnx as nnx
 import jax
@@ -12,24 +11,23 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from experiments.speed.collectives import collective_bytes
+from rec_jax.hashing import mix
 from rec_jax.mesh import MeshConfig, make_mesh, replicate
-from rec_jax.tables.embedding import MultiHash, QuotientRemainder, bag, ragged, reset_rows
+from rec_jax.tables.embedding import reset_rows
 from rec_jax.tables.layouts import DimSharded, Replicated, RowSharded, shardings
 from rec_jax.tables.sparse import scale_by_rowwise_rss
 from rec_jax.tables.tables import Table, Tables
-from rec_jax.tables.vocabulary import DynamicVocabulary
 
-B, S, K, NUM_TAG_IDS, STEPS = 16, 5, 6, 12, 3
+B, S, K, STEPS = 16, 5, 6, 3
 NUM_ITEMS, NUM_CITIES = 2999, 99
 MESHES = [(1, 1), (8, 1), (2, 4), (1, 8)]  # data, model
-USERS = MultiHash(64, 8, rngs=nnx.Rngs(0))
-CITIES = QuotientRemainder(1 + NUM_CITIES, 10, 2, std=0.3, rngs=nnx.Rngs(1))
-KEYS = jax.random.split(jax.random.key(0), 3)
+NUM_TAG_IDS = 15  # of a history
+KEYS = jax.random.split(jax.random.key(0), 5)
 WHOLE = {
     "items": 0.3 * jax.random.normal(KEYS[0], (1 + NUM_ITEMS, 16)),
     "tags": 0.3 * jax.random.normal(KEYS[1], (40, 4)),
-    "users": USERS.embedding[...],
-    "cities": CITIES.embedding[...],
+    "users": 0.02 * jax.random.normal(KEYS[3], (64, 8)),  # several hashed users a row
+    "cities": 0.5 * jax.random.normal(KEYS[4], (1 + NUM_CITIES, 2)),
 }
 PARAMS = np.asarray(0.3 * jax.random.normal(KEYS[2], (16 + 4 + 4 + 8 + 2, 16)))  # NumPy is never donated
 DECAY = 0.5
@@ -60,17 +58,18 @@ def make_batch(seed):
     walk = np.minimum(rng.zipf(1.2, (B, S + 1)), NUM_ITEMS)
     is_real = np.arange(S) < rng.integers(1, S + 1, B)[:, None]
     most_tags = 0 if seed == 1 else 3
-    tags = [
-        ragged([rng.integers(1, 40, rng.integers(0, most_tags + 1)) for _ in range(S)], S * 3)
-        for _ in range(B)
-    ]
+    tags, bags = np.zeros((B, NUM_TAG_IDS), np.int32), np.full((B, NUM_TAG_IDS), S, np.int32)
+    for row in range(B):
+        counts = rng.integers(0, most_tags + 1, S)
+        tags[row, : counts.sum()] = rng.integers(1, 40, counts.sum())
+        bags[row, : counts.sum()] = np.repeat(np.arange(S), counts)
     return {
         "items": np.where(is_real, walk[:, :-1], 0).astype(np.int32),
         "targets": np.where(is_real, walk[:, 1:], 0).astype(np.int32),
         "negatives": rng.integers(1, NUM_ITEMS + 1, (B, K), np.int32),
-        "tags": np.stack([ids for ids, _ in tags]),
-        "bags": np.stack([bags for _, bags in tags]),
-        "weights": rng.random((B, S * 3), np.float32),
+        "tags": tags,
+        "bags": bags,
+        "weights": rng.random((B, NUM_TAG_IDS), np.float32),
         "users": rng.integers(1, 2**31 - 1, B, np.int32),
         "cities": rng.integers(1, NUM_CITIES + 1, B, np.int32),
     }
@@ -80,25 +79,31 @@ def ids_of(batch):
     return {
         "items": {name: batch[name] for name in ("items", "targets", "negatives")},
         "tags": batch["tags"],
-        "users": USERS.rows(batch["users"]),
-        "cities": CITIES.rows(batch["cities"]),
+        "users": user_rows(batch["users"]),
+        "cities": batch["cities"],
     }
+
+
+def user_rows(users):
+    """int32[..., 2]: a user's vector is the sum of two rows, each by its own hash."""
+    return jnp.stack([1 + (mix(users, seed) % 63).astype(jnp.int32) for seed in (1, 2)], -1)
+
+
+def bag(rows_ND, bag_N, weights_N):
+    """f32[S, D]: the weighted sums of the rows of each event."""
+    return jax.ops.segment_sum(rows_ND * weights_N[:, None], bag_N, S)
 
 
 def loss_sum(params, rows, places, batch):
     """(sum of the losses, number of targets). Of whole tables for rows and ids for places: the dense one."""
     items = {name: rows["items"][place] for name, place in places["items"].items()}
     tags_BND = rows["tags"][places["tags"]]
-    mean_BSD = jax.vmap(lambda rows, bags: bag(rows, bags, S, combine="mean"))(tags_BND, batch["bags"])
-    weighted_BSD = jax.vmap(lambda rows, bags, weights: bag(rows, bags, S, weights_N=weights))(
-        tags_BND, batch["bags"], batch["weights"]
-    )
+    num_BS1 = jax.vmap(lambda bags: jnp.bincount(bags, length=S))(batch["bags"])[..., None]
+    sum_BSD = jax.vmap(bag)(tags_BND, batch["bags"], jnp.ones_like(batch["weights"]))
+    mean_BSD = sum_BSD / jnp.maximum(num_BS1, 1)
+    weighted_BSD = jax.vmap(bag)(tags_BND, batch["bags"], batch["weights"])
     context_BD = jnp.concatenate(
-        [
-            USERS.combine(rows["users"][places["users"]]),
-            CITIES.combine(rows["cities"][places["cities"]]),
-        ],
-        -1,
+        [rows["users"][places["users"]].sum(-2), rows["cities"][places["cities"]]], -1
     )
     context_BSD = jnp.repeat(context_BD[:, None], S, axis=1)
     x_BSD = jnp.concatenate([items["items"], mean_BSD, weighted_BSD, context_BSD], -1)
@@ -147,7 +152,7 @@ def dense_step(state, batch, max_norm):
     for name, optimizer in OPTIMIZERS.items():
         updates[name], states[name] = optimizer.update(grads[1][name], states[name], whole[name])
     # The decay is of the touched rows, row 0 (padding) being one of them.
-    is_touched_V = jnp.zeros(64, bool).at[USERS.rows(batch["users"])].set(True).at[0].set(True)
+    is_touched_V = jnp.zeros(64, bool).at[user_rows(batch["users"])].set(True).at[0].set(True)
     updates["users"] = jnp.where(is_touched_V[:, None], updates["users"], 0)
     state = (params - 0.3 * grads[0], optax.apply_updates(whole, updates), states)
     return state, (loss / num_targets, norm, optax.tree.norm(grads[1], squared=True))
@@ -196,7 +201,7 @@ def test_tables_of_all_kinds_learn_what_dense_gradients_teach_them(data, model):
     trained = run(data, model)
     assert_close(trained, run_dense())
     users = trained[0][1]["users"]
-    touched = np.union1d(0, [USERS.rows(make_batch(seed)["users"]) for seed in range(STEPS)])
+    touched = np.union1d(0, [user_rows(make_batch(seed)["users"]) for seed in range(STEPS)])
     resting = np.setdiff1d(np.arange(len(users)), touched)
     assert 0 < len(resting) < len(users)
     np.testing.assert_array_equal(users[resting], WHOLE["users"][resting])  # no decay either
@@ -256,7 +261,7 @@ def test_nothing_of_a_tables_size_is_made_or_sent():
     assert sum(collective_bytes(compiled.as_text(), mesh.size).values()) < 0.1 * smallest
 
 
-def test_a_new_key_starts_with_a_fresh_row_and_a_fresh_state():
+def test_a_reset_row_starts_anew_with_a_fresh_state():
     mesh, rate = make_mesh(MeshConfig(data=2)), 0.5
     layout = RowSharded(3, mesh)
     optimizer = optax.chain(scale_by_rowwise_rss(), optax.scale(-rate))
@@ -283,26 +288,16 @@ def test_a_new_key_starts_with_a_fresh_row_and_a_fresh_state():
         )
         return on_mesh({"users": users[0]}, {"users": users[1]}, rows_B)
 
-    def new_rows():  # of a fixed number; -1 is no row
-        rows = vocabulary.take_new_rows()
-        return np.pad(rows, (0, 2 - len(rows)), constant_values=-1)
-
     def drawn(key):
         return np.asarray(nnx.initializers.normal()(key, (2, 4)))
 
-    vocabulary, keys = DynamicVocabulary(3, evict_after=1), jax.random.split(jax.random.key(0))
-    rows_B = vocabulary.rows_of(["ann", "bob"], time=0)
-    assert rows_B.tolist() == [1, 2]
-    arrays, states = day(arrays, states, rows_B, new_rows(), keys[0])
+    keys = jax.random.split(jax.random.key(0))
+    rows_B = np.array([1, 2])
+    arrays, states = day(arrays, states, rows_B, np.array([1, 2]), keys[0])
     after = tables.unplace(arrays)["users"]
     np.testing.assert_allclose(after[1:], drawn(keys[0]) - rate, rtol=1e-5)
 
-    saved = json.dumps(vocabulary.state_dict())
-    vocabulary = DynamicVocabulary.from_state_dict(json.loads(saved))
-    assert vocabulary.lookup(["bob", "ann", "cleo"]).tolist() == [2, 1, 0]
-    rows_B = vocabulary.rows_of(["cleo", "bob"], time=2)
-    assert rows_B.tolist() == [1, 2]  # that of ann, who was not seen for 2 days
-    arrays, states = day(arrays, states, rows_B, new_rows(), keys[1])
+    arrays, states = day(arrays, states, rows_B, np.array([1, -1]), keys[1])  # -1 is no row
     before, after = after, tables.unplace(arrays)["users"]
     np.testing.assert_allclose(after[1], drawn(keys[1])[0] - rate, rtol=1e-5)  # a first step
     np.testing.assert_allclose(after[2], before[2] - rate / np.sqrt(2), rtol=1e-5)  # a second step
