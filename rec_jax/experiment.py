@@ -263,9 +263,10 @@ class Experiment:
                     f"teachers={workdir}: it reads data.max_len={teacher.max_len} events, this run "
                     f"{self.config.data.max_len}: set data.max_len to as many at most (DistillConfig)"
                 )
-            if not (teacher.model.is_causal and self.model.is_causal) or teacher.model.generates:
+            if teacher.model.is_causal != self.model.is_causal or teacher.model.generates:
                 raise ValueError(
-                    f"teachers={workdir}: only causal models with tables of items teach and learn "
+                    f"teachers={workdir}: a model that predicts the next item learns from another such, one "
+                    f"that predicts masked items from another such, and one without item vectors from none "
                     f"({teacher.model_config.type} teaches {self.config.model.type}) (DistillConfig)"
                 )
             teachers.append((teacher.model, replicate(dequantize_params(teacher.params), self.mesh)))

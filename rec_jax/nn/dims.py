@@ -62,6 +62,11 @@ def outermost(dim: Dim) -> tuple[str | None, int]:
     return dim[0][0] if len(dim) == 1 else (None, 1)
 
 
+def is_stacked(dims: tuple[Dim, ...]) -> bool:
+    """Is a parameter one for each of several experts?"""
+    return outermost(dims[0])[0] == "experts"
+
+
 def places(dim: Dim, kept: dict[str, np.ndarray]) -> np.ndarray:
     """bool[size of the dim]: the places of the units that are kept. kept: {name: bool[units]}."""
     masks = []
