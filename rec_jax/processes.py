@@ -30,12 +30,18 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
     jax.config.update("jax_enable_preemption_service", False)
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     if coordinator == "auto":
-        return _connect_detected(num_processes, process_id)
-    given = {
-        "--coordinator": coordinator,
-        "--num_processes": _from_environment("JAX_NUM_PROCESSES", num_processes),
-        "--process_id": _from_environment("JAX_PROCESS_ID", process_id),
-    }
+        if num_processes is not None or process_id is not None:
+            raise ValueError("--coordinator=auto finds out all: leave out --num_processes and --process_id")
+        try:
+            return jax.distributed.initialize()
+        except ValueError as error:
+            raise ValueError(
+                f"--coordinator=auto, but JAX detects no cluster here ({error}): give "
+                "--coordinator=HOST:PORT, --num_processes and --process_id"
+            ) from error
+    num_processes = _from_environment("JAX_NUM_PROCESSES", num_processes)
+    process_id = _from_environment("JAX_PROCESS_ID", process_id)
+    given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == 3:
         return
@@ -45,7 +51,6 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
             "(in the environment JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID): give all "
             "three or none"
         )
-    coordinator, num_processes, process_id = given.values()
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
         raise ValueError(f"--coordinator={coordinator} must be HOST:PORT of process 0, or auto")
@@ -55,18 +60,6 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
             "num_processes - 1"
         )
     jax.distributed.initialize(coordinator, num_processes, process_id)
-
-
-def _connect_detected(num_processes: int | None, process_id: int | None) -> None:
-    if num_processes is not None or process_id is not None:
-        raise ValueError("--coordinator=auto finds out all: leave out --num_processes and --process_id")
-    try:
-        jax.distributed.initialize()
-    except ValueError as error:
-        raise ValueError(
-            f"--coordinator=auto, but JAX detects no cluster here ({error}): give --coordinator=HOST:PORT, "
-            "--num_processes and --process_id"
-        ) from error
 
 
 def _from_environment(name: str, value: int | None) -> int | None:

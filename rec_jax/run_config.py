@@ -1,6 +1,7 @@
 """All settings of a run, and the combinations of them that are refused."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 from rec_jax.compress.config import CompressConfig
@@ -58,11 +59,22 @@ class Refusal:
     reason: str
 
     def text(self, config: ExperimentConfig) -> str:
-        value = config
-        for name in self.setting.split("."):
-            value = getattr(value, name)
-        model = config.model.type
-        return f"{self.setting}={value!r} {self.reason.format(model=model, config=config)} (ExperimentConfig)"
+        reason = self.reason.format(model=config.model.type, config=config)
+        return f"{self.setting}={_value(config, self.setting)!r} {reason} (ExperimentConfig)"
+
+
+def _value(config, setting: str):
+    return functools.reduce(getattr, setting.split("."), config)
+
+
+def _must_be_default(settings: tuple[str, ...], meets, reason: str) -> list[Refusal]:
+    """Settings that must stay at their defaults in the configs that `meets` is true of."""
+
+    def refusal(setting):
+        default = _value(ExperimentConfig, setting)
+        return Refusal(lambda c: meets(c) and _value(c, setting) != default, setting, reason)
+
+    return [refusal(setting) for setting in settings]
 
 
 def _has_tables(config) -> bool:
@@ -77,21 +89,6 @@ def _is_plain(config) -> bool:
     """Are the tables parameters like any other, as far as the config says?"""
     table = config.table
     return table.optimizer == "dense" and table.layout in ("auto", "replicated")
-
-
-def _scores_codes(setting: str, default) -> Refusal:
-    """Settings of a loss over item vectors, which a model that scores semantic ids has none of."""
-
-    def meets(config):
-        value = config
-        for name in setting.split("."):
-            value = getattr(value, name)
-        return not _has_tables(config) and value != default
-
-    return Refusal(
-        meets, setting, "needs item vectors, and model.type={model!r} scores semantic ids: leave it at its "
-        "default",
-    )  # fmt: skip
 
 
 # One reason each. The first four kinds cannot be at all; the rest nobody has built.
@@ -110,36 +107,23 @@ REFUSALS = [
         "table.optimizer with a sampled loss",
     ),
     # Semantic ids have no item vectors.
-    _scores_codes("loss.type", "softmax"),
-    _scores_codes("loss.matryoshka", ()),
-    _scores_codes("loss.ips_power", 0),
-    _scores_codes("loss.popularity_discount", 0),
-    _scores_codes("model.num_future", 1),
-    _scores_codes("contrastive.weight", 0),
-    _scores_codes("augment", AugmentConfig()),
-    _scores_codes("precision.output", ""),
-    _scores_codes("compress", CompressConfig()),
+    *_must_be_default(
+        ("loss.type", "loss.matryoshka", "loss.ips_power", "loss.popularity_discount", "model.num_future")
+        + ("contrastive.weight", "augment", "precision.output", "compress"),
+        lambda c: not _has_tables(c),
+        "needs item vectors, and model.type={model!r} scores semantic ids: leave it at its default",
+    ),
     Refusal(
         lambda c: not _has_tables(c) and not _is_plain(c),
         "table",
         "is of an item embedding table, and model.type={model!r} has none: leave it at its default",
     ),
     # Masked items are drawn anew in each step, and nothing is further ahead than what is masked.
-    Refusal(
-        lambda c: not _predicts_next(c) and c.augment.is_on,
-        "augment",
-        "is for models that predict the next item; model.type={model!r} masks items itself in each step",
-    ),
-    Refusal(
-        lambda c: not _predicts_next(c) and c.contrastive.weight > 0,
-        "contrastive.weight",
-        "is for models that predict the next item; model.type={model!r} masks items itself in each step",
-    ),
-    Refusal(
-        lambda c: not _predicts_next(c) and c.model.num_future > 1,
-        "model.num_future",
-        "is for models that predict the next item; for the masked items of model.type={model!r} there is "
-        "none further ahead: set it to 1",
+    *_must_be_default(
+        ("augment", "contrastive.weight", "model.num_future"),
+        lambda c: not _predicts_next(c),
+        "is for models that predict the next item, and model.type={model!r} predicts masked items: leave it "
+        "at its default",
     ),
     # Sizes.
     Refusal(
@@ -159,34 +143,18 @@ REFUSALS = [
         "contrastive.view='augment'",
     ),
     # Not built.
-    *(
-        Refusal(
-            lambda c, on=is_on: bool(c.compress.distill.teachers) and on(c),
-            setting,
-            "is not supported with compress.distill.teachers, whose loss knows nothing of it: leave it at "
-            "its default",
-        )
-        for setting, is_on in {
-            "loss.matryoshka": lambda c: c.loss.matryoshka,
-            "loss.ips_power": lambda c: c.loss.ips_power,
-            "loss.popularity_discount": lambda c: c.loss.popularity_discount,
-            "model.num_future": lambda c: c.model.num_future > 1,
-        }.items()
+    *_must_be_default(
+        ("loss.matryoshka", "loss.ips_power", "loss.popularity_discount", "model.num_future"),
+        lambda c: bool(c.compress.distill.teachers),
+        "is not supported with compress.distill.teachers, whose loss knows nothing of it: leave it at its "
+        "default",
     ),
-    *(
-        Refusal(
-            lambda c, on=is_on: not _is_plain(c) and on(c.compress),
-            setting,
-            "needs the item embedding table among the dense parameters: set table.optimizer=dense and "
-            "table.layout=replicated",
-        )
-        for setting, is_on in {
-            "compress.distill.teachers": lambda compress: compress.distill.teachers,
-            "compress.lora.names": lambda compress: compress.lora.names,
-            "compress.prune.names": lambda compress: compress.prune.names,
-            "compress.prune.hold": lambda compress: compress.prune.hold,
-            "compress.quant.aware": lambda compress: compress.quant.aware,
-        }.items()
+    *_must_be_default(
+        ("compress.distill.teachers", "compress.lora.names", "compress.prune.names", "compress.prune.hold")
+        + ("compress.quant.aware",),
+        lambda c: not _is_plain(c),
+        "needs the item embedding table among the dense parameters: set table.optimizer=dense and "
+        "table.layout=replicated",
     ),
     Refusal(
         lambda c: not _is_plain(c) and (c.precision.params, c.precision.optimizer) != ("f32", "f32"),

@@ -6,17 +6,7 @@ import numpy as np
 
 from rec_jax.data.interactions import InteractionLog, compact
 
-
-@dataclasses.dataclass(frozen=True)
-class CleaningReport:
-    """What each rule left, in the order in which the rules were applied.
-
-    rows: (rule, users, items, events left, events removed by the rule).
-    """
-
-    rows: tuple[tuple[str, int, int, int, int], ...]
-
-    HEADER = ("rule", "users", "items", "events", "removed")
+REPORT_HEAD = ("rule", "users", "items", "events", "removed")
 
 
 def clean(
@@ -27,8 +17,8 @@ def clean(
     min_item_events: int = 1,
     min_user_events: int = 1,
     k_core: int = 0,
-) -> tuple[InteractionLog, CleaningReport]:
-    """Applies the rules in the order of the arguments.
+) -> tuple[InteractionLog, list[tuple]]:
+    """(the log, a row of REPORT_HEAD for each rule): applies the rules in the order of the arguments.
 
     Users and items that lose all their events leave the vocabulary; the others keep their order.
 
@@ -76,7 +66,7 @@ def clean(
             core = core & _frequent(log.users, core, k_core)
             core = core & _frequent(log.items, core, k_core)
         apply(f"k_core={k_core}", core)
-    return (log if keep.all() else _select(log, keep)), CleaningReport(tuple(rows))
+    return (log if keep.all() else _select(log, keep)), rows
 
 
 def _row(rule: str, log: InteractionLog, keep: np.ndarray, removed: int):

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from rec_jax.data.cleaning import CleaningReport, clean
+from rec_jax.data.cleaning import REPORT_HEAD, clean
 from rec_jax.data.histories import (
     Histories,
     Split,
@@ -18,7 +18,7 @@ from rec_jax.data.histories import (
     replaced_directory,
     temporal_cuts,
 )
-from rec_jax.data.interactions import InteractionLog, read_log
+from rec_jax.data.interactions import read_log
 from rec_jax.data.schema import Schema, make_schema
 from rec_jax.data.simulator import SimulatorConfig, World
 from rec_jax.data.titles import read_titles
@@ -26,10 +26,10 @@ from rec_jax.report import format_table
 
 _ABOUT = "prepared.json"
 _VERSION = 2  # of the files on disk and of the rules behind them; raise it when either changes
-_CLEANING_AND_SPLIT = (
-    *("min_rating", "duplicates", "min_item_events", "min_user_events", "k_core"),
-    *("split", "val_time", "test_time", "val_fraction", "test_fraction"),
-)
+# Fields of DataConfig by what reads them.
+_READING = ("format", "user", "item", "time", "rating", "features", "delimiter", "time_unit")
+_CLEANING = ("min_rating", "duplicates", "min_item_events", "min_user_events", "k_core")
+_SPLIT = ("split", "val_time", "test_time", "val_fraction", "test_fraction")
 _NOT_PREPARED = ("path", "max_len", "context")  # fields that do not change what is on disk
 
 
@@ -78,10 +78,11 @@ class DataConfig:
             )
         if self.split != "global_temporal" and self.val_time:
             raise ValueError(f"val_time={self.val_time} has no use with split={self.split!r} (DataConfig)")
-        if not (0 < self.val_fraction and 0 < self.test_fraction and self._held_out < 1):
+        val, test = self.val_fraction, self.test_fraction
+        if not (0 < val and 0 < test and val + test < 1):
             raise ValueError(
-                f"val_fraction={self.val_fraction} and test_fraction={self.test_fraction} must be above 0 "
-                "and together below 1 (DataConfig)"
+                f"val_fraction={val} and test_fraction={test} must be above 0 and together below 1 "
+                "(DataConfig)"
             )
         if reserved := {"item", "time"} & set(self.features):
             raise ValueError(
@@ -90,10 +91,6 @@ class DataConfig:
             )
         if self.titles_ids and not self.titles:
             raise ValueError(f"titles_ids={self.titles_ids!r} needs titles (DataConfig)")
-
-    @property
-    def _held_out(self) -> float:
-        return self.val_fraction + self.test_fraction
 
 
 @dataclass(frozen=True)
@@ -142,34 +139,32 @@ def load_prepared(config: DataConfig, directory: Path | str) -> Dataset:
     Raises ValueError if it is missing or damaged.
     """
     directory = Path(directory)
-    world = World(config.sim) if config.format == "simulator" else None
     if (about := _read_about(directory)) is not None:
-        return _load(directory, about, world, config.context)
+        return _load(directory, about, config)
     path = Path(_source(config))
     if not path.is_dir():
         raise ValueError(
             f"{directory / _ABOUT} is missing: the split that the run was trained on was prepared there, and "
             f"another preparation of {str(path)!r} could be another split: bring it back, or train again"
         )
-    return _load(path, _about_of_directory(config, path), world, config.context)
+    return _load(path, _about_of_directory(config, path), config)
 
 
 def prepare_dataset(
     config: DataConfig, directory: Path | str, *, is_used: bool = False
 ) -> tuple[Dataset, bool]:
     """As `load_dataset`, but prints nothing, and tells whether the data set was prepared just now."""
-    directory = Path(directory)
-    world = World(config.sim) if config.format == "simulator" else None
-    path = _source(config)
+    directory, path = Path(directory), _source(config)
     if path and Path(path).is_dir():
-        return _load(Path(path), _about_of_directory(config, Path(path)), world, config.context), False
+        return _load(Path(path), _about_of_directory(config, Path(path)), config), False
     fingerprint = _fingerprint(config, path)
     about = _read_about(directory)
     is_new = about is None or about["fingerprint"] != fingerprint
     if is_new:
-        used = (about, _load(directory, about, world, ())) if about and is_used else None
-        about = _prepare(config, path, world, directory, fingerprint, used)
-    return _load(directory, about, world, config.context), is_new
+        before = dataclasses.replace(config, context=())  # whose columns may be new
+        used = (about, _load(directory, about, before)) if about and is_used else None
+        about = _prepare(config, path, directory, fingerprint, used)
+    return _load(directory, about, config), is_new
 
 
 def resolve_path(path: str, name: str) -> Path:
@@ -243,7 +238,7 @@ def _about_of_directory(config: DataConfig, path: Path) -> dict[str, Any]:
             f"({_ABOUT} is missing): give a file"
         )
     made_with, default = about["fingerprint"]["config"], DataConfig()
-    for name in _CLEANING_AND_SPLIT:
+    for name in _CLEANING + _SPLIT:
         asked = getattr(config, name)
         if asked != made_with[name] and (name == "split" or asked != getattr(default, name)):
             raise ValueError(
@@ -253,7 +248,7 @@ def _about_of_directory(config: DataConfig, path: Path) -> dict[str, Any]:
     return about
 
 
-def _load(directory: Path, about: dict[str, Any], world: World | None, context: tuple) -> Dataset:
+def _load(directory: Path, about: dict[str, Any], config: DataConfig) -> Dataset:
     if about["fingerprint"]["version"] != _VERSION:
         raise ValueError(f"{directory} was prepared by another version of rec_jax: prepare the data again")
     try:
@@ -261,19 +256,16 @@ def _load(directory: Path, about: dict[str, Any], world: World | None, context: 
         split = Split.load(directory / "split", histories)
     except (OSError, KeyError, ValueError) as error:
         raise _damaged(directory, error) from error
-    return Dataset(histories, split, about["report"], world, make_schema(histories, split, context))
+    world = World(config.sim) if config.format == "simulator" else None
+    return Dataset(histories, split, about["report"], world, make_schema(histories, split, config.context))
 
 
-def _prepare(config, path: str, world, directory: Path, fingerprint, used=None) -> dict[str, Any]:
-    log = world.sample() if world else _read(config, path)
-    log, cleaning = clean(
-        log,
-        min_rating=config.min_rating,
-        duplicates=config.duplicates,
-        min_item_events=config.min_item_events,
-        min_user_events=config.min_user_events,
-        k_core=config.k_core,
-    )
+def _prepare(config: DataConfig, path: str, directory: Path, fingerprint, used=None) -> dict[str, Any]:
+    if config.format == "simulator":
+        log = World(config.sim).sample()
+    else:
+        log = read_log(path, **{name: getattr(config, name) for name in _READING})
+    log, cleaning = clean(log, **{name: getattr(config, name) for name in _CLEANING})
     titles = None
     if config.titles:
         ids = resolve_path(config.titles_ids, "titles_ids") if config.titles_ids else None
@@ -282,7 +274,7 @@ def _prepare(config, path: str, world, directory: Path, fingerprint, used=None) 
     split = _split(config, histories)
     if used:
         _check_unchanged(*used, fingerprint, histories, split, directory)
-    about = {"fingerprint": fingerprint, "report": _report(log, cleaning, histories, split, world)}
+    about = {"fingerprint": fingerprint, "report": _report(config, log, cleaning, histories, split)}
     try:
         with replaced_directory(directory, _ABOUT) as new:
             histories.save(new / "histories")
@@ -319,20 +311,6 @@ def _check_unchanged(about, dataset: Dataset, fingerprint, histories, split, dir
         )
 
 
-def _read(config: DataConfig, path: str) -> InteractionLog:
-    return read_log(
-        path,
-        format=config.format,
-        user=config.user,
-        item=config.item,
-        time=config.time,
-        rating=config.rating,
-        features=config.features,
-        delimiter=config.delimiter,
-        time_unit=config.time_unit,
-    )
-
-
 def _split(config: DataConfig, histories: Histories) -> Split:
     if config.split == "leave_one_out":
         return leave_one_out(histories)
@@ -342,8 +320,8 @@ def _split(config: DataConfig, histories: Histories) -> Split:
     return global_temporal(histories, val_time, test_time)
 
 
-def _report(log, cleaning: CleaningReport, histories: Histories, split: Split, world) -> list[str]:
-    source = log.notes or (f"simulated: {world.config}",)
+def _report(config, log, cleaning: list[tuple], histories: Histories, split: Split) -> list[str]:
+    source = log.notes or (f"simulated: {config.sim}",)
     lengths = histories.offsets[1:] - histories.offsets[:-1]
     about = {
         "users": histories.num_users,
@@ -357,7 +335,7 @@ def _report(log, cleaning: CleaningReport, histories: Histories, split: Split, w
     rows = [(x, _iso(value) if x.endswith(" time") else value) for x, value in split.notes.items()]
     return [
         "\n".join(("Reading", *source)),
-        "Cleaning\n" + format_table(CleaningReport.HEADER, cleaning.rows),
+        "Cleaning\n" + format_table(REPORT_HEAD, cleaning),
         "Histories\n" + format_table(("what", "count"), about.items()),
         f"Split: {split.kind}\n{format_table(('what', 'count'), rows)}\nchecksum {split.checksum}",
     ]

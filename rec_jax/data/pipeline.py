@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import grain.python as grain
 import numpy as np
 
+from rec_jax.data.histories import ranges
 from rec_jax.data.packing import fill_rows, plan_packing, shuffled_users
 from rec_jax.data.schema import Schema
 
@@ -54,7 +55,8 @@ class BatchSource:
         if not is_causal:  # a single event tells nothing of itself
             lengths = np.where(lengths < 2, 0, lengths)
         windows = -(-lengths // max_len) if plan.all_windows else np.minimum(lengths, 1)
-        self._window_user, index = _expand(np.maximum(windows, 0))
+        windows = np.maximum(windows, 0)
+        self._window_user, index = np.repeat(np.arange(len(windows)), windows), ranges(0 * windows, windows)
         self._window_end = split.train_end[self._window_user] - is_causal - index * max_len
         self.plan = plan_packing(self._window_end - histories.offsets[self._window_user], max_len)
         self.steps_per_epoch = -(-self.plan.num_rows // batch_rows)
@@ -92,13 +94,6 @@ class BatchSource:
             self._cached_epoch = (epoch, slot_windows, order)
         bounds = [i * len(order) // self.steps_per_epoch for i in (index, index + 1)]
         return slot_windows, order[slice(*bounds)]
-
-
-def _expand(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each i, counts[i] times: i, and 0, 1, ... counts[i] - 1."""
-    owner = np.repeat(np.arange(len(counts)), counts)
-    first = np.cumsum(counts) - counts
-    return owner, np.arange(len(owner)) - first[owner]
 
 
 def make_iterator(source: BatchSource):

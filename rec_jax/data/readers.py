@@ -39,9 +39,9 @@ class Columns:
 
     users: pa.ChunkedArray
     items: pa.ChunkedArray
-    times: pa.ChunkedArray | None
-    ratings: pa.ChunkedArray | None
     where: Callable[[int], str]  # row -> where it stands and what it says, for messages
+    times: pa.ChunkedArray | None = None
+    ratings: pa.ChunkedArray | None = None
     features: dict[str, pa.ChunkedArray] = field(default_factory=dict)
     whole_ids: bool = False  # the format knows only whole numbers as ids
     titles: dict[str, str] = field(default_factory=dict)
@@ -51,17 +51,7 @@ class Columns:
 def read_sasrec(path: Path, names: ColumnNames, delimiter: str) -> Columns:
     """`user item` lines, each user's in time order. Source: Kang & McAuley, ICDM'18, data format."""
     _refuse_names(names, "sasrec", "user and item")
-    file = TextFile(path, delimiter or " ", ["user", "item"])
-    columns = file.columns(["user", "item"])
-    return Columns(
-        columns["user"],
-        columns["item"],
-        None,
-        None,
-        file.where,
-        whole_ids=True,
-        notes=_blank_note(file.num_blank),
-    )
+    return _read_named(TextFile(path, delimiter or " ", ["user", "item"]), ColumnNames(), whole_ids=True)
 
 
 def read_sequences(path: Path, names: ColumnNames, delimiter: str) -> Columns:
@@ -104,8 +94,6 @@ def read_sequences(path: Path, names: ColumnNames, delimiter: str) -> Columns:
     return Columns(
         pa.chunked_array([pa.array(users, pa.string()).take(rows)]),
         pa.chunked_array([pa.array(items, pa.string())]),
-        None,
-        None,
         where_event,
         whole_ids=True,
         notes=_blank_note(num_blank),
@@ -186,9 +174,12 @@ def read_tfds(name: str) -> Columns:
     rows = [[element[key] for key in fields] for element in tqdm(source, f"reading {name}", disable=None)]
     users, items, times, ratings, titles = zip(*rows, strict=True)
     users, items, titles = ([value.decode() for value in column] for column in (users, items, titles))
+    user_column, item_column, *others = (pa.chunked_array([x]) for x in (users, items, times, ratings))
     return Columns(
-        *(pa.chunked_array([pa.array(column)]) for column in (users, items, times, ratings)),
+        user_column,
+        item_column,
         lambda row: f"{name}, element {row}",
+        *others,
         whole_ids=True,
         titles=dict(zip(items, titles, strict=True)),
     )
@@ -239,9 +230,9 @@ def _columns(table, picked: dict[str, str], where, whole_ids=False, notes=()) ->
     return Columns(
         table[picked["user"]],
         table[picked["item"]],
+        where,
         table[picked["time"]] if "time" in picked else None,
         table[picked["rating"]] if "rating" in picked else None,
-        where,
         {kind[8:]: table[name] for kind, name in picked.items() if kind.startswith("feature ")},
         whole_ids,
         notes=(f"columns: {said}", *notes),

@@ -350,10 +350,10 @@ def test_clean_keeps_everything_by_default():
     log = make_log(["ax", "ax", "by"])
     cleaned, report = clean(log)
     assert cleaned is log
-    assert report.rows == (
+    assert report == [
         ("as read", 2, 2, 3, 0),
         ("duplicates=keep (1 repeat a user and item)", 2, 2, 3, 0),
-    )
+    ]
 
 
 @pytest.mark.parametrize("duplicates, kept", [("first", ["ay", "ax", "bx"]), ("last", ["bx", "ax", "ay"])])
@@ -362,7 +362,7 @@ def test_duplicates_by_time_not_by_row(duplicates, kept):
     log = make_log(["ay", "ax", "bx", "bx", "ax", "ay"], times=[1, 2, 3, 3, 4, 5])
     cleaned, report = clean(log, duplicates=duplicates)
     assert pairs(cleaned) == kept
-    assert report.rows[-1] == (f"duplicates={duplicates}", 2, 2, 3, 3)
+    assert report[-1] == (f"duplicates={duplicates}", 2, 2, 3, 3)
     shuffled = make_log(["ax", "ay", "ay", "bx", "ax", "bx"], times=[4, 1, 5, 3, 2, 3])
     cleaned, _ = clean(shuffled, duplicates=duplicates)
     expected = {"first": [1, 3, 2], "last": [4, 5, 3]}[duplicates]
@@ -381,11 +381,11 @@ def test_minimum_counts_apply_once_and_k_core_until_stable():
     log = make_log(["ax", "aw", "bx", "bw", "by", "cy", "cz"])
     once, report = clean(log, min_item_events=2, min_user_events=2)
     assert pairs(once) == ["ax", "aw", "bx", "bw", "by"]
-    assert [row[0] for row in report.rows[2:]] == ["min_item_events=2", "min_user_events=2"]
-    assert [row[1:] for row in report.rows[2:]] == [(3, 3, 6, 1), (2, 3, 5, 1)]
+    assert [row[0] for row in report[2:]] == ["min_item_events=2", "min_user_events=2"]
+    assert [row[1:] for row in report[2:]] == [(3, 3, 6, 1), (2, 3, 5, 1)]
     core, report = clean(log, k_core=2)
     assert pairs(core) == ["ax", "aw", "bx", "bw"]
-    assert report.rows[-1] == ("k_core=2", 2, 2, 4, 3)
+    assert report[-1] == ("k_core=2", 2, 2, 4, 3)
     assert core.item_ids.tolist() == ["", "w", "x"] and core.user_ids.tolist() == ["a", "b"]
     with pytest.raises(ValueError, match="k_core=3 leaves no event of 7"):
         clean(log, k_core=3)

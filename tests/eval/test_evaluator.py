@@ -14,7 +14,7 @@ from rec_jax.mesh import MeshConfig, make_mesh
 from rec_jax.models import baselines
 from rec_jax.models.ranker import ScoreRanker
 from rec_jax.objectives.catalogue import Scores
-from rec_jax.report import format_scores
+from rec_jax.report import print_scores
 from rec_jax.tables.exchange import AXES, Placement
 
 NUM_ITEMS = 12
@@ -261,7 +261,7 @@ def test_a_nan_of_another_device_is_found():
         evaluate(ShardedRanker(scores_UV, mesh), histories, leave_one_out(histories), "val", EvalConfig())
 
 
-def test_untrained_items_are_counted_and_get_their_share_of_the_lists():
+def test_untrained_items_are_counted_and_get_their_share_of_the_lists(capsys):
     """Training has items 1 to 4; 5 and 6 occur in held-out events alone, 7 to 12 nowhere."""
     histories = make_histories([[1, 2, 5, 6], [3, 4, 5, 6]])
     split = leave_one_out(histories)
@@ -272,17 +272,17 @@ def test_untrained_items_are_counted_and_get_their_share_of_the_lists():
     assert result["untrained@10"] == pytest.approx(14 / 18)
     everything = evaluate(by_id, histories, split, "test", EvalConfig(bootstrap=0, filter_seen=False))
     assert everything["untrained@10"] == pytest.approx(6 / 10)
-    text = format_scores({"model": result, "other": everything})
-    assert (
-        "8 items have no training event; their share of all top-10 places: model 77.8%, other 60.0%" in text
-    )
+    print_scores({"model": result, "other": everything}, part="test")
+    expected = "8 items have no training event; their share of all top-10 places: model 77.8%, other 60.0%"
+    assert expected in capsys.readouterr().out
     trained = split.train_item_counts(histories) > 0
     queries = Queries.of(histories, [0, 1])
     assert np.asarray(by_id.top_k(queries, 3, queries.seen(), trained)[1]).tolist() == [[3, 4, 0], [1, 2, 0]]
     known = make_histories([[*range(1, NUM_ITEMS + 1), 1, 2]])
     result = evaluate(by_id, known, leave_one_out(known), "test", EvalConfig(bootstrap=0))
     assert result["untrained_items"] == result["untrained@10"] == 0
-    assert "no training event" not in format_scores({"model": result})
+    print_scores({"model": result}, part="test")
+    assert "no training event" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
