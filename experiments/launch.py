@@ -53,7 +53,7 @@ def launch(main) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
-class ConfigParser(config_flags.config_flags.ConfigFileFlagParser):
+class ConfigParser(config_flags.ConfigFileFlagParser):
     """Loads a config file; a flag such as --config.loss.type=gbce chooses the keys of its section, so it is
     applied first, wherever it stands on the command line."""
 
