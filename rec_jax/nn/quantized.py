@@ -27,11 +27,11 @@ _ROWS_BY_ROWS = (((1,), (1,)), ((), ()))
 
 
 class ParamValue:
-    """What may be the value of an nnx.Param, which is read as `param[...]`."""
+    """What may be the value of an nnx.Param, which is read as `param[...]`. One for several experts is a tree
+    whose arrays have these in dim 0; `param[...][e]` is that of expert e."""
 
     def __getitem__(self, index):
-        assert index is ...
-        return self
+        return self if index is ... else jax.tree.map(lambda x: x[index], self)
 
 
 def code_limits(bits: int, symmetric: bool) -> tuple[int, int]:
