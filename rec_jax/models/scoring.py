@@ -44,9 +44,15 @@ def _item_vectors(model: Model, params, dims):
 def top_items(model: Model, params, batch, k: int):
     """The k best next items of each history: (scores f32[B, k], ids int32[B, k]), best first.
 
-    batch: one history a row, with padding after it.
+    batch: one history a row, with padding after it; at least one token of it for a model that is not causal.
     """
     last_B = jnp.sum(batch.segments > 0, axis=1) - 1
+    if not model.is_causal:  # the event to predict is a query token after the last one
+        last_B += 1
+        is_query_BS = jnp.arange(batch.segments.shape[1]) == last_B[:, None]
+        segments_BS = jnp.where(is_query_BS, 1, batch.segments)
+        positions_BS = jnp.where(is_query_BS, last_B[:, None], batch.positions)
+        batch = batch.replace(segments=segments_BS, positions=positions_BS, is_query=is_query_BS)
     module = model.bind(params)
     x_BD = module(batch, at=(jnp.arange(len(last_B)), last_B))
     return Catalogue(module.item_vectors()).scores(x_BD).top_k(k)
