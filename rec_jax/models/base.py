@@ -241,7 +241,10 @@ def define_model(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     graphdef, state = nnx.split(module, nnx.Param)
     abstract_params = jax.tree.map(_abstract, nnx.to_pure_dict(state))
-    dims = {"/".join(map(str, path)): x.get_metadata("dims") for path, x in nnx.to_flat_state(state)}
+    params = {"/".join(map(str, path)): x for path, x in nnx.to_flat_state(state)}
+    dims = {name: x.get_metadata().get("dims") for name, x in params.items()}
+    if unnamed := [name for name, its_dims in dims.items() if its_dims is None]:
+        raise ValueError(f"{', '.join(unnamed)} have no named dims: give each by nn.dims.named")
     return Model(
         graphdef,
         abstract_params,
