@@ -20,7 +20,7 @@ from rec_jax.eval.evaluator import EvalConfig
 from rec_jax.experiment import Experiment, ExperimentConfig
 from rec_jax.hashing import row_keys
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch
-from rec_jax.models.base import define_model, init_model
+from rec_jax.models.base import init_model
 from rec_jax.models.bert4rec import BERT4Rec, BERT4RecConfig
 from rec_jax.models.registry import MODELS, model_builder
 from rec_jax.models.sasrec import SASRec, SASRecConfig
@@ -399,13 +399,3 @@ def test_a_run_from_the_file_to_the_evaluation(large, run_config, tmp_path):
     bare = dataclasses.replace(large, schema=large.schema[:1])
     with pytest.raises(ValueError, match="reads device, dwell of each event, .* by data.features, or see"):
         Experiment(config, tmp_path / "bare", dataset=bare)
-
-
-def test_a_parameter_without_named_dims_is_refused():
-    class Nameless(DeviceSASRec):
-        def __init__(self, config, num_items, max_len, *, rngs):
-            super().__init__(config, num_items, max_len, rngs=rngs)
-            self.bias = nnx.Param(jnp.zeros(config.width))
-
-    with pytest.raises(ValueError, match="bias have no named dims: give each by nn.dims.named"):
-        define_model(lambda rngs: Nameless(SASRecConfig(**SMALL), 11, MAX_LEN, rngs=rngs))

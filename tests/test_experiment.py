@@ -5,10 +5,8 @@ import dataclasses
 import pytest
 
 from configs.sasrec_ml1m import get_config
-from rec_jax.compress.config import CompressConfig
 from rec_jax.config import build
 from rec_jax.experiment import Experiment
-from rec_jax.models.sasrec import SASRecConfig
 from rec_jax.objectives.token_loss import BCEConfig
 from rec_jax.run_config import ExperimentConfig
 from rec_jax.tables.config import TableConfig
@@ -30,10 +28,6 @@ BASE = ExperimentConfig()
         (
             {"eval": dataclasses.replace(BASE.eval, baselines=("popularity", "knn"))},
             "'knn'.* names what is no baseline: use popularity",
-        ),
-        (
-            {"model": SASRecConfig(num_experts=2), "compress": CompressConfig(floats="bf16")},
-            "num_experts=2 is not supported with compress.*num_experts=0",
         ),
     ],
 )

@@ -1,9 +1,12 @@
 """Structured pruning: heads, feed-forward channels, dims and layers are removed, and a smaller dense model is
 left.
 
-    units = choose_units(model_config, params, ShrinkConfig(heads=2, width=48))
-    small_config, small_params = shrink(model_config, params, units)
-    mask(params, unit_masks(params, units))             the full model that computes the same
+    units = choose_units(model, params, ShrinkConfig(heads=2, width=48))
+    small_config, small_params = shrink(model, params, units)
+    mask(params, unit_masks(model, params, units))      the full model that computes the same
+
+Which weights belong to a unit follows from the names of dims (`nn.dims`): "heads" and "ff_width" of each
+block, "width" of the whole model.
 """
 
 import dataclasses
@@ -63,7 +66,7 @@ def unit_scores(
 
     Source: Molchanov et al., CVPR'19 (arXiv 1906.10771), eq. 8, for taylor, here without the square.
     """
-    num_blocks, units = len(params.get("blocks", ())), _num_units(model)
+    num_blocks, units = len(params.get("blocks", ())), num_units(model)
     sizes = {
         "heads": (num_blocks, units.get("heads", 0)),
         "ff_width": (num_blocks, units.get("ff_width", 0)),
@@ -102,7 +105,7 @@ def choose_units(model: Model, params, config: ShrinkConfig, grads=None, seed: i
     return Units(*(_highest(scores[unit], getattr(config, unit)) for unit in _FIELDS))
 
 
-def _num_units(model: Model) -> dict[str, int]:
+def num_units(model: Model) -> dict[str, int]:
     """{name: how many of them there are}."""
     units = {"num_layers": model.config.num_layers}
     for dims in model.dims.values():
@@ -113,7 +116,7 @@ def _num_units(model: Model) -> dict[str, int]:
 
 def check(model: Model, config: ShrinkConfig) -> None:
     """Raises ValueError where the config asks for more than there is, or for what cannot be removed."""
-    units, kind = _num_units(model), model.config.type
+    units, kind = num_units(model), model.config.type
     for name in _FIELDS:
         if (left := getattr(config, name)) == 0:
             continue
@@ -122,7 +125,9 @@ def check(model: Model, config: ShrinkConfig) -> None:
                 f"{name}={left}: a model of type={kind!r} has no such units; leave it at 0 (ShrinkConfig)"
             )
         if left > units[name]:
-            raise ValueError(f"{name}={left} must be at most the model's {units[name]} (ShrinkConfig)")
+            raise ValueError(
+                f"{name}={left} must be at most the model's {_FIELDS[name]}={units[name]} (ShrinkConfig)"
+            )
     if (config.heads or config.width) and "heads" in units and not hasattr(model.config, "head_width"):
         raise ValueError(
             f"heads={config.heads}, width={config.width}: a model of type={kind!r} has heads of width / "
@@ -183,8 +188,8 @@ def shrink(model: Model, params, units: Units) -> tuple[SequenceConfig, dict]:
     config = ShrinkConfig(
         heads=_per_layer(units.heads_LN),
         ff_width=_per_layer(units.ff_width_LF),
-        width=int(units.width_D.sum()),
-        num_layers=0 if units.layers_L.all() else int(units.layers_L.sum()),
+        width=_per_layer(units.width_D[None]),
+        num_layers=_per_layer(units.layers_L[None]),
     )
     return shrunk_config(model.config, config), params
 
@@ -202,10 +207,11 @@ def shrunk_config(config: SequenceConfig, left: ShrinkConfig) -> SequenceConfig:
 
 
 def _per_layer(kept_LX) -> int:
-    """The number kept, the same in every layer; 0 where there is none."""
-    counts = set(kept_LX.sum(1).tolist())
-    assert len(counts) <= 1, counts
-    return counts.pop() if counts else 0
+    """The number kept, the same in every layer; 0 = all."""
+    if kept_LX.all():
+        return 0
+    (count,) = set(kept_LX.sum(1).tolist())
+    return count
 
 
 def _block_of(name: str) -> int | None:

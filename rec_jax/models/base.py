@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from rec_jax.data.batch import Batch
 from rec_jax.nn.context import Block, Cache, Context
 from rec_jax.nn.dense import dense
+from rec_jax.nn.dims import dims_of
 from rec_jax.nn.norm import LayerNorm, unit
 from rec_jax.tables.embedding import Embedding
 
@@ -241,10 +242,7 @@ def define_model(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     graphdef, state = nnx.split(module, nnx.Param)
     abstract_params = jax.tree.map(_abstract, nnx.to_pure_dict(state))
-    params = {"/".join(map(str, path)): x for path, x in nnx.to_flat_state(state)}
-    dims = {name: x.get_metadata().get("dims") for name, x in params.items()}
-    if unnamed := [name for name, its_dims in dims.items() if its_dims is None]:
-        raise ValueError(f"{', '.join(unnamed)} have no named dims: give each by nn.dims.named")
+    dims = {"/".join(map(str, path)): dims_of(x) for path, x in nnx.to_flat_state(state)}
     return Model(
         graphdef,
         abstract_params,

@@ -147,11 +147,11 @@ class Tiger(SequenceModel):
             return jnp.matmul(x, vectors_XD.T.astype(x.dtype), preferred_element_type=jnp.float32)
 
         start = 1 + level * self.codes.num_codes
-        of_codes = scores(self.code_table.embedding[...][start : start + self.codes.num_codes])
+        of_codes = scores(_entries(self.code_table, start, self.codes.num_codes))
         logits = jnp.take_along_axis(of_codes, jnp.asarray(trie.codes[level])[children], axis=-1)
         if self.config.prefixes:
             start, num_nodes = self.first_nodes[level], len(trie.codes[level])
-            vectors_XD = self.nodes.embedding[...][start : start + num_nodes]
+            vectors_XD = _entries(self.nodes, start, num_nodes)
             if num_nodes <= _PRODUCTS * trie.most[level]:
                 logits += jnp.take_along_axis(scores(vectors_XD), children, axis=-1)
             else:
@@ -191,11 +191,8 @@ class Tiger(SequenceModel):
         return self.read_out(x_NKD), cache
 
     def _placed(self, x, positions, slots):
-        return (
-            x * (self.config.full_width or self.config.width) ** 0.5
-            + self.positions(positions)
-            + self.slots(slots)
-        )
+        scale = (self.config.full_width or self.config.width) ** 0.5
+        return x * scale + self.positions(positions) + self.slots(slots)
 
     def _vectors(self, items):
         """What stands for the codes of items, [..., Q, D]."""
@@ -216,6 +213,14 @@ class Tiger(SequenceModel):
         x_BSQD = jnp.concatenate([whole_BSD[:, :, None], ahead_BSQD], axis=2)
         x_BSQD = self._placed(x_BSQD, batch.positions[..., None], jnp.arange(self.codes.num_levels))
         return x_BSQD.reshape(x_BSQD.shape[0], -1, x_BSQD.shape[-1])
+
+
+def _entries(table: Embedding, first: int, num: int):
+    """vectors [num, D] of neighbouring entries, of a table that may be quantized."""
+    table_XD = table.embedding[...]
+    if isinstance(table_XD, jax.Array):
+        return table_XD[first : first + num]
+    return table_XD.rows(first + jnp.arange(num))
 
 
 def _following(batch):

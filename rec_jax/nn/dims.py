@@ -34,6 +34,11 @@ def named(made, *dims, **sizes: int):
     return made
 
 
+def dims_of(variable: nnx.Variable) -> tuple[Dim, ...]:
+    """The names that `named` gave it, or none: then nothing splits or shrinks it."""
+    return variable.get_metadata().get("dims") or tuple((((None, size),),) for size in variable.shape)
+
+
 def _resolve(dim, size: int, sizes: dict[str, int]) -> Dim:
     parts = []
     for part in dim if isinstance(dim, list) else [dim]:
@@ -55,6 +60,11 @@ def sizes_of(dim: Dim) -> dict[str, int]:
 def outermost(dim: Dim) -> tuple[str | None, int]:
     """(name, size) of what a dim consists of in contiguous pieces of equal size."""
     return dim[0][0] if len(dim) == 1 else (None, 1)
+
+
+def is_stacked(dims: tuple[Dim, ...]) -> bool:
+    """Is a parameter one for each of several experts?"""
+    return outermost(dims[0])[0] == "experts"
 
 
 def places(dim: Dim, kept: dict[str, np.ndarray]) -> np.ndarray:
