@@ -181,7 +181,7 @@ def fingerprint(config, workdir) -> list:
     teachers = [(experiment.model, init_model(build, seed=8)[1])] if compress.distill.teachers else []
     experiment._base = base
     step = experiment.step(TOTAL_STEPS, teachers)
-    state, source, lines = step.init(experiment._first_params()), experiment.batch_source(), []
+    state, source, lines = step.init(experiment.first_params()), experiment.batch_source(), []
     for index in range(STEPS):
         state, metrics = step(state, place_batch(source[index], step.mesh))
         metrics = jax.device_get(metrics)
