@@ -8,7 +8,7 @@ import traceback
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections.config_flags import config_flags
 
 from rec_jax.mesh import use_cpu_cores
 
@@ -59,11 +59,11 @@ class ConfigParser(config_flags.ConfigFileFlagParser):
 
     def parse(self, path):
         config = super().parse(path)
-        switch_types(config)
-        return config
+        return switch_types(config)
 
 
-def switch_types(config) -> None:
+def switch_types(config):
+    """The config, its sections of the types that flags name."""
     from rec_jax.config import switch_type
     from rec_jax.run_config import ExperimentConfig
 
@@ -71,12 +71,13 @@ def switch_types(config) -> None:
         if found := re.fullmatch(r"--?config\.(\w+)\.type(?:=(.*))?", flag):
             with config.unlocked():
                 switch_type(ExperimentConfig, config, found[1], after if found[2] is None else found[2])
+    return config
 
 
-def define_config(help_string: str):
+def define_config(help_string: str, flag_values=flags.FLAGS):
     """--config=FILE[:variant], every key of which is a flag."""
-    holder = config_flags.DEFINE_config_file("config", None, help_string)
-    flags.FLAGS["config"].parser = ConfigParser("config")
+    holder = config_flags.DEFINE_config_file("config", None, help_string, flag_values)
+    flag_values["config"].parser = ConfigParser("config")
     return holder
 
 

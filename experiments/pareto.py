@@ -8,7 +8,7 @@ import numpy as np
 
 from rec_jax.compress.prune import share_of_zeros
 from rec_jax.compress.quant import dequantize_params, memory_bytes
-from rec_jax.compress.shrink import multiply_adds
+from rec_jax.compress.work import answer_multiply_adds
 from rec_jax.data.batch import Batch
 from rec_jax.data.histories import examples
 from rec_jax.eval.evaluator import per_example
@@ -32,7 +32,7 @@ def measure(parent, runs: dict) -> dict[str, dict]:
     times = _latencies(everything, params, parent)
     rows = {}
     for name, run in everything.items():
-        work = multiply_adds(run.config.model, run.histories.num_items, run.config.data.max_len)
+        work = answer_multiply_adds(run.model, run.config.data.max_len)
         row = {key: float(quality[name][key].mean()) for key in ("ndcg@10", "hr@10")}
         for key, kept in (("ndcg@10", "ndcg_kept"), ("hr@10", "hr_kept")):
             row[kept], row[f"{kept}_ci"] = bootstrap_ratio(

@@ -4,6 +4,7 @@ The order is that of `CompressConfig`: the architecture shrinks (or a student ta
 on (distilling, masking, quantizing as asked), the result is stored.
 """
 
+import bisect
 import dataclasses
 import json
 import pathlib
@@ -17,8 +18,10 @@ from rec_jax import versions
 from rec_jax.compress.config import CompressConfig
 from rec_jax.compress.factor import factorise_model, student_from
 from rec_jax.compress.quant import observe_inputs, quantize_params
-from rec_jax.compress.shrink import ShrinkConfig, choose_units, multiply_adds, shrink, shrunk_config
-from rec_jax.config import build, to_config_dict
+from rec_jax.compress.shrink import ShrinkConfig, choose_units, num_units, shrink, shrunk_config
+from rec_jax.compress.shrink import check as check_shrink
+from rec_jax.compress.work import answer_multiply_adds
+from rec_jax.config import build, override, to_config_dict
 from rec_jax.experiment import Experiment, model_builder, write_json
 from rec_jax.models.base import define_model, init_model
 from rec_jax.objectives.negatives import make_prior
@@ -26,11 +29,15 @@ from rec_jax.objectives.objective import Fixed, Objective, StepContext
 from rec_jax.run_config import ExperimentConfig
 from rec_jax.tree import cast_floats, num_params
 
-WEIGHTS = r".*(kernel|embedding)"  # all parameters but biases and norms
+# All parameters but biases, norms and routers, whose choices a rounding may change.
+WEIGHTS = r"(?!.*router).*(kernel|embedding)"
 
 
 def _taught(cfg, parent: Experiment) -> None:
-    """Learns mostly from the parent, whose soft answers regularise; less dropout is needed beside them."""
+    """Learns mostly from the parent, whose soft answers regularise; less dropout is needed beside them. A
+    model without item vectors has no teacher."""
+    if parent.model.generates:
+        return
     cfg.compress.distill.teachers, cfg.compress.distill.weight = (str(parent.workdir),), 0.9
     cfg.model.dropout = parent.config.model.dropout / 4
 
@@ -80,7 +87,9 @@ def _shrink50(cfg, parent):
 
 def _alone25(cfg, parent):
     student = _narrowed(parent.config, student_width(parent, 0.25)).model
-    cfg.model.width, cfg.model.ff_width = student.width, student.ff_width
+    for name in _WIDTHS:
+        if hasattr(student, name):
+            cfg.model[name] = getattr(student, name)
     cfg.model.dropout /= 4  # a small model has less to regularise
 
 
@@ -107,11 +116,6 @@ def recipe_config(parent: Experiment, overrides: dict) -> ExperimentConfig:
 
     Raises ValueError for an unknown recipe.
     """
-    if parent.config.model.type != "sasrec":
-        raise ValueError(
-            f"--workdir={parent.workdir} is a run of model.type={parent.config.model.type!r}: only 'sasrec' "
-            "can be made smaller so far"
-        )
     before = parent.config.compress
     kept = CompressConfig(quant=dataclasses.replace(before.quant, aware=False), floats=before.floats)
     cfg = to_config_dict(dataclasses.replace(parent.config, compress=kept))
@@ -120,7 +124,7 @@ def recipe_config(parent: Experiment, overrides: dict) -> ExperimentConfig:
         raise ValueError(f"compress.recipe={recipe!r} is unknown: use {', '.join(RECIPES)} (CompressConfig)")
     if recipe:
         RECIPES[recipe](cfg, parent)
-    cfg.update_from_flattened_dict(overrides)
+    override(ExperimentConfig, cfg, overrides)
     config = build(ExperimentConfig, cfg)
     if not recipe and config.compress == CompressConfig() and config.model == parent.config.model:
         raise ValueError(
@@ -141,7 +145,7 @@ def recipe_config(parent: Experiment, overrides: dict) -> ExperimentConfig:
 def student_width(parent: Experiment, share: float) -> int:
     """The largest width, even for each head, whose model has at most this share of the parameters."""
     model, most = parent.config.model, share * parent.num_params
-    for width in range(model.width, 0, -2 * model.num_heads):
+    for width in range(model.width, 0, -2 * getattr(model, "num_heads", 1)):
         small = _narrowed(parent.config, width)
         builder = model_builder(small, parent.histories.num_items)
         if num_params(define_model(builder).abstract_params) <= most:
@@ -149,39 +153,46 @@ def student_width(parent: Experiment, share: float) -> int:
     raise ValueError(f"no width gives {share:.0%} of the parameters of {parent.workdir}: set model.width")
 
 
+_WIDTHS = ("width", "ff_width", "hidden_width")
+
+
 def _narrowed(config: ExperimentConfig, width: int) -> ExperimentConfig:
-    ff_width = max(1, config.model.ff_width * width // config.model.width)
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, width=width, ff_width=ff_width)
-    )
+    """The config with all its widths scaled."""
+    before = {name: getattr(config.model, name, 0) for name in _WIDTHS}
+    widths = {name: max(1, x * width // before["width"]) for name, x in before.items() if x}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **widths))
 
 
 def half_the_work(parent: Experiment) -> ShrinkConfig:
     """Half the heads and fewer feed-forward channels, until at most half of the multiply-adds are left; of a
     single head, or where that is not enough, also fewer dims.
 
-    Raises ValueError where a quarter of the dims is still too much: attention of long histories by one head.
+    Raises ValueError where a quarter of the dims is still too much, as for attention of long histories by one
+    head, or where the model cannot shrink so.
     """
-    model = parent.config.model
-    heads, whole = max(1, model.num_heads // 2), _work(parent, model)
-    if model.num_heads > 1:
-        choices = [(model.width, ff_width) for ff_width in range(model.ff_width, model.ff_width // 4, -4)]
-    else:
-        choices = []
+    model, units = parent.config.model, num_units(parent.model)
+    max_len, num_items = parent.config.data.max_len, parent.histories.num_items
+    heads, ff_width = max(1, units.get("heads", 0) // 2), units.get("ff_width", 0)
+    fixed = {"heads": heads} if "heads" in units else {}
+    most = answer_multiply_adds(parent.model, max_len) / 2
+
+    def is_half(left: ShrinkConfig) -> bool:
+        small = dataclasses.replace(parent.config, model=shrunk_config(model, left))
+        return answer_multiply_adds(define_model(model_builder(small, num_items)), max_len) <= most
+
+    channels = [ShrinkConfig(**fixed, ff_width=x) for x in range(ff_width, ff_width // 4, -4)]
+    dims = []
     for width in range(model.width, model.width // 4, -4):
-        choices.append((width, max(1, model.ff_width * width // model.width)))
-    for width, ff_width in choices:
-        left = ShrinkConfig(heads=heads, ff_width=ff_width, width=width)
-        if _work(parent, shrunk_config(model, left)) <= whole / 2:
-            return left
+        channel = {"ff_width": max(1, ff_width * width // model.width)} if ff_width else {}
+        dims.append(ShrinkConfig(**fixed, width=width, **channel))
+    for choices in ([channels] if units.get("heads", 0) > 1 else []) + [dims]:
+        check_shrink(parent.model, choices[-1])
+        if (index := bisect.bisect_left(choices, True, key=is_half)) < len(choices):
+            return choices[index]
     raise ValueError(
         f"recipe='shrink50': a quarter of width={model.width} is more than half the work of "
         f"{parent.workdir}; set compress.shrink.* yourself, or distil a student (ShrinkConfig)"
     )
-
-
-def _work(parent: Experiment, model_config) -> int:
-    return multiply_adds(model_config, parent.histories.num_items, parent.config.data.max_len)
 
 
 def compress(parent: Experiment, config: ExperimentConfig, output) -> Experiment:
@@ -200,8 +211,8 @@ def compress(parent: Experiment, config: ExperimentConfig, output) -> Experiment
                 "shrink first, then distil from the result (ShrinkConfig)"
             )
         grads = training_gradients(parent, params) if asked.shrink.score == "taylor" else None
-        units = choose_units(model, params, asked.shrink, grads, config.seed)
-        model, params = shrink(model, params, units)
+        units = choose_units(parent.model, params, asked.shrink, grads, config.seed)
+        model, params = shrink(parent.model, params, units)
     elif not is_same:
         params = _student(parent, config, params)
     config = dataclasses.replace(
@@ -221,7 +232,7 @@ def compress(parent: Experiment, config: ExperimentConfig, output) -> Experiment
         ranges = None
         if asked.quant.inputs == "static":
             ranges = observe_inputs(run.model, params, _first_batches(run))
-        params = quantize_params(params, asked.quant, ranges)
+        params = quantize_params(params, asked.quant, ranges, run.model.dims)
     if asked.floats == "bf16":
         params = cast_floats(params, jnp.bfloat16)
     run.save_model(params, step)
@@ -299,7 +310,8 @@ def _student(parent: Experiment, config: ExperimentConfig, params):
     """Parameters that a model of another shape starts from: the teacher's table in its main directions; None
     where there is no teacher. Where only item_dim differs, all of the parent's but the table stay."""
     model = parent.config.model
-    if dataclasses.replace(config.model, item_dim=0, dropout=model.dropout) == model:
+    is_like = type(config.model) is type(model) and hasattr(model, "item_dim")
+    if is_like and dataclasses.replace(config.model, item_dim=0, dropout=model.dropout) == model:
         return factorise_model(model, params, config.model.item_dim)[1]
     if not config.compress.distill.teachers:
         return None

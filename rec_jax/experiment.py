@@ -16,9 +16,9 @@ from rec_jax import processes
 from rec_jax.compress.prune import last_rewind
 from rec_jax.compress.quant import dequantize_params
 from rec_jax.compress.training import first_share_in_force
-from rec_jax.config import build, to_config_dict
+from rec_jax.config import build, override, to_config_dict
 from rec_jax.data.datasets import load_dataset
-from rec_jax.data.pipeline import BatchSource, make_iterator
+from rec_jax.data.pipeline import BatchSource, EpochPlan, make_iterator
 from rec_jax.eval.evaluator import check_eval, evaluate
 from rec_jax.mesh import replicate
 from rec_jax.models.base import define_model, init_model
@@ -102,7 +102,7 @@ class Experiment:
             cfg = to_config_dict(build(ExperimentConfig, trained.config))
         except ValueError as error:
             raise ValueError(f"{workdir} was {OTHER_VERSION} ({error})") from error
-        cfg.update_from_flattened_dict(overrides or {})
+        override(ExperimentConfig, cfg, overrides or {})
         config = build(ExperimentConfig, cfg)
         if config.mesh.data * config.mesh.model > jax.device_count():
             print(f"mesh: the run had {config.mesh}, here are {jax.device_count()} devices", flush=True)
@@ -141,11 +141,13 @@ class Experiment:
         return BatchSource(
             self.histories,
             self.split,
-            max_len=config.data.max_len,
-            batch_rows=config.train.batch_rows,
-            epochs=config.train.epochs,
-            seed=config.seed,
-            all_windows=config.train.all_windows,
+            EpochPlan(
+                config.data.max_len,
+                config.train.batch_rows,
+                config.train.epochs,
+                config.seed,
+                config.train.all_windows,
+            ),
             is_causal=self.model.is_causal,
             schema=self._schema,
             host=jax.process_index(),
@@ -261,9 +263,10 @@ class Experiment:
                     f"teachers={workdir}: it reads data.max_len={teacher.max_len} events, this run "
                     f"{self.config.data.max_len}: set data.max_len to as many at most (DistillConfig)"
                 )
-            if not (teacher.model.is_causal and self.model.is_causal) or teacher.model.generates:
+            if teacher.model.is_causal != self.model.is_causal or teacher.model.generates:
                 raise ValueError(
-                    f"teachers={workdir}: only causal models with tables of items teach and learn "
+                    f"teachers={workdir}: a model that predicts the next item learns from another such, one "
+                    f"that predicts masked items from another such, and one without item vectors from none "
                     f"({teacher.model_config.type} teaches {self.config.model.type}) (DistillConfig)"
                 )
             teachers.append((teacher.model, replicate(dequantize_params(teacher.params), self.mesh)))

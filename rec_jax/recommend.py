@@ -250,8 +250,8 @@ class Recommender:
         cold = int((self.model.train_counts[ids] == 0).sum())
         if cold:
             notes.append(
-                f"{cold} of these items are in no training event, so that nothing shaped their scores "
-                "(trained_only leaves them out)"
+                f"{cold} of the {len(ids)} items without a training event: nothing shaped their scores "
+                "(trained_only leaves such items out)"
             )
         if len(ids) == min(k, num_items):
             return notes

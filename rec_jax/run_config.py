@@ -109,7 +109,7 @@ REFUSALS = [
     # Semantic ids have no item vectors.
     *_must_be_default(
         ("loss.type", "loss.matryoshka", "loss.ips_power", "loss.popularity_discount", "model.num_future")
-        + ("contrastive.weight", "augment", "precision.output", "compress"),
+        + ("contrastive.weight", "augment", "precision.output", "compress.distill.teachers"),
         lambda c: not _has_tables(c),
         "needs item vectors, and model.type={model!r} scores semantic ids: leave it at its default",
     ),
@@ -173,11 +173,6 @@ REFUSALS = [
         "compress.lora.names",
         "is not supported with compress.prune: masks on adapters leave the merged weights dense; prune "
         "first, or last",
-    ),
-    Refusal(
-        lambda c: getattr(c.model, "num_experts", 0) > 0 and c.compress != CompressConfig(),
-        "model.num_experts",
-        "is not supported with compress, which knows no stacked kernels: set model.num_experts=0",
     ),
     Refusal(
         lambda c: bool(set(c.eval.baselines) - set(BASELINES)),

@@ -88,8 +88,7 @@ def make_step(
         extras=extras,
     )
     dense, _ = tables.split(objective.abstract_params)
-    split = config.model.tensor_parallel(mesh.shape["model"])
-    specs = partition(dense, split, mesh, fully_sharded=config.mesh.fully_sharded)
+    specs = partition(dense, model.dims, mesh, fully_sharded=config.mesh.fully_sharded)
     optimizer = make_optimizer(optim, dense, total_steps)
     if config.precision.params != "f32" or config.precision.optimizer != "f32":
         optimizer = kept_as(optimizer, config.precision.optimizer)

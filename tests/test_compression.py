@@ -11,10 +11,13 @@ import pytest
 from configs import sasrec_ml1m
 from rec_jax.compress.config import CompressConfig
 from rec_jax.compress.quant import QuantConfig, is_quantized
-from rec_jax.compress.shrink import ShrinkConfig, multiply_adds, shrunk_config
+from rec_jax.compress.shrink import ShrinkConfig, shrunk_config
+from rec_jax.compress.work import answer_multiply_adds
 from rec_jax.compression import RECIPES, compress, half_the_work, recipe_config, student_width
 from rec_jax.config import build
 from rec_jax.experiment import Experiment
+from rec_jax.models.base import define_model
+from rec_jax.models.registry import model_builder
 from rec_jax.run_config import ExperimentConfig
 from rec_jax.tree import leaf_names
 
@@ -61,9 +64,9 @@ def test_sizes_follow_from_counts(parent):
     assert parent.num_params == params(16) == 4656
     width = student_width(parent, 0.25)
     assert params(width) <= 0.25 * 4656 < params(width + 4)
-    config = parent.config.model
-    half = multiply_adds(shrunk_config(config, half_the_work(parent)), 60, 16)
-    assert 0.35 < half / multiply_adds(config, 60, 16) <= 0.5
+    config = shrunk_config(parent.config.model, half_the_work(parent))
+    half = answer_multiply_adds(define_model(model_builder(config, 60, 16)), 16)
+    assert 0.35 < half / answer_multiply_adds(parent.model, 16) <= 0.5
 
 
 def test_integers_score_like_the_parent_and_are_read_back(parent, tmp_path):

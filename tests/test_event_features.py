@@ -11,11 +11,10 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from rec_jax.data.datasets import DataConfig, load_dataset
-from rec_jax.data.pipeline import BatchSource
+from rec_jax.data.pipeline import BatchSource, EpochPlan
 from rec_jax.data.queries import Queries
 from rec_jax.eval.evaluator import EvalConfig
 from rec_jax.experiment import Experiment, ExperimentConfig
@@ -23,15 +22,17 @@ from rec_jax.hashing import row_keys
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch
 from rec_jax.models.base import init_model
 from rec_jax.models.bert4rec import BERT4Rec, BERT4RecConfig
-from rec_jax.models.registry import MODELS
+from rec_jax.models.registry import MODELS, model_builder
 from rec_jax.models.sasrec import SASRec, SASRecConfig
 from rec_jax.models.scoring import SequenceRanker
 from rec_jax.objectives.augment import AugmentConfig, augment
-from rec_jax.objectives.contrastive import ContrastiveConfig, Views
-from rec_jax.objectives.token_loss import SoftmaxConfig
+from rec_jax.objectives.contrastive import ContrastiveConfig
+from rec_jax.objectives.token_loss import SampledSoftmaxConfig
+from rec_jax.tables.config import TableConfig
 from rec_jax.tables.embedding import Embedding
 from rec_jax.train.loop import TrainConfig
-from rec_jax.train.step import init_state, make_train_step
+from rec_jax.train.optim import OptimConfig
+from rec_jax.training import make_step
 
 MAX_LEN = 8
 SMALL = {"width": 8, "ff_width": 8, "num_heads": 1, "num_layers": 1, "dropout": 0.0}
@@ -72,10 +73,7 @@ def source_of(dataset, model=DeviceSASRec, batch_rows=1):
     return BatchSource(
         dataset.histories,
         dataset.split,
-        max_len=MAX_LEN,
-        batch_rows=batch_rows,
-        epochs=1,
-        seed=0,
+        EpochPlan(MAX_LEN, batch_rows),
         is_causal=model.is_causal,
         schema=tuple(feature for feature in dataset.schema if feature.name in model.columns),
     )
@@ -324,44 +322,64 @@ def test_missing_values_and_outcomes_are_a_matter_of_the_schema(tmp_path):
     np.testing.assert_array_equal(view.events["dwell"], batch.events["dwell"])
 
 
-def test_steps_train_what_reads_them_and_are_the_same_on_every_mesh(large):
-    """Under every change, with two views; histories are compared among four rows."""
-    config = SASRecConfig(**SMALL)
-    model, params = init_model(lambda rngs: DeviceSASRec(config, NUM_ITEMS, MAX_LEN, rngs=rngs), seed=0)
-    before, optimizer = jax.device_get(params), optax.sgd(0.1)
-    every = AugmentConfig(crop=0.5, mask=0.4, reorder=0.8, substitute=0.4)
-    views = Views(every, ContrastiveConfig(weight=0.1, view="augment", augment=every), NEIGHBOURS)
-    source, losses = source_of(large, batch_rows=16), {}
-    assert len(source) >= 2
-    for devices in (1, 4):
-        mesh = make_mesh(MeshConfig(data=devices))
-        step = make_train_step(model, optimizer, SoftmaxConfig(), None, mesh, micro_rows=4, views=views)
-        state, losses[devices] = init_state(before, optimizer, mesh), []
-        for index in range(2):
-            state, metrics = step(state, place_batch(source[index], mesh))
-            losses[devices].append(float(metrics["loss"][0] / metrics["loss"][1]))
-    np.testing.assert_allclose(losses[4], losses[1], rtol=2e-5)
-    after = jax.device_get(state.params)
-    moved = np.any(after["devices"]["embedding"] != before["devices"]["embedding"], axis=-1)
-    np.testing.assert_array_equal(moved, [False, True, True, False])  # the devices of the log
-    assert np.all(after["dwell"] != before["dwell"])
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeviceConfig(SASRecConfig):
     type: Literal["device"] = "device"
 
 
-def test_a_run_from_the_file_to_the_evaluation(large, tmp_path, monkeypatch):
-    """All that was added is a model and its config; nothing between it and the schema is new."""
+EVERY = AugmentConfig(crop=0.5, mask=0.4, reorder=0.8, substitute=0.4)
+
+
+@pytest.fixture
+def run_config(monkeypatch):
+    """A function of further sections: the config of a run. All that was added is a model and its config."""
     monkeypatch.setitem(MODELS, DeviceConfig, DeviceSASRec)
-    config = ExperimentConfig(
+    return functools.partial(
+        ExperimentConfig,
         data=DataConfig(max_len=MAX_LEN),
         model=DeviceConfig(**SMALL),
+        optim=OptimConfig(type="sgd", learning_rate=0.1),
         train=TrainConfig(epochs=2, batch_rows=16, micro_rows=4),
-        augment=AugmentConfig(crop=0.5, mask=0.4, reorder=0.8, substitute=0.4),
+        augment=EVERY,
         eval=EvalConfig(bootstrap=0, baselines=()),
     )
+
+
+def two_steps(config, dataset):
+    """(losses, parameters before, parameters after)."""
+    model, params = init_model(model_builder(config.model, NUM_ITEMS, MAX_LEN), seed=0)
+    before, losses = jax.device_get(params), []
+    counts = dataset.split.train_item_counts(dataset.histories)
+    step = make_step(config, model, counts, make_mesh(config.mesh), neighbours_VK=NEIGHBOURS)
+    state, source = step.init(before), source_of(dataset, batch_rows=16)
+    for index in range(2):
+        state, metrics = step(state, place_batch(source[index], step.mesh))
+        losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+    return losses, before, jax.device_get(step.tables.unplace(state.params))
+
+
+def test_steps_train_what_reads_them_and_are_the_same_on_every_mesh(large, run_config):
+    """Under every change, with two views; histories are compared among four rows."""
+    views = ContrastiveConfig(weight=0.1, view="augment", augment=EVERY)
+    losses, before, after = two_steps(run_config(contrastive=views, mesh=MeshConfig(data=1)), large)
+    other, _, _ = two_steps(run_config(contrastive=views, mesh=MeshConfig(data=4)), large)
+    np.testing.assert_allclose(other, losses, rtol=2e-5)
+    moved = np.any(after["devices"]["embedding"] != before["devices"]["embedding"], axis=-1)
+    np.testing.assert_array_equal(moved, [False, True, True, False])  # the devices of the log
+    assert np.all(after["dwell"] != before["dwell"])
+
+
+def test_steps_that_read_some_entries_of_the_items_read_all_columns(large, run_config):
+    loss = SampledSoftmaxConfig(num_negatives=5)
+    losses, _, dense = two_steps(run_config(loss=loss, mesh=MeshConfig(data=1)), large)
+    table = TableConfig(optimizer="sgd", learning_rate=0.1, layout="rows")
+    other, _, sparse = two_steps(run_config(loss=loss, table=table, mesh=MeshConfig(data=2, model=2)), large)
+    np.testing.assert_allclose(other, losses, rtol=2e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-6), sparse, dense)
+
+
+def test_a_run_from_the_file_to_the_evaluation(large, run_config, tmp_path):
+    config = run_config()
     result = Experiment(config, tmp_path / "run", dataset=large).fit()
     assert result.steps == 2 * source_of(large, batch_rows=16).steps_per_epoch
 

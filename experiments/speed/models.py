@@ -1,13 +1,11 @@
 """The training step of every sequence model against that of SASRec, and how its time grows with length."""
 
-import functools
-
 import jax
 import numpy as np
-from jax.extend.core import jaxprs_in_params
 
 from configs import common
 from experiments.speed.timing import interleaved
+from rec_jax.compress.work import multiply_adds
 from rec_jax.config import build, to_config_dict
 from rec_jax.data.batch import Batch
 from rec_jax.experiment import model_builder
@@ -94,18 +92,3 @@ def _make_step(config_class, length: int, rows: int, sizes: dict, sampled: bool 
         jax.block_until_ready(box[0])
 
     return run, work
-
-
-def multiply_adds(jaxpr) -> int:
-    """Of all matrix products of a program; the body of a loop counts as often as it runs, and tiles of the
-    softmax that a step may skip count as well, so BERT4Rec does less work than this says."""
-    total = 0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            depth = functools.reduce(lambda n, dim: n * eqn.invars[0].aval.shape[dim], contracted, 1)
-            total += int(np.prod(eqn.outvars[0].aval.shape)) * depth
-        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-        for inner in jaxprs_in_params(eqn.params):
-            total += times * multiply_adds(inner)
-    return total

@@ -13,7 +13,7 @@ from experiments.speed.lengths import LENGTHS, load_lengths
 from experiments.speed.naive import bce_loss, make_naive_step, pad_batch
 from experiments.speed.timing import interleaved, peak_run
 from rec_jax.data.datasets import DataConfig
-from rec_jax.data.pipeline import BatchSource
+from rec_jax.data.pipeline import BatchSource, EpochPlan
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch
 from rec_jax.models.base import init_model
 from rec_jax.models.sasrec import SASRec, SASRecConfig
@@ -135,12 +135,12 @@ def naive_loop(params, histories, split, max_len: int) -> Loop:
 
 def packed_source(histories, split, max_len: int, num_devices: int, targets_U) -> BatchSource:
     """Batches of about NUM_USERS users each, in rows that divide over the devices."""
-    source = BatchSource(histories, split, max_len=max_len, batch_rows=1, epochs=1, seed=0)
+    source = BatchSource(histories, split, EpochPlan(max_len=max_len, batch_rows=1, epochs=1, seed=0))
     rows = NUM_USERS * source.plan.num_rows / np.count_nonzero(targets_U)
     per_device = max(1, round(rows / num_devices))
     micro = min(per_device, max(1, MICRO_TOKENS // max_len))
     batch_rows = num_devices * micro * max(1, round(per_device / micro))
-    return BatchSource(histories, split, max_len=max_len, batch_rows=batch_rows, epochs=1, seed=0)
+    return BatchSource(histories, split, EpochPlan(max_len=max_len, batch_rows=batch_rows, epochs=1, seed=0))
 
 
 def our_loop(model, params, histories, split, max_len: int, mesh, targets_U) -> Loop:
@@ -170,7 +170,7 @@ def faster_loop(loops) -> Loop:
 def loss_difference(model, params, histories, split, max_len: int) -> float:
     """|packed - padded| / padded mean loss of the same users, without dropout and with one and the same
     negative everywhere."""
-    source = BatchSource(histories, split, max_len=max_len, batch_rows=16, epochs=1, seed=0)
+    source = BatchSource(histories, split, EpochPlan(max_len=max_len, batch_rows=16, epochs=1, seed=0))
     packed, padded = source[0], pad_batch(histories, split, source.users(0), max_len)
     negative = 7
 
@@ -210,7 +210,9 @@ def measure_loader(repeats: int) -> dict:
     histories, split, lengths = load_lengths("beauty")
     sequences_per_sec = []
     for epoch_seed in range(repeats):
-        source = BatchSource(histories, split, max_len=50, batch_rows=32, epochs=1, seed=epoch_seed)
+        source = BatchSource(
+            histories, split, EpochPlan(max_len=50, batch_rows=32, epochs=1, seed=epoch_seed)
+        )
         start = time.perf_counter()
         tokens = sum(np.count_nonzero(source[i].targets) for i in range(len(source)))
         sequences_per_sec.append(source.plan.users_by_len.size / (time.perf_counter() - start))

@@ -1,13 +1,15 @@
 """Matrices of low rank: factorised tables, narrower students that start from their teacher, LoRA adapters."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rec_jax.models.sasrec import SASRecConfig
+from rec_jax.models.base import SequenceConfig
+from rec_jax.nn.dims import is_stacked
 from rec_jax.tree import leaf_mask, leaf_names, with_leaf
 
 _ITEMS = "items/embedding"
@@ -28,18 +30,18 @@ def _main_directions(table_VD, num: int, field: str) -> np.ndarray:
     """The first right singular vectors as columns [D, num], orthonormal."""
     width = table_VD.shape[1]
     if not 1 <= num <= width:
-        raise ValueError(f"{field}={num} must be from 1 to the table's {width} dims (SASRecConfig)")
+        raise ValueError(f"{field}={num} must be from 1 to the table's {width} dims (SequenceConfig)")
     table_VD = table_VD.astype(np.float64)
     _, vectors_DD = np.linalg.eigh(table_VD.T @ table_VD)  # D x D, however many rows there are
     return np.ascontiguousarray(vectors_DD[:, ::-1][:, :num], np.float32)
 
 
-def factorise_model(config: SASRecConfig, params, dim: int) -> tuple[SASRecConfig, dict]:
+def factorise_model(config: SequenceConfig, params, dim: int) -> tuple[SequenceConfig, dict]:
     """(config, params) of the model with its table of items as near as item_dim = dim comes to it."""
     if config.item_dim:
         raise ValueError(
             f"item_dim={config.item_dim}: the table is factorised already; start from the model that it came "
-            "from (SASRecConfig)"
+            "from (SequenceConfig)"
         )
     if config.num_future > 1:
         raise ValueError(f"num_future={config.num_future}: its heads have no smaller form (SequenceConfig)")
@@ -48,7 +50,7 @@ def factorise_model(config: SASRecConfig, params, dim: int) -> tuple[SASRecConfi
     return config, with_leaf(params, _ITEMS, table_VE) | {"project": {"kernel": projection_ED}}
 
 
-def student_from(config: SASRecConfig, params, student_config: SASRecConfig, student) -> dict:
+def student_from(config: SequenceConfig, params, student_config: SequenceConfig, student) -> dict:
     """A student's parameters that start from the teacher's: its inputs are the teacher's in their main
     directions.
 
@@ -59,7 +61,7 @@ def student_from(config: SASRecConfig, params, student_config: SASRecConfig, stu
     Raises ValueError for a student that is wider or knows other items.
     """
     table_VD = np.asarray(params["items"]["embedding"])
-    if config.item_dim:
+    if getattr(config, "item_dim", 0):
         table_VD = table_VD @ np.asarray(params["project"]["kernel"])
     if (num_rows := len(student["items"]["embedding"])) != len(table_VD):
         raise ValueError(
@@ -72,7 +74,7 @@ def student_from(config: SASRecConfig, params, student_config: SASRecConfig, stu
         basis_DW = _main_directions(table_VD, width, "width")
     growth = ((config.full_width or config.width) / (student_config.full_width or width)) ** 0.5
     items_VW = growth * table_VD @ basis_DW
-    if student_config.item_dim:
+    if getattr(student_config, "item_dim", 0):
         table_VE, projection_EW = factorise(items_VW, student_config.item_dim)
         student = with_leaf(student, _ITEMS, table_VE) | {"project": {"kernel": projection_EW}}
     else:
@@ -104,11 +106,12 @@ class LoraConfig:
             raise ValueError(f"alpha={self.alpha} must be positive (LoraConfig)")
 
 
-def init_lora(params, config: LoraConfig, seed: int) -> dict[str, dict[str, jax.Array]]:
+def init_lora(params, config: LoraConfig, seed: int, dims=None) -> dict[str, dict[str, jax.Array]]:
     """{name: {"a": [D, r], "b": [r, F]}} of the adapted parameters; b is 0, so that nothing changes at first.
 
-    F: all dims of a kernel after the first. Raises ValueError, listing the names, if config.names matches
-    none, or matches a vector.
+    F: all dims of a kernel after the first. dims: `Model.dims`, which say what kernels are stacked: of E
+    experts each has its own adapter, {"a": [E, D, r], "b": [E, r, F]}. Raises ValueError, listing the names,
+    if config.names matches none, or matches a vector.
     Source: Hu et al., ICLR'22 (arXiv 2106.09685), section 4.1.
     """
     adapters = {}
@@ -121,10 +124,12 @@ def init_lora(params, config: LoraConfig, seed: int) -> dict[str, dict[str, jax.
                 f"compress.lora.names={config.names!r} matches {name}, a vector: name kernels or tables "
                 "(LoraConfig)"
             )
-        dim, rest = x.shape[0], x.size // x.shape[0]
+        stack = x.shape[:1] if name in (dims or {}) and is_stacked(dims[name]) else ()
+        dim = x.shape[len(stack)]
+        rest = math.prod(x.shape[len(stack) + 1 :])
         key = jax.random.fold_in(jax.random.key(seed), index)
-        a_DR = jax.random.normal(key, (dim, config.rank)) * dim**-0.5
-        adapters[name] = {"a": a_DR, "b": jnp.zeros((config.rank, rest))}
+        a_DR = jax.random.normal(key, (*stack, dim, config.rank)) * dim**-0.5
+        adapters[name] = {"a": a_DR, "b": jnp.zeros((*stack, config.rank, rest))}
     return adapters
 
 

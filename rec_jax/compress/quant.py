@@ -20,6 +20,7 @@ import numpy as np
 import qwix
 
 from rec_jax.nn.dense import dense
+from rec_jax.nn.dims import is_stacked
 from rec_jax.nn.quantized import (
     FakeQuantizedInputs,
     ParamValue,
@@ -74,9 +75,10 @@ class QuantConfig:
             )
 
 
-def quantize_params(params, config: QuantConfig, input_samples=None):
+def quantize_params(params, config: QuantConfig, input_samples=None, dims=None):
     """The parameters, those that config.names matches as QuantizedKernel or QuantizedTable.
 
+    dims: `Model.dims`, which say what kernels are stacked, one for each expert, quantized each by itself.
     input_samples: what `observe_inputs` returned; needed for static inputs. Tables are quantized slice by
     slice: beside the result, its codes are held once more meanwhile, and a few slices of f32. Only per_tensor
     looks at a whole table at once, in several copies.
@@ -88,19 +90,26 @@ def quantize_params(params, config: QuantConfig, input_samples=None):
     def quantize(name, leaf):
         if name.endswith("embedding"):
             return _quantize_table(leaf, config)
-        return _quantize_kernel(name, leaf, config, input_samples)
+        if not _is_stacked(name, dims):
+            return _quantize_kernel(name, leaf, config, input_samples)
+        kernels = [_quantize_kernel(name, kernel, config, input_samples) for kernel in leaf]
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *kernels)
 
     return _change(params, config, quantize)
 
 
-def fake_quantize_params(params, config: QuantConfig, is_on=True):
+def fake_quantize_params(params, config: QuantConfig, is_on=True, dims=None):
     """The parameters as the model reads them after `quantize_params`, for training: gradients pass through
     the rounding. Kernels whose inputs will be quantized come as FakeQuantizedInputs.
 
-    is_on: bool, may be traced; if False all numbers are as they were.
+    is_on: bool, may be traced; if False all numbers are as they were. dims: see `quantize_params`.
     """
 
     def change(name, leaf):
+        one = partial(change_one, name)
+        return jax.vmap(one)(leaf) if _is_stacked(name, dims) else one(leaf)
+
+    def change_one(name, leaf):
         is_table = name.endswith("embedding")
         channels_CN = leaf if is_table else _channels(leaf)
         bits, symmetric = (config.table_bits, config.symmetric) if is_table else (8, True)
@@ -112,6 +121,10 @@ def fake_quantize_params(params, config: QuantConfig, is_on=True):
         return FakeQuantizedInputs(faked, jnp.asarray(is_on))
 
     return _change(params, config, change)
+
+
+def _is_stacked(name: str, dims) -> bool:
+    return name in (dims or {}) and is_stacked(dims[name])
 
 
 def dequantize_params(params):
@@ -133,8 +146,11 @@ def memory_bytes(params) -> int:
 class _Observer(ParamValue):
     """A kernel that keeps its inputs."""
 
-    def __init__(self, kernel):
-        self._kernel, self.inputs, self.shape = kernel, [], kernel.shape
+    def __init__(self, kernel, inputs: list):
+        self._kernel, self.inputs, self.shape = kernel, inputs, kernel.shape
+
+    def __getitem__(self, index):
+        return self if index is ... else _Observer(self._kernel[index], self.inputs)
 
     def matmul(self, x_TD):
         self.inputs.append(np.asarray(x_TD))
@@ -152,9 +168,12 @@ def observe_inputs(model, params, batches) -> dict[str, np.ndarray]:
     params = jax.tree.map(jnp.asarray, params)
     samples = {name: [] for name in leaf_names(params) if name.endswith("kernel")}
     for batch in batches:
-        observers = {name: _Observer(leaf) for name, leaf in leaf_names(params).items() if name in samples}
-        leaves = [observers.get(name, leaf) for name, leaf in leaf_names(params).items()]
-        model.bind(jax.tree.unflatten(jax.tree.structure(params), leaves))(batch)
+        named = leaf_names(params)
+        observers = {name: _Observer(leaf, []) for name, leaf in named.items() if name in samples}
+        leaves = [observers.get(name, leaf) for name, leaf in named.items()]
+        module = model.bind(jax.tree.unflatten(jax.tree.structure(params), leaves))
+        with jax.disable_jit():  # a recurrence runs token by token, its kernel's inputs are numbers
+            module(batch)
         is_real_T = np.asarray(batch.segments).reshape(-1) > 0
         for name, observer in observers.items():
             samples[name] += [x[is_real_T] if len(x) == len(is_real_T) else x for x in observer.inputs]

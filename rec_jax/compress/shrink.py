@@ -1,9 +1,12 @@
 """Structured pruning: heads, feed-forward channels, dims and layers are removed, and a smaller dense model is
 left.
 
-    units = choose_units(model_config, params, ShrinkConfig(heads=2, width=48))
-    small_config, small_params = shrink(model_config, params, units)
-    mask(params, unit_masks(params, units))             the full model that computes the same
+    units = choose_units(model, params, ShrinkConfig(heads=2, width=48))
+    small_config, small_params = shrink(model, params, units)
+    mask(params, unit_masks(model, params, units))      the full model that computes the same
+
+Which weights belong to a unit follows from the names of dims (`nn.dims`): "heads" and "ff_width" of each
+block, "width" of the whole model.
 """
 
 import dataclasses
@@ -14,22 +17,9 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 
-from rec_jax.models.sasrec import SASRecConfig
+from rec_jax.models.base import Model, SequenceConfig
+from rec_jax.nn.dims import places, sizes_of
 from rec_jax.tree import leaf_names
-
-# What the axes of a parameter count: "width" (dims of the residual stream), "heads", "ff_width", or neither.
-_AXES = {
-    r"(items|positions)/embedding|project/kernel": (None, "width"),
-    r".*norm/(scale|bias)|.*(out|down)/bias": ("width",),
-    r".*query/kernel": ("width", "heads"),
-    r".*query/bias": ("heads",),
-    r".*key_value/kernel": ("width", None, "heads"),
-    r".*key_value/bias": (None, "heads"),
-    r".*out/kernel": ("heads", "width"),
-    r".*up/kernel": ("width", "ff_width"),
-    r".*up/bias": ("ff_width",),
-    r".*down/kernel": ("ff_width", "width"),
-}
 
 # Fields of ShrinkConfig: {how many are left: what the model's config calls it}.
 _FIELDS = {"heads": "num_heads", "ff_width": "ff_width", "width": "width", "num_layers": "num_layers"}
@@ -57,7 +47,8 @@ class ShrinkConfig:
 
 
 class Units(NamedTuple):
-    """Is the unit kept? L counts blocks: one where layers share theirs. In the order of ShrinkConfig."""
+    """Is the unit kept? L counts blocks: one where layers share theirs. In the order of ShrinkConfig; units
+    that a model does not have are arrays without any."""
 
     heads_LN: np.ndarray
     ff_width_LF: np.ndarray
@@ -66,7 +57,7 @@ class Units(NamedTuple):
 
 
 def unit_scores(
-    model_config: SASRecConfig, params, score: str = "magnitude", grads=None, seed: int = 0
+    model: Model, params, score: str = "magnitude", grads=None, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """The importance of every unit: {"heads": [L, N], "ff_width": [L, F], "width": [D], "num_layers": [L]}.
 
@@ -75,11 +66,11 @@ def unit_scores(
 
     Source: Molchanov et al., CVPR'19 (arXiv 1906.10771), eq. 8, for taylor, here without the square.
     """
-    num_blocks, heads = len(params.get("blocks", ())), model_config.num_heads
+    num_blocks, units = len(params.get("blocks", ())), num_units(model)
     sizes = {
-        "heads": (num_blocks, heads),
-        "ff_width": (num_blocks, model_config.ff_width),
-        "width": (model_config.width,),
+        "heads": (num_blocks, units.get("heads", 0)),
+        "ff_width": (num_blocks, units.get("ff_width", 0)),
+        "width": (model.config.width,),
         "num_layers": (num_blocks,),
     }
     if score == "random":
@@ -94,45 +85,59 @@ def unit_scores(
         block = _block_of(name)
         if block is not None:
             scores["num_layers"][block] += values.sum()
-        for axis, unit in enumerate(_axes_of(name, params)):
-            if unit is None:
-                continue
-            totals = scores[unit] if unit == "width" else scores[unit][block]
-            totals += np.moveaxis(values, axis, 0).reshape(len(totals), -1).sum(1)  # in place
+        for axis, dim in enumerate(model.dims[name]):
+            for unit, size in sizes_of(dim).items():
+                if unit in ("heads", "ff_width", "width"):
+                    totals = scores[unit] if unit == "width" else scores[unit][block]
+                    along = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1).sum(1)
+                    for index in range(size):
+                        totals[index] += along[places(dim, {unit: np.arange(size) == index})].sum()
     return {unit: np.abs(total) ** (0.5 if score == "magnitude" else 1) for unit, total in scores.items()}
 
 
-def choose_units(
-    model_config: SASRecConfig, params, config: ShrinkConfig, grads=None, seed: int = 0
-) -> Units:
+def choose_units(model: Model, params, config: ShrinkConfig, grads=None, seed: int = 0) -> Units:
     """The units of the highest scores; the first of equals. grads: see `unit_scores`.
 
-    Raises ValueError where the config asks for more than there is, or for layers that cannot be removed.
+    Raises ValueError where the config asks for more than there is, or for what cannot be removed.
     """
-    _check(model_config, config)
-    scores = unit_scores(model_config, params, config.score, grads, seed)
+    check(model, config)
+    scores = unit_scores(model, params, config.score, grads, seed)
     return Units(*(_highest(scores[unit], getattr(config, unit)) for unit in _FIELDS))
 
 
-def _check(model_config: SASRecConfig, config: ShrinkConfig):
-    if model_config.num_future > 1:
-        raise ValueError(f"num_future={model_config.num_future}: its heads cannot shrink (SequenceConfig)")
-    for name, field in _FIELDS.items():
-        left, there = getattr(config, name), getattr(model_config, field)
-        if left > there:
-            raise ValueError(f"{name}={left} must be at most the model's {field}={there} (ShrinkConfig)")
-    if config.num_layers in (0, model_config.num_layers):
-        return
-    if model_config.share_layers:
+def num_units(model: Model) -> dict[str, int]:
+    """{name: how many of them there are}."""
+    units = {"num_layers": model.config.num_layers}
+    for dims in model.dims.values():
+        for dim in dims:
+            units |= sizes_of(dim)
+    return units
+
+
+def check(model: Model, config: ShrinkConfig) -> None:
+    """Raises ValueError where the config asks for more than there is, or for what cannot be removed."""
+    units, kind = num_units(model), model.config.type
+    for name in _FIELDS:
+        if (left := getattr(config, name)) == 0:
+            continue
+        if name not in units:
+            raise ValueError(
+                f"{name}={left}: a model of type={kind!r} has no such units; leave it at 0 (ShrinkConfig)"
+            )
+        if left > units[name]:
+            raise ValueError(
+                f"{name}={left} must be at most the model's {_FIELDS[name]}={units[name]} (ShrinkConfig)"
+            )
+    if (config.heads or config.width) and "heads" in units and not hasattr(model.config, "head_width"):
         raise ValueError(
-            f"num_layers={config.num_layers}: shared layers are one block, of which none can be removed; "
-            "distil a student with fewer (ShrinkConfig)"
+            f"heads={config.heads}, width={config.width}: a model of type={kind!r} has heads of width / "
+            "num_heads dims, which stay: shrink ff_width or num_layers, or distil a student (ShrinkConfig)"
         )
-    if model_config.norm != "pre":
+    reason = model.config.fixed_layers
+    if reason and config.num_layers not in (0, model.config.num_layers):
         raise ValueError(
-            f"num_layers={config.num_layers} needs a model of norm='pre': under norm={model_config.norm!r} a "
-            "layer normalises what passes it by, so that none can be left out; distil a student with fewer "
-            "layers (ShrinkConfig)"
+            f"num_layers={config.num_layers}: {reason}, so that no layer can be left out of a model of "
+            f"type={kind!r}; distil a student with fewer (ShrinkConfig)"
         )
 
 
@@ -144,16 +149,16 @@ def _highest(scores, num: int):
     return kept
 
 
-def unit_masks(params, units: Units):
+def unit_masks(model: Model, params, units: Units):
     """A tree of bools like params, False for the weights of removed units.
 
-    A masked head or channel gives 0, a masked layer (of norm="pre") adds nothing to the residual stream, and
-    a masked dim of the stream is 0 everywhere.
+    A masked head or channel gives 0, a masked layer adds nothing to the residual stream, and a masked dim of
+    the stream is 0 everywhere.
     """
 
     def mask_of(name, x):
         kept = np.ones(x.shape, bool)
-        for axis, kept_X in _kept(name, params, x, units):
+        for axis, kept_X in enumerate(_kept(name, model, units)):
             kept &= np.expand_dims(kept_X, [other for other in range(x.ndim) if other != axis])
         block = _block_of(name)
         return kept if block is None else kept & units.layers_L[block]
@@ -167,11 +172,11 @@ def mask(params, masks):
     return jax.tree.map(lambda x, kept: x * kept.astype(x.dtype), params, masks)
 
 
-def shrink(model_config: SASRecConfig, params, units: Units) -> tuple[SASRecConfig, dict]:
+def shrink(model: Model, params, units: Units) -> tuple[SequenceConfig, dict]:
     """(config, params) of the model without the removed units: it gives what the masked model gives."""
 
     def cut(name, x):
-        for axis, kept_X in _kept(name, params, x, units):
+        for axis, kept_X in enumerate(_kept(name, model, units)):
             x = x.take(np.flatnonzero(kept_X), axis)
         return x
 
@@ -183,50 +188,30 @@ def shrink(model_config: SASRecConfig, params, units: Units) -> tuple[SASRecConf
     config = ShrinkConfig(
         heads=_per_layer(units.heads_LN),
         ff_width=_per_layer(units.ff_width_LF),
-        width=int(units.width_D.sum()),
-        num_layers=0 if model_config.share_layers else int(units.layers_L.sum()),
+        width=_per_layer(units.width_D[None]),
+        num_layers=_per_layer(units.layers_L[None]),
     )
-    return shrunk_config(model_config, config), params
+    return shrunk_config(model.config, config), params
 
 
-def shrunk_config(model_config: SASRecConfig, config: ShrinkConfig) -> SASRecConfig:
-    """The config of a model shrunk so far."""
-    _check(model_config, config)
-    left = {field: getattr(config, name) or getattr(model_config, field) for name, field in _FIELDS.items()}
-    full_width = model_config.full_width or model_config.width
-    return dataclasses.replace(
-        model_config, **left, head_width=_head_width(model_config), full_width=full_width
-    )
-
-
-def multiply_adds(config: SASRecConfig, num_items: int, num_tokens: int) -> int:
-    """Of encoding one history of num_tokens for its next item and scoring the catalogue.
-
-    Attention is causal, and the last layer's feed-forward is for the last token only. Products of matrices
-    count, what is done element by element does not.
-    """
-    inner = config.num_heads * _head_width(config)
-    pairs = num_tokens * (num_tokens + 1) // 2
-    attention = 4 * num_tokens * config.width * inner + 2 * pairs * inner
-    feed_forwards = 1 + (config.num_layers - 1) * num_tokens if config.num_layers else 0
-    projections = (num_tokens + 1) * config.item_dim * config.width
-    return (
-        config.num_layers * attention
-        + feed_forwards * 2 * config.width * config.ff_width
-        + projections
-        + num_items * (config.item_dim or config.width)
-    )
-
-
-def _head_width(config: SASRecConfig) -> int:
-    return config.head_width or config.width // config.num_heads
+def shrunk_config(config: SequenceConfig, left: ShrinkConfig) -> SequenceConfig:
+    """The config of a model shrunk so far, see `check`."""
+    sizes = {field: getattr(left, name) for name, field in _FIELDS.items() if getattr(left, name)}
+    if left.width:
+        sizes["full_width"] = config.full_width or config.width
+    if hasattr(config, "head_width"):
+        sizes["head_width"] = config.head_width or config.width // config.num_heads
+    if left.heads and hasattr(config, "full_heads"):
+        sizes["full_heads"] = config.full_heads or config.num_heads
+    return dataclasses.replace(config, **{name: x for name, x in sizes.items() if hasattr(config, name)})
 
 
 def _per_layer(kept_LX) -> int:
-    """The number kept, the same in every layer; 0 where there is none."""
-    counts = set(kept_LX.sum(1).tolist())
-    assert len(counts) <= 1, counts
-    return counts.pop() if counts else 0
+    """The number kept, the same in every layer; 0 = all."""
+    if kept_LX.all():
+        return 0
+    (count,) = set(kept_LX.sum(1).tolist())
+    return count
 
 
 def _block_of(name: str) -> int | None:
@@ -234,18 +219,9 @@ def _block_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _axes_of(name: str, params) -> tuple:
-    if name == "items/embedding" and "project" in params:
-        return None, None
-    (axes,) = [axes for pattern, axes in _AXES.items() if re.fullmatch(pattern, name)]
-    return axes
-
-
-def _kept(name: str, params, x, units: Units):
-    """(axis, bool over its places) of each axis of a parameter that counts units."""
-    for axis, unit in enumerate(_axes_of(name, params)):
-        if unit == "width":
-            yield axis, units.width_D
-        elif unit is not None:
-            kept_X = (units.heads_LN if unit == "heads" else units.ff_width_LF)[_block_of(name)]
-            yield axis, np.repeat(kept_X, x.shape[axis] // len(kept_X))
+def _kept(name: str, model: Model, units: Units) -> list[np.ndarray]:
+    """bool over the places of each dim of a parameter."""
+    kept, block = {"width": units.width_D}, _block_of(name)
+    if block is not None:
+        kept |= {"heads": units.heads_LN[block], "ff_width": units.ff_width_LF[block]}
+    return [places(dim, kept) for dim in model.dims[name]]

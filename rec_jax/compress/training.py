@@ -11,7 +11,9 @@ from rec_jax.compress.prune import hold_zeros, prune
 from rec_jax.compress.quant import fake_quantize_params
 from rec_jax.compress.shrink import ShrinkConfig
 from rec_jax.models.base import Model
+from rec_jax.nn.dims import is_stacked
 from rec_jax.objectives.distill import distill_sum
+from rec_jax.tree import leaf_mask, leaf_names
 
 
 class Compression:
@@ -48,7 +50,7 @@ class Compression:
         """What is trained, from the parameters of the model."""
         if not self._config.lora.names:
             return params
-        return init_lora(params, self._config.lora, self._seed)
+        return init_lora(params, self._config.lora, self._seed, self._model.dims)
 
     @cached_property
     def abstract_params(self):
@@ -59,6 +61,15 @@ class Compression:
         config = self._config.prune
         if config.hold:
             inner = hold_zeros(inner, config.hold, params)
+        if config.names and config.structure != "weights":
+            matched = leaf_names(leaf_mask(params, config.names, field="compress.prune.names"))
+            stacked = [n for n, dims in self._model.dims.items() if matched.get(n) and is_stacked(dims)]
+            if stacked:
+                raise ValueError(
+                    f"compress.prune.structure={config.structure!r} would remove rows or columns of all "
+                    f"experts at once from {stacked[0]}: use structure='weights', or match other names "
+                    "(PruneConfig)"
+                )
         return prune(inner, config, params, self._total_steps, specs, self._seed)
 
     def adapt(self, params, frozen, step):
@@ -66,7 +77,7 @@ class Compression:
         params = self._merge(params, frozen)
         if self._config.quant.aware:
             start = math.ceil(self._config.quant.aware_from * self._total_steps)
-            params = fake_quantize_params(params, self._config.quant, is_on=step >= start)
+            params = fake_quantize_params(params, self._config.quant, step >= start, self._model.dims)
         return params
 
     def final(self, params):

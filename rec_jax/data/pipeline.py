@@ -4,12 +4,25 @@ Element `step` depends on (seed, step) alone, so the data position of a run is o
 saves and restores, and every host builds only its own rows.
 """
 
+from dataclasses import dataclass
+
 import grain.python as grain
 import numpy as np
 
 from rec_jax.data.histories import ranges
 from rec_jax.data.packing import fill_rows, plan_packing, shuffled_users
 from rec_jax.data.schema import Schema
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """How batches are made of histories: rows of max_len tokens, batch_rows of them a step over all hosts."""
+
+    max_len: int
+    batch_rows: int
+    epochs: int = 1
+    seed: int = 0
+    all_windows: bool = False  # whole histories, cut into windows, not only their last max_len targets
 
 
 class BatchSource:
@@ -27,30 +40,27 @@ class BatchSource:
         self,
         histories,
         split,
+        plan: "EpochPlan",
         *,
-        max_len: int,
-        batch_rows: int,
-        epochs: int,
-        seed: int,
-        all_windows: bool = False,
         is_causal: bool = True,
         schema: Schema = (),
         host: int = 0,
         num_hosts: int = 1,
     ):
+        max_len, batch_rows = plan.max_len, plan.batch_rows
         if batch_rows % num_hosts:
             raise ValueError(f"batch_rows={batch_rows} must be divisible by {num_hosts} hosts (TrainConfig)")
         self._columns, self._schema, self._is_causal = histories.columns, schema, is_causal
         lengths = np.asarray(split.train_end) - histories.offsets[:-1] - is_causal
         if not is_causal:  # a single event tells nothing of itself
             lengths = np.where(lengths < 2, 0, lengths)
-        windows = -(-lengths // max_len) if all_windows else np.minimum(lengths, 1)
+        windows = -(-lengths // max_len) if plan.all_windows else np.minimum(lengths, 1)
         windows = np.maximum(windows, 0)
         self._window_user, index = np.repeat(np.arange(len(windows)), windows), ranges(0 * windows, windows)
         self._window_end = split.train_end[self._window_user] - is_causal - index * max_len
         self.plan = plan_packing(self._window_end - histories.offsets[self._window_user], max_len)
         self.steps_per_epoch = -(-self.plan.num_rows // batch_rows)
-        self._batch_rows, self._epochs, self._seed = batch_rows, epochs, seed
+        self._batch_rows, self._epochs, self._seed = batch_rows, plan.epochs, plan.seed
         self._host, self._num_hosts = host, num_hosts
         self._cached_epoch = (-1, None, None)
 

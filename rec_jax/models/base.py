@@ -8,11 +8,11 @@ from typing import Any
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from rec_jax.data.batch import Batch
 from rec_jax.nn.context import Block, Cache, Context
 from rec_jax.nn.dense import dense
+from rec_jax.nn.dims import dims_of
 from rec_jax.nn.norm import LayerNorm, unit
 from rec_jax.tables.embedding import Embedding
 
@@ -26,12 +26,18 @@ class SequenceConfig:
     dropout: float = 0.1
     l2_normalize: bool = False  # score by cosine: both sides normalised to length 1
     temperature: float = 1.0  # scores are divided by it
+    full_width: int = 0  # the width before dims were removed, which norms and scales still count; 0 = width
     num_future: int = 1  # items that training foretells at each token: the next and those after it
 
     def __post_init__(self):
         self.at_least(width=1, num_layers=0, num_future=1)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1) ({type(self).__name__})")
+        if self.full_width and self.full_width < self.width:
+            raise ValueError(
+                f"full_width={self.full_width} must be 0 or at least width={self.width} "
+                f"({type(self).__name__})"
+            )
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be positive ({type(self).__name__})")
 
@@ -45,13 +51,18 @@ class SequenceConfig:
 
     @property
     def table_dim(self) -> int:
-        """Of the table of items."""
+        """Dims of item vectors."""
         return self.width
 
-    def tensor_parallel(self, parts: int) -> dict[str, P]:
-        """{regex of a parameter's name: how it lies over the mesh axis "model" of `parts` devices}; what is
-        not named is whole."""
-        return {}
+    @property
+    def table_dim_name(self) -> str:
+        """Their name, see `nn.dims`."""
+        return "width"
+
+    @property
+    def fixed_layers(self) -> str:
+        """Why no layer can be left out; "" where each adds to its input."""
+        return ""
 
 
 class SequenceModel(nnx.Module):
@@ -95,7 +106,7 @@ class SequenceModel(nnx.Module):
 
     def inputs(self, batch):
         """What the first block sees, before dropout."""
-        x = self.look_up(batch) * self.config.width**0.5
+        x = self.look_up(batch) * (self.config.full_width or self.config.width) ** 0.5
         return x if self.positions is None else x + self.positions(batch.positions)
 
     def context(self, batch, key_B=None) -> Context:
@@ -219,6 +230,8 @@ class Model:
     columns: tuple[str, ...] = ()
     generates: bool = False
     tables: dict[str, str] = field(default_factory=dict)
+    config: SequenceConfig | None = None
+    dims: dict[str, tuple] = field(default_factory=dict)  # of each parameter, see `nn.dims`
 
     def bind(self, params) -> SequenceModel:
         return nnx.merge(self.graphdef, nnx.State(params))
@@ -229,7 +242,17 @@ def define_model(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     graphdef, state = nnx.split(module, nnx.Param)
     abstract_params = jax.tree.map(_abstract, nnx.to_pure_dict(state))
-    return Model(graphdef, abstract_params, module.is_causal, module.columns, module.generates, module.tables)
+    dims = {"/".join(map(str, path)): dims_of(x) for path, x in nnx.to_flat_state(state)}
+    return Model(
+        graphdef,
+        abstract_params,
+        module.is_causal,
+        module.columns,
+        module.generates,
+        module.tables,
+        module.config,
+        dims,
+    )
 
 
 def _abstract(leaf) -> jax.ShapeDtypeStruct:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from rec_jax.hashing import words
 from rec_jax.models.sasrec import SASRec, SASRecConfig
+from rec_jax.nn.dims import named
 
 _MASKS, _LAST = 1_000, 1_001  # sites of random numbers, beyond those of any layer's dropout
 
@@ -39,7 +40,8 @@ class BERT4Rec(SASRec):
 
     def __init__(self, config: BERT4RecConfig, num_items: int, max_len: int, *, rngs: nnx.Rngs):
         super().__init__(config, num_items, max_len, rngs=rngs)
-        self.mask = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (config.table_dim,)))
+        mask = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (config.table_dim,)))
+        self.mask = named(mask, config.table_dim_name)
 
     def look_up(self, batch):
         x_BSD = super().look_up(batch)

@@ -6,13 +6,13 @@ from typing import Literal
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from rec_jax.models.sasrec import SASRec, SASRecConfig
 from rec_jax.nn.blocks import TransformerShape
 from rec_jax.nn.context import Block, Context
 from rec_jax.nn.convolution import CausalConv
 from rec_jax.nn.dense import Dense, dense
+from rec_jax.nn.dims import named
 from rec_jax.nn.parallel import join, to_parts
 
 
@@ -28,15 +28,6 @@ class ESASRecConfig(SASRecConfig):
         super().__post_init__()
         self.at_least(conv_width=0)
 
-    def tensor_parallel(self, parts: int) -> dict[str, P]:
-        split = super().tensor_parallel(parts)
-        if parts > 1 and self.ff_width % parts == 0:
-            split |= {
-                r".*ff/gate_up/kernel": P(None, None, "model"),
-                r".*ff/gate_up/bias": P(None, "model"),
-            }
-        return split
-
 
 class SwiGLU(nnx.Module):
     """(SiLU(x W) * (x V)) W_2. Source: Shazeer, arXiv 2002.05202, equation 6, with biases."""
@@ -44,8 +35,9 @@ class SwiGLU(nnx.Module):
     def __init__(self, width: int, ff_width: int, *, rngs: nnx.Rngs):
         init = nnx.initializers.xavier_uniform()
         self.ff_width = ff_width
-        self.gate_up = nnx.LinearGeneral(width, (2, ff_width), kernel_init=init, rngs=rngs)
-        self.down = Dense(ff_width, width, kernel_init=init, rngs=rngs)
+        gate_up = nnx.LinearGeneral(width, (2, ff_width), kernel_init=init, rngs=rngs)
+        self.gate_up = named(gate_up, "width", 2, "ff_width")
+        self.down = named(Dense(ff_width, width, kernel_init=init, rngs=rngs), "ff_width", "width")
 
     def __call__(self, x, ctx: Context):
         """(y, None): it has no penalty."""
@@ -70,13 +62,13 @@ class LiGRBlock(Block):
         self.attention_norm = shape.make_norm()
         self.conv = CausalConv(width, conv_width, rngs=rngs) if conv_width else None
         self.attention = shape.make_attention(rngs)
-        self.attention_gate = Dense(width, width, kernel_init=init, rngs=rngs)
+        self.attention_gate = named(Dense(width, width, kernel_init=init, rngs=rngs), "width", "width")
         self.ff_norm = shape.make_norm()
         if shape.mixture:
             self.ff = shape.make_experts(rngs, is_gated=True)
         else:
             self.ff = SwiGLU(width, shape.ff_width, rngs=rngs)
-        self.ff_gate = Dense(width, width, kernel_init=init, rngs=rngs)
+        self.ff_gate = named(Dense(width, width, kernel_init=init, rngs=rngs), "width", "width")
         self.rate = shape.dropout
 
     def apply(self, x_BSD, ctx: Context, mix):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from rec_jax.models.base import SequenceConfig, SequenceModel
 from rec_jax.nn.context import Block, Context
 from rec_jax.nn.dense import Dense, dense
+from rec_jax.nn.dims import named
 from rec_jax.tables.embedding import Embedding
 
 # Of variance 1 / inputs, however many gates a kernel holds side by side.
@@ -25,6 +26,10 @@ class GRU4RecConfig(SequenceConfig):
     def __post_init__(self):
         super().__post_init__()
         self.at_least(num_layers=1, hidden_width=0)
+
+    @property
+    def fixed_layers(self) -> str:
+        return "a layer replaces its input"
 
 
 @dataclass(frozen=True)
@@ -78,10 +83,12 @@ class Gates:
 class GRU(Block):
     """One layer of gated recurrent units, whose state is zero at the first token of a segment."""
 
-    def __init__(self, width: int, hidden_width: int, rate: float, *, rngs: nnx.Rngs):
-        gates = 3 * hidden_width
-        self.inputs = Dense(width, gates, kernel_init=_INIT, rngs=rngs)
-        self.state = nnx.Linear(hidden_width, gates, use_bias=False, kernel_init=_INIT, rngs=rngs)
+    def __init__(self, width: int, hidden_width: int, rate: float, dims, *, rngs: nnx.Rngs):
+        """dims: names of both widths."""
+        gates, (dim, hidden) = 3 * hidden_width, dims
+        inputs = Dense(width, gates, kernel_init=_INIT, rngs=rngs)
+        state = nnx.Linear(hidden_width, gates, use_bias=False, kernel_init=_INIT, rngs=rngs)
+        self.inputs, self.state = named(inputs, dim, (3, hidden)), named(state, hidden, (3, hidden))
         self.rate = rate
 
     def apply(self, x_BSD, ctx: Context, mix):
@@ -104,11 +111,15 @@ class GRU4Rec(SequenceModel):
         """max_len: any length will do."""
         self.config = config
         hidden_width = config.hidden_width or config.width
-        widths = [config.width] + [hidden_width] * (config.num_layers - 1)
-        self.items = Embedding(num_items + 1, config.width, rngs=rngs)
-        self.layers = nnx.List([GRU(width, hidden_width, config.dropout, rngs=rngs) for width in widths])
+        self.items = named(Embedding(num_items + 1, config.width, rngs=rngs), "items", "width")
+        hidden = "width" if hidden_width == config.width else "hidden"
+        inputs = [(config.width, "width")] + [(hidden_width, hidden)] * (config.num_layers - 1)
+        self.layers = nnx.List(
+            [GRU(width, hidden_width, config.dropout, (dim, hidden), rngs=rngs) for width, dim in inputs]
+        )
         if hidden_width != config.width:
-            self.project = Dense(hidden_width, config.width, kernel_init=_INIT, rngs=rngs)
+            project = Dense(hidden_width, config.width, kernel_init=_INIT, rngs=rngs)
+            self.project = named(project, "hidden", "width")
 
     @property
     def stack(self) -> list[Block]:

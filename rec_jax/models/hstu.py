@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from rec_jax.models.base import SequenceConfig, SequenceModel
 from rec_jax.nn.context import Block, Context
 from rec_jax.nn.dense import Dense, dense
+from rec_jax.nn.dims import named
 from rec_jax.nn.norm import LayerNorm
 from rec_jax.nn.pointwise_attention import PointwiseAttention
 from rec_jax.tables.embedding import Embedding
@@ -21,19 +22,20 @@ class HSTUConfig(SequenceConfig):
     """time_bias: attention sees how much time lies between events. The data must have times then; for a log
     without, set model.time_bias=False.
 
-    `tensor_parallel` names nothing: each device along the mesh axis "model" has the blocks whole.
+    Each device along the mesh axis "model" has the blocks whole: a kernel packs four groups of heads.
     """
 
     type: Literal["hstu"] = "hstu"
     num_heads: int = 1
     head_width: int = 0  # of queries and keys; 0 = width / num_heads
     value_width: int = 0  # of a head; 0 = the same
+    full_heads: int = 0  # the heads before some were removed, which norms still count; 0 = num_heads
     time_bias: bool = True
     num_time_buckets: int = 128  # 72 hold all that 32 bits of seconds can tell apart
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(num_heads=1, head_width=0, value_width=0, num_time_buckets=1)
+        self.at_least(num_heads=1, head_width=0, value_width=0, full_heads=0, num_time_buckets=1)
         if not self.head_width and self.width % self.num_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide width={self.width}: change either, or set "
@@ -50,13 +52,20 @@ class HSTUBlock(Block):
         self.num_heads, self.rate = config.num_heads, config.dropout
         inner = self.num_heads * self.value_width
         total = 2 * (inner + self.num_heads * self.head_width)
-        self.norm = LayerNorm(config.width)
-        self.uvqk = nnx.Linear(config.width, total, use_bias=False, kernel_init=_NORMAL, rngs=rngs)
-        self.position_bias = nnx.Param(_NORMAL(rngs.params(), (max_len,)))
-        num_buckets = (config.num_time_buckets,)
-        self.time_bias = nnx.Param(_NORMAL(rngs.params(), num_buckets)) if config.time_bias else None
-        self.attention_norm = LayerNorm(inner)
-        self.out = Dense(inner, config.width, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
+        self.norm = LayerNorm(config.width, config.full_width)
+        uvqk = nnx.Linear(config.width, total, use_bias=False, kernel_init=_NORMAL, rngs=rngs)
+        sizes = {"heads": self.num_heads, "head_width": self.head_width, "value_width": self.value_width}
+        groups = [(2, "heads", "value_width"), (2, "heads", "head_width")]
+        self.uvqk = named(uvqk, "width", groups, **sizes)
+        self.position_bias = named(nnx.Param(_NORMAL(rngs.params(), (max_len,))), "distances")
+        buckets = (config.num_time_buckets,)
+        self.time_bias = (
+            named(nnx.Param(_NORMAL(rngs.params(), buckets)), "buckets") if config.time_bias else None
+        )
+        values, full = ("heads", "value_width"), (config.full_heads or self.num_heads) * self.value_width
+        self.attention_norm = LayerNorm(inner, full, values, **sizes)
+        out = Dense(inner, config.width, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
+        self.out = named(out, values, "width", **sizes)
 
     def apply(self, x_BSD, ctx: Context, mix):
         batch, length, width = x_BSD.shape
@@ -87,7 +96,8 @@ class HSTU(SequenceModel):
     def __init__(self, config: HSTUConfig, num_items: int, max_len: int, *, rngs: nnx.Rngs):
         self.config = config
         self.columns = ("time",) if config.time_bias else ()
-        self.items = Embedding(num_items + 1, config.width, rngs=rngs)
+        self.items = named(Embedding(num_items + 1, config.width, rngs=rngs), "items", "width")
         init = nnx.initializers.truncated_normal(config.width**-0.5)
-        self.positions = Embedding(max_len, config.width, init=init, rngs=rngs)
+        positions = Embedding(max_len, config.width, init=init, rngs=rngs)
+        self.positions = named(positions, "positions", "width")
         self.blocks = nnx.List([HSTUBlock(config, max_len, rngs=rngs) for _ in range(config.num_layers)])

@@ -11,6 +11,7 @@ from rec_jax.nn.blocks import FeedForward
 from rec_jax.nn.context import Block, Context
 from rec_jax.nn.convolution import CausalConv
 from rec_jax.nn.dense import Dense
+from rec_jax.nn.dims import named
 from rec_jax.nn.norm import LayerNorm
 from rec_jax.nn.recurrence import LinearRecurrence
 from rec_jax.tables.embedding import Embedding
@@ -47,12 +48,14 @@ class GatedRecurrence(nnx.Module):
     """
 
     def __init__(self, width: int, conv_width: int, *, rngs: nnx.Rngs):
-        self.branches = Dense(width, 2 * width, kernel_init=_INIT, rngs=rngs)
+        branches = Dense(width, 2 * width, kernel_init=_INIT, rngs=rngs)
+        self.branches = named(branches, "width", (2, "width"))
         self.conv = CausalConv(width, conv_width, rngs=rngs) if conv_width else None
-        self.gates = Dense(width, 2 * width, kernel_init=_INIT, rngs=rngs)
+        gates = Dense(width, 2 * width, kernel_init=_INIT, rngs=rngs)
+        self.gates = named(gates, "width", (2, "width"))
         rate_D = -jnp.log(jnp.linspace(*FIRST_DECAYS, width)) / DECAY_POWER
-        self.rate = nnx.Param(jnp.log(jnp.expm1(rate_D)))  # L, before its softplus
-        self.out = Dense(width, width, kernel_init=_INIT, rngs=rngs)
+        self.rate = named(nnx.Param(jnp.log(jnp.expm1(rate_D))), "width")  # L, before its softplus
+        self.out = named(Dense(width, width, kernel_init=_INIT, rngs=rngs), "width", "width")
 
     def __call__(self, x_BSD, ctx: Context, mix):
         """mix: see `nn.context.Block`."""
@@ -80,9 +83,9 @@ class LRUBlock(Block):
     """
 
     def __init__(self, config: LRUConfig, *, rngs: nnx.Rngs):
-        self.recurrence_norm = LayerNorm(config.width)
+        self.recurrence_norm = LayerNorm(config.width, config.full_width)
         self.recurrence = GatedRecurrence(config.width, config.conv_width, rngs=rngs)
-        self.ff_norm = LayerNorm(config.width)
+        self.ff_norm = LayerNorm(config.width, config.full_width)
         self.ff = FeedForward(config.width, config.ff_width, "gelu", rngs=rngs)
         self.rate = config.dropout
 
@@ -108,6 +111,6 @@ class LRURec(SequenceModel):
     def __init__(self, config: LRUConfig, num_items: int, max_len: int, *, rngs: nnx.Rngs):
         """max_len: any length will do."""
         self.config = config
-        self.items = Embedding(num_items + 1, config.width, rngs=rngs)
+        self.items = named(Embedding(num_items + 1, config.width, rngs=rngs), "items", "width")
         self.blocks = nnx.List([LRUBlock(config, rngs=rngs) for _ in range(config.num_layers)])
-        self.final_norm = LayerNorm(config.width)
+        self.final_norm = LayerNorm(config.width, config.full_width)

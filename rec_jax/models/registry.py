@@ -13,6 +13,7 @@ from rec_jax.models.lru import LRUConfig, LRURec
 from rec_jax.models.sasrec import SASRec, SASRecConfig
 from rec_jax.models.semantic_ids import Codes, CodesConfig, numbered_codes
 from rec_jax.models.tiger import Tiger, TigerConfig
+from rec_jax.nn.dims import named
 
 MODELS = {
     SASRecConfig: SASRec,
@@ -36,13 +37,15 @@ def model_builder(config: ModelConfig, num_items: int, max_len: int, codes: Code
     def build(rngs):
         module = build_module(config, num_items, max_len, rngs=rngs, **more)
         if config.num_future > 1:  # made last, so that all others start as without
-            heads = [_future_head(config.table_dim, rngs) for _ in range(1, config.num_future)]
+            heads = [_future_head(config, rngs) for _ in range(1, config.num_future)]
             module.future = nnx.List(heads)
         return module
 
     return build
 
 
-def _future_head(dim: int, rngs: nnx.Rngs) -> nnx.Linear:
-    """Starts by foretelling what the first head does."""
-    return nnx.Linear(dim, dim, use_bias=False, kernel_init=nnx.initializers.zeros, rngs=rngs)
+def _future_head(config, rngs: nnx.Rngs) -> nnx.Linear:
+    """Starts by predicting what the first head does."""
+    dim, name = config.table_dim, config.table_dim_name
+    zeros = nnx.initializers.zeros
+    return named(nnx.Linear(dim, dim, use_bias=False, kernel_init=zeros, rngs=rngs), name, name)

@@ -6,12 +6,12 @@ from typing import Literal
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from rec_jax.models.base import SequenceConfig, SequenceModel
-from rec_jax.nn.blocks import TransformerBlock, TransformerShape, tensor_parallel
+from rec_jax.nn.blocks import TransformerBlock, TransformerShape
 from rec_jax.nn.context import Block
 from rec_jax.nn.dense import dense
+from rec_jax.nn.dims import named
 from rec_jax.nn.experts import Mixture
 from rec_jax.nn.norm import LayerNorm
 from rec_jax.tables.embedding import Embedding
@@ -28,7 +28,6 @@ class SASRecConfig(SequenceConfig):
     item_dim: int = 0  # of the table of items, which a kernel projects to width and back; 0 = width
     share_layers: bool = False  # one block, applied num_layers times
     head_width: int = 0  # 0 = width / num_heads; set where heads or dims were removed from a model
-    full_width: int = 0  # the width before dims were removed, which norms still count; 0 = width
     num_experts: int = 0  # feed-forwards of each layer, of which a router picks a few; 0 = a plain one
     experts_per_token: int = 2
     capacity_factor: float = 1.25  # tokens that an expert takes in training, over an even share of a row's
@@ -47,10 +46,6 @@ class SASRecConfig(SequenceConfig):
             raise ValueError(
                 f"head_width={head_width} (by default width/num_heads) must be even for "
                 "position='rotary' (SASRecConfig)"
-            )
-        if self.full_width and self.full_width < self.width:
-            raise ValueError(
-                f"full_width={self.full_width} must be 0 or at least width={self.width} (SASRecConfig)"
             )
         if self.item_dim and self.l2_normalize:
             raise ValueError(
@@ -71,8 +66,19 @@ class SASRecConfig(SequenceConfig):
 
     @property
     def table_dim(self) -> int:
-        """Of the table of items."""
         return self.item_dim or self.width
+
+    @property
+    def table_dim_name(self) -> str:
+        return "item_dim" if self.item_dim else "width"
+
+    @property
+    def fixed_layers(self) -> str:
+        if self.share_layers:
+            return "shared layers are one block"
+        if self.norm != "pre":
+            return f"under norm={self.norm!r} a layer normalises what passes it by"
+        return ""
 
     def block_shape(self, is_causal: bool) -> TransformerShape:
         mixture = None
@@ -94,9 +100,6 @@ class SASRecConfig(SequenceConfig):
             mixture=mixture,
         )
 
-    def tensor_parallel(self, parts: int) -> dict[str, P]:
-        return tensor_parallel(self.num_heads, self.ff_width, parts, self.num_experts)
-
 
 class SASRec(SequenceModel):
     """A causal transformer with the tied item table.
@@ -109,18 +112,19 @@ class SASRec(SequenceModel):
 
     def __init__(self, config: SASRecConfig, num_items: int, max_len: int, *, rngs: nnx.Rngs):
         self.config = config
-        self.items = Embedding(num_items + 1, config.table_dim, rngs=rngs)
+        self.items = named(
+            Embedding(num_items + 1, config.table_dim, rngs=rngs), "items", config.table_dim_name
+        )
         if config.position == "learned":
-            self.positions = Embedding(max_len, config.width, rngs=rngs)
+            self.positions = named(Embedding(max_len, config.width, rngs=rngs), "positions", "width")
         num_blocks = min(1, config.num_layers) if config.share_layers else config.num_layers
         self.blocks = nnx.List([self.make_block(rngs) for _ in range(num_blocks)])
         self.final_norm = LayerNorm(config.width, config.full_width)
         if config.item_dim:
             # Of variance 1 / item_dim, with which inputs start as large as those of a plain table.
             init = nnx.initializers.lecun_normal()
-            self.project = nnx.Linear(
-                config.item_dim, config.width, use_bias=False, kernel_init=init, rngs=rngs
-            )
+            project = nnx.Linear(config.item_dim, config.width, use_bias=False, kernel_init=init, rngs=rngs)
+            self.project = named(project, "item_dim", "width")
 
     def make_block(self, rngs: nnx.Rngs) -> Block:
         return TransformerBlock(self.config.block_shape(self.is_causal), rngs=rngs)

@@ -7,12 +7,12 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from rec_jax.models.base import SequenceConfig, SequenceModel
 from rec_jax.models.semantic_ids import Codes
-from rec_jax.nn.blocks import TransformerBlock, TransformerShape, tensor_parallel
+from rec_jax.nn.blocks import TransformerBlock, TransformerShape
 from rec_jax.nn.context import Context
+from rec_jax.nn.dims import named
 from rec_jax.nn.norm import LayerNorm
 from rec_jax.tables.embedding import Embedding
 
@@ -39,6 +39,10 @@ class TigerConfig(SequenceConfig):
         if self.l2_normalize:
             raise ValueError("l2_normalize=True needs a table of items, which there is none of (TigerConfig)")
 
+    @property
+    def fixed_layers(self) -> str:
+        return "" if self.norm == "pre" else f"under norm={self.norm!r} a layer normalises what passes it by"
+
     def block_shape(self) -> TransformerShape:
         return TransformerShape(
             width=self.width,
@@ -48,10 +52,8 @@ class TigerConfig(SequenceConfig):
             activation=self.activation,
             dropout=self.dropout,
             norm=self.norm,
+            full_width=self.full_width,
         )
-
-    def tensor_parallel(self, parts: int) -> dict[str, P]:
-        return tensor_parallel(self.num_heads, self.ff_width, parts)
 
 
 class Tiger(SequenceModel):
@@ -75,18 +77,18 @@ class Tiger(SequenceModel):
         self.config, self.codes = config, codes
         if len(codes.codes_VQ) != num_items + 1:
             raise ValueError(f"there are codes of {len(codes.codes_VQ) - 1} items, and {num_items} items")
-        num_places = codes.num_levels * codes.num_codes
-        self.code_table = Embedding(1 + num_places, config.width, rngs=rngs)  # row 0: no item
+        num_places = codes.num_levels * codes.num_codes  # row 0 of both tables stands for no item
+        self.code_table = named(Embedding(1 + num_places, config.width, rngs=rngs), "codes", "width")
         if config.prefixes:
             num_nodes = [len(codes_of) for codes_of in codes.trie.codes]
             self.first_nodes = tuple(1 + sum(num_nodes[:level]) for level in range(codes.num_levels))
-            self.nodes = Embedding(1 + sum(num_nodes), config.width, rngs=rngs)  # row 0: no item
-        self.positions = Embedding(max_len, config.width, rngs=rngs)
-        self.slots = Embedding(codes.num_levels, config.width, rngs=rngs)
+            self.nodes = named(Embedding(1 + sum(num_nodes), config.width, rngs=rngs), "nodes", "width")
+        self.positions = named(Embedding(max_len, config.width, rngs=rngs), "positions", "width")
+        self.slots = named(Embedding(codes.num_levels, config.width, rngs=rngs), "levels", "width")
         self.blocks = nnx.List(
             [TransformerBlock(config.block_shape(), rngs=rngs) for _ in range(config.num_layers)]
         )
-        self.final_norm = LayerNorm(config.width)
+        self.final_norm = LayerNorm(config.width, config.full_width)
 
     def __call__(self, batch, key_B=None, at=None, hidden=None):
         """See SequenceModel; the outputs at whole items."""
@@ -145,11 +147,11 @@ class Tiger(SequenceModel):
             return jnp.matmul(x, vectors_XD.T.astype(x.dtype), preferred_element_type=jnp.float32)
 
         start = 1 + level * self.codes.num_codes
-        of_codes = scores(self.code_table.embedding[...][start : start + self.codes.num_codes])
+        of_codes = scores(_entries(self.code_table, start, self.codes.num_codes))
         logits = jnp.take_along_axis(of_codes, jnp.asarray(trie.codes[level])[children], axis=-1)
         if self.config.prefixes:
             start, num_nodes = self.first_nodes[level], len(trie.codes[level])
-            vectors_XD = self.nodes.embedding[...][start : start + num_nodes]
+            vectors_XD = _entries(self.nodes, start, num_nodes)
             if num_nodes <= _PRODUCTS * trie.most[level]:
                 logits += jnp.take_along_axis(scores(vectors_XD), children, axis=-1)
             else:
@@ -189,7 +191,8 @@ class Tiger(SequenceModel):
         return self.read_out(x_NKD), cache
 
     def _placed(self, x, positions, slots):
-        return x * self.config.width**0.5 + self.positions(positions) + self.slots(slots)
+        scale = (self.config.full_width or self.config.width) ** 0.5
+        return x * scale + self.positions(positions) + self.slots(slots)
 
     def _vectors(self, items):
         """What stands for the codes of items, [..., Q, D]."""
@@ -210,6 +213,14 @@ class Tiger(SequenceModel):
         x_BSQD = jnp.concatenate([whole_BSD[:, :, None], ahead_BSQD], axis=2)
         x_BSQD = self._placed(x_BSQD, batch.positions[..., None], jnp.arange(self.codes.num_levels))
         return x_BSQD.reshape(x_BSQD.shape[0], -1, x_BSQD.shape[-1])
+
+
+def _entries(table: Embedding, first: int, num: int):
+    """vectors [num, D] of neighbouring entries, of a table that may be quantized."""
+    table_XD = table.embedding[...]
+    if isinstance(table_XD, jax.Array):
+        return table_XD[first : first + num]
+    return table_XD.rows(first + jnp.arange(num))
 
 
 def _following(batch):

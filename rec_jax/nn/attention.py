@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from rec_jax.nn.context import Context
 from rec_jax.nn.dense import Dense, dense
+from rec_jax.nn.dims import named
 from rec_jax.nn.parallel import join, to_parts
 
 # Queries are processed in blocks of about this many, so that keys of the future are not even computed.
@@ -142,10 +143,13 @@ class SelfAttention(nnx.Module):
     ):
         init = nnx.initializers.xavier_uniform()
         self.head_width, self.is_causal, self.is_rotary = head_width, is_causal, is_rotary
-        inner = num_heads * head_width
-        self.query = Dense(width, inner, kernel_init=init, rngs=rngs)
-        self.key_value = nnx.LinearGeneral(width, (2, inner), kernel_init=init, rngs=rngs)
-        self.out = Dense(inner, width, kernel_init=init, rngs=rngs)
+        inner, heads = num_heads * head_width, ("heads", "head_width")
+        query = Dense(width, inner, kernel_init=init, rngs=rngs)
+        key_value = nnx.LinearGeneral(width, (2, inner), kernel_init=init, rngs=rngs)
+        out = Dense(inner, width, kernel_init=init, rngs=rngs)
+        self.query = named(query, "width", heads, heads=num_heads)
+        self.key_value = named(key_value, "width", 2, heads, heads=num_heads)
+        self.out = named(out, heads, "width", heads=num_heads)
 
     def __call__(self, x_BSD, memory_BSD, ctx: Context, mix):
         """Queries from `x_BSD`, keys and values from `memory_BSD`, usually the same array. Positions are read

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import flax.nnx as nnx
-from jax.sharding import PartitionSpec as P
 
 from rec_jax.nn.attention import SelfAttention
 from rec_jax.nn.context import Block, Context
 from rec_jax.nn.dense import Dense
+from rec_jax.nn.dims import named
 from rec_jax.nn.experts import Experts, Mixture
 from rec_jax.nn.norm import LayerNorm
 from rec_jax.nn.parallel import join, to_parts
@@ -52,8 +52,8 @@ class FeedForward(nnx.Module):
 
     def __init__(self, width: int, ff_width: int, activation: str, *, rngs: nnx.Rngs):
         init = nnx.initializers.xavier_uniform()
-        self.up = Dense(width, ff_width, kernel_init=init, rngs=rngs)
-        self.down = Dense(ff_width, width, kernel_init=init, rngs=rngs)
+        self.up = named(Dense(width, ff_width, kernel_init=init, rngs=rngs), "width", "ff_width")
+        self.down = named(Dense(ff_width, width, kernel_init=init, rngs=rngs), "ff_width", "width")
         self.activation = activation
 
     def __call__(self, x_BSD, ctx: Context):
@@ -91,29 +91,3 @@ class TransformerBlock(Block):
         y, penalty_B = self.ff(normed, ctx)
         y = ctx.dropout(y, 2 * ctx.layer + 2, self.rate)
         return (x if self.norm == "pre" else normed) + y, penalty_B
-
-
-def tensor_parallel(num_heads: int, ff_width: int, parts: int, num_experts: int = 0) -> dict[str, P]:
-    """{regex of a parameter's name: how it lies over the mesh axis "model" of `parts` devices}.
-
-    Attention is split by heads, the feed-forward by channels and a mixture by experts, where these can be
-    divided; else they are whole.
-    """
-    split = {}
-    if parts > 1 and num_heads % parts == 0:
-        split |= {
-            r".*attention/query/kernel": P(None, "model"),
-            r".*attention/query/bias": P("model"),
-            r".*attention/key_value/kernel": P(None, None, "model"),
-            r".*attention/key_value/bias": P(None, "model"),
-            r".*attention/out/kernel": P("model"),
-        }
-    if parts > 1 and ff_width % parts == 0:
-        split |= {
-            r".*ff/up/kernel": P(None, "model"),
-            r".*ff/up/bias": P("model"),
-            r".*ff/down/kernel": P("model"),
-        }
-    if parts > 1 and num_experts % parts == 0:
-        split[r".*ff/(up|down)_(kernel|bias)"] = P("model")
-    return split

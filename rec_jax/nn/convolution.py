@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from rec_jax.nn.context import Context
+from rec_jax.nn.dims import named
 
 
 class CausalConv(nnx.Module):
@@ -16,7 +17,8 @@ class CausalConv(nnx.Module):
 
     def __init__(self, width: int, conv_width: int, *, rngs: nnx.Rngs):
         taps = jax.random.normal(rngs.params(), (conv_width, width)) * conv_width**-0.5
-        self.taps, self.bias = nnx.Param(taps), nnx.Param(jnp.zeros(width))
+        self.taps = named(nnx.Param(taps), None, "width")
+        self.bias = named(nnx.Param(jnp.zeros(width)), "width")
 
     def __call__(self, x_BSD, ctx: Context):
         taps_WD = self.taps[...]

@@ -18,6 +18,14 @@ def dense(x_TD, kernel, bias_F=None):
     return y_TF if bias_F is None else y_TF + bias_F.reshape(-1)
 
 
+def dense_each(x_ETD, kernel_EDF):
+    """x[e] @ kernel[e] for each of several experts, [E, T, F]. kernel_EDF: an array, or an object as of
+    `dense`, whose part for expert e is kernel_EDF[e]."""
+    if isinstance(kernel_EDF, jax.Array):
+        return jnp.einsum("etd,edf->etf", x_ETD, kernel_EDF)
+    return jnp.stack([kernel_EDF[e].matmul(x_TD) for e, x_TD in enumerate(x_ETD)])
+
+
 class Dense(nnx.Linear):
     """nnx.Linear by `dense`."""
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from rec_jax.nn.context import Context
+from rec_jax.nn.dense import dense, dense_each
+from rec_jax.nn.dims import named
 from rec_jax.nn.parallel import sum_parts, to_parts
 
 
@@ -70,11 +72,15 @@ class Experts(nnx.Module):
         num, up_width = mixture.num_experts, (2 if is_gated else 1) * ff_width
         init = nnx.initializers.xavier_uniform(batch_axis=0)
         # Near 0, so that all experts begin with about as many tokens.
-        self.router_kernel = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (width, num)))
-        self.up_kernel = nnx.Param(init(rngs.params(), (num, width, up_width)))
-        self.up_bias = nnx.Param(jnp.zeros((num, up_width)))
-        self.down_kernel = nnx.Param(init(rngs.params(), (num, ff_width, width)))
-        self.down_bias = nnx.Param(jnp.zeros((num, width)))
+        router = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (width, num)))
+        self.router_kernel = named(router, "width", None)  # whole wherever experts are split
+        hidden = (2 if is_gated else 1, "expert_width")
+        up = nnx.Param(init(rngs.params(), (num, width, up_width)))
+        self.up_kernel = named(up, "experts", "width", hidden)
+        self.up_bias = named(nnx.Param(jnp.zeros((num, up_width))), "experts", hidden)
+        down = nnx.Param(init(rngs.params(), (num, ff_width, width)))
+        self.down_kernel = named(down, "experts", "expert_width", "width")
+        self.down_bias = named(nnx.Param(jnp.zeros((num, width))), "experts", "width")
         self.mixture, self.activation, self.is_gated = mixture, activation, is_gated
 
     def __call__(self, x, ctx: Context):
@@ -84,10 +90,14 @@ class Experts(nnx.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         _, chosen_TKE, gates_TK = self.route(x_TD)
         gates_TE = jnp.sum(jnp.where(chosen_TKE, gates_TK[..., None], 0), axis=1).astype(x.dtype)
-        hidden_TEF = jnp.einsum("td,edf->tef", x_TD, self.up_kernel[...]) + self.up_bias[...]
-        hidden_TEF = self.activate(hidden_TEF) * gates_TE[..., None]
-        y_TD = jnp.einsum("tef,efd->td", hidden_TEF, self.down_kernel[...])
-        return (y_TD + gates_TE @ self.down_bias[...]).reshape(x.shape), None
+        x_ETD = jnp.broadcast_to(x_TD, (gates_TE.shape[1], *x_TD.shape))
+        y_ETD = self.outputs(x_ETD) * gates_TE.T[..., None]
+        return jnp.sum(y_ETD, axis=0).reshape(x.shape), None
+
+    def outputs(self, x_ETD):
+        """What each expert makes of its tokens."""
+        hidden_ETF = dense_each(x_ETD, self.up_kernel[...]) + self.up_bias[...][:, None]
+        return dense_each(self.activate(hidden_ETF), self.down_kernel[...]) + self.down_bias[...][:, None]
 
     def in_training(self, x_BSD, real_BS):
         """(y_BSD, penalty f32[B]). real_BS: bool; what is False is padding, which gets 0 and takes nobody's
@@ -100,8 +110,7 @@ class Experts(nnx.Module):
         probs_BSE = probs_TE.reshape(batch, length, num)
         penalty_B = config.balance_weight * balance(probs_BSE, chosen_BSE, real_BS)
 
-        kernel_eDF = self.up_kernel[...]
-        here = kernel_eDF.shape[0]
+        here = self.up_bias.shape[0]
         is_split = here < num  # over "model"
         first = jax.lax.axis_index("model") * here if is_split else 0
         capacity = min(length, math.ceil(config.capacity_factor * num_chosen * length / num))
@@ -119,17 +128,14 @@ class Experts(nnx.Module):
             x_BSD, gates_TK = to_parts(x_BSD), to_parts(gates_TK)
         x_AD = jnp.repeat(x_BSD.reshape(-1, width), num_chosen, axis=0)
         x_eND = move(x_AD, move_N, slot_A).reshape(here, batch * capacity, width)
-        hidden_eNF = jnp.einsum("end,edf->enf", x_eND, kernel_eDF) + self.up_bias[...][:, None]
-        y_eND = jnp.einsum("enf,efd->end", self.activate(hidden_eNF), self.down_kernel[...])
-        y_eND += self.down_bias[...][:, None]
-        y_AD = move(y_eND.reshape(num_slots, width), slot_A, move_N)
+        y_AD = move(self.outputs(x_eND).reshape(num_slots, width), slot_A, move_N)
         y_TD = jnp.sum(y_AD.reshape(-1, num_chosen, width) * gates_TK[..., None].astype(y_AD.dtype), axis=1)
         return (sum_parts(y_TD) if is_split else y_TD).reshape(x_BSD.shape), penalty_B
 
     def route(self, x_TD):
         """(probabilities f32[T, E], bool[T, K, E] which expert each choice is, gates f32[T, K])."""
         num_chosen = self.mixture.experts_per_token
-        logits_TE = jnp.dot(x_TD.astype(jnp.float32), self.router_kernel[...].astype(jnp.float32))
+        logits_TE = dense(x_TD.astype(jnp.float32), self.router_kernel[...])
         probs_TE = jax.nn.softmax(logits_TE)
         expert_TK = jax.lax.top_k(jax.lax.stop_gradient(probs_TE), num_chosen)[1]
         chosen_TKE = expert_TK[..., None] == jnp.arange(probs_TE.shape[1])

@@ -6,6 +6,8 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 
+from rec_jax.nn.dims import named
+
 EPSILON = 1e-6
 
 
@@ -51,10 +53,11 @@ layer_norm.defvjp(_forward, _backward)
 
 
 class LayerNorm(nnx.Module):
-    def __init__(self, width: int, full_width: int = 0):
+    def __init__(self, width: int, full_width: int = 0, dim="width", **sizes: int):
+        """dim, sizes: the name of the dim, see `nn.dims`."""
         self.full_width = full_width
-        self.scale = nnx.Param(jnp.ones(width))
-        self.bias = nnx.Param(jnp.zeros(width))
+        self.scale = named(nnx.Param(jnp.ones(width)), dim, **sizes)
+        self.bias = named(nnx.Param(jnp.zeros(width)), dim, **sizes)
 
     def __call__(self, x):
         return layer_norm(x, self.scale[...], self.bias[...], self.full_width)

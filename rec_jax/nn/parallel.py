@@ -6,14 +6,13 @@ Source: Shoeybi et al., arXiv 1909.08053, for the pair of functions around a spl
 SC'20 (arXiv 1910.02054), for parameters of which each device keeps a part.
 """
 
-import re
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from rec_jax.nn.dense import dense
+from rec_jax.nn.dims import outermost, sizes_of
 from rec_jax.tree import leaf_names
 
 
@@ -42,22 +41,41 @@ def join(linear, x_TF, is_split: bool):
     return sum_parts(dense(x_TF, linear.kernel[...])) + linear.bias[...]
 
 
-def partition(params, split: dict[str, P], mesh: Mesh, *, fully_sharded: bool):
-    """A tree of PartitionSpecs. split: {regex of a parameter's name: how it lies over "model"}.
+_SPLIT = ("heads", "ff_width", "experts")  # names of dims that blocks can compute in parts
+
+
+def split_dims(dims: dict[str, tuple], parts: int) -> dict[str, int]:
+    """{name of a parameter: the dim that is split over "model"}: heads, channels and experts, in blocks
+    where `parts` divides them and all parameters have them in contiguous pieces; elsewhere they are whole."""
+    splits, whole = [], set()
+    for name, param_dims in dims.items():
+        block = name.split("/")[:2]
+        for index, dim in enumerate(param_dims):
+            for unit in sizes_of(dim):
+                outer, size = outermost(dim)
+                if outer == unit and size % parts == 0:
+                    splits.append((name, index, (*block, unit)))
+                else:
+                    whole.add((*block, unit))
+    return {
+        name: index for name, index, unit in splits if parts > 1 and unit[-1] in _SPLIT and unit not in whole
+    }
+
+
+def partition(params, dims: dict[str, tuple], mesh: Mesh, *, fully_sharded: bool):
+    """A tree of PartitionSpecs. dims: see `nn.dims`; parameters that have none are whole along "model".
 
     fully_sharded: also over "data", along the largest dim that it divides and that is whole.
     """
+    split = split_dims(dims, mesh.shape["model"])
 
     def spec_of(name: str, x) -> P:
-        dims = [None] * x.ndim
-        for pattern, spec in split.items():
-            if re.fullmatch(pattern, name):
-                dims[: len(spec)] = spec
+        axes = ["model" if split.get(name) == d else None for d in range(x.ndim)]
         size = mesh.shape["data"]
-        free = [d for d in range(x.ndim) if dims[d] is None and x.shape[d] % size == 0]
+        free = [d for d in range(x.ndim) if axes[d] is None and x.shape[d] % size == 0]
         if fully_sharded and free and size > 1:
-            dims[max(free, key=lambda d: x.shape[d])] = "data"
-        return P(*dims)
+            axes[max(free, key=lambda d: x.shape[d])] = "data"
+        return P(*axes)
 
     names = leaf_names(params)
     return jax.tree.unflatten(jax.tree.structure(params), [spec_of(*item) for item in names.items()])

@@ -5,7 +5,7 @@ zero. There is one scale for each output channel of a kernel and for each row of
 two to a byte: byte j of a row holds dim j in its lower half and dim j + ceil(D/2) in its upper one.
 
 From the library qwix: `QArray`, codes with their scale, and `dot_general`, which multiplies two of them in
-integers. What it lacks is here: tables (rows by id, scores, the best items), codes of 4 bits that take 4 bits
+integers. What it lacks is here: tables (rows by id, scores), codes of 4 bits that take 4 bits
 (jnp.int4 takes a byte on a CPU) and inputs with a zero point for the price of one product. Its providers
 quantize whole models by intercepting their operations; here a model reads parameters, and some know how to
 multiply themselves (`rec_jax.nn.dense`).
@@ -13,11 +13,13 @@ multiply themselves (`rec_jax.nn.dense`).
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
-import qwix
+
+if TYPE_CHECKING:
+    import qwix  # slow to import, and needed for integers only
 
 _SLICE_ELEMENTS = 2**18  # of a table that are unpacked at once: 1 MiB of f32
 _ROWS_BY_COLUMNS = (((1,), (0,)), ((), ()))
@@ -25,11 +27,11 @@ _ROWS_BY_ROWS = (((1,), (1,)), ((), ()))
 
 
 class ParamValue:
-    """What may be the value of an nnx.Param, which is read as `param[...]`."""
+    """What may be the value of an nnx.Param, which is read as `param[...]`. One for several experts is a tree
+    whose arrays have these in dim 0; `param[...][e]` is that of expert e."""
 
     def __getitem__(self, index):
-        assert index is ...
-        return self
+        return self if index is ... else jax.tree.map(lambda x: x[index], self)
 
 
 def code_limits(bits: int, symmetric: bool) -> tuple[int, int]:
@@ -73,7 +75,7 @@ class QuantizedKernel(ParamValue):
     int8[1, 1]. The latter two multiply integers.
     """
 
-    weight: qwix.QArray
+    weight: "qwix.QArray"
     input_scale: jax.Array | None = None
     input_zero: jax.Array | None = None
     inputs: Literal["float", "dynamic", "static"] = field(default="float", metadata={"static": True})
@@ -91,6 +93,8 @@ class QuantizedKernel(ParamValue):
         if self.inputs == "float":  # scaled after the product: for few tokens, y is less than the kernel
             y_TF = jnp.dot(x_TD, codes_DF.astype(x_TD.dtype), preferred_element_type=jnp.float32)
             return (y_TF * scale_1F).astype(x_TD.dtype)
+        import qwix
+
         scale_T1 = token_scale(x_TD) if self.inputs == "dynamic" else self.input_scale.astype(jnp.float32)
         x_codes = qwix.QArray(encode(x_TD, scale_T1, self.input_zero), scale_T1)
         y_TF = qwix.dot_general(x_codes, qwix.QArray(codes_DF, scale_1F), _ROWS_BY_COLUMNS)
@@ -142,16 +146,10 @@ class QuantizedTable(ParamValue):
         zero_V1 = None if self.zero_V is None else self.zero_V[:, None]
         return decode(self._unpack(self.codes), self.scale_V[:, None], zero_V1)
 
-    def scores(self, x_BD, integer: bool = False) -> jax.Array:
-        """f32[B, V]: dot products of x with every row, in f32; or in integers, with x cut to 8 bits."""
+    def scores(self, x_BD) -> jax.Array:
+        """f32[B, V]: dot products of x with every row, in f32."""
         x_BD = x_BD.astype(jnp.float32)
-        if integer:
-            scale_B1 = token_scale(x_BD)
-            x_codes_BD = encode(x_BD, scale_B1)
-            x_BD = decode(x_codes_BD, scale_B1)
-            out_BV = _integer_dot(x_codes_BD, self._unpack(self.codes)) * scale_B1
-        else:
-            out_BV = self._float_dot(x_BD)
+        out_BV = self._float_dot(x_BD)
         if self.zero_V is not None:
             out_BV -= jnp.sum(x_BD, -1, keepdims=True) * self.zero_V
         return out_BV * self.scale_V.astype(jnp.float32)
@@ -167,13 +165,6 @@ class QuantizedTable(ParamValue):
             return jax.lax.dynamic_update_slice(out_BV, out_Bv, (0, i * size))
 
         return jax.lax.fori_loop(0, -(-num_rows // size), fill, jnp.zeros((len(x_BD), num_rows)))
-
-
-def _integer_dot(x_BD, codes_vD):
-    """int32[B, v]. XLA:CPU has a fast product of matrices of int8, but for a single row: that is doubled."""
-    if len(x_BD) == 1:
-        return _integer_dot(jnp.concatenate([x_BD, x_BD]), codes_vD)[:1]
-    return jax.lax.dot_general(x_BD, codes_vD, _ROWS_BY_ROWS, preferred_element_type=jnp.int32)
 
 
 def pack_int4(codes) -> jax.Array:
@@ -195,25 +186,6 @@ def score_items(x_BD, table) -> jax.Array:
     if isinstance(table, QuantizedTable):
         return table.scores(x_BD)
     return jnp.matmul(x_BD, table.T, preferred_element_type=jnp.float32)
-
-
-def quantized_top_k(x_BD, table: QuantizedTable, k: int, num_candidates: int, table_VD=None):
-    """The k best items of each query: (scores f32[B, k], ids int32[B, k]), best first, never row 0 (padding).
-
-    Scores in integers choose num_candidates items; these are scored anew in f32, by the rows of table_VD if
-    given, else by those of the table. The more candidates, the fewer of the best are missed.
-
-    Raises: ValueError if k is more than the candidates or the items.
-    """
-    num_items = table.shape[0] - 1
-    if not 1 <= k <= min(num_candidates, num_items):
-        raise ValueError(f"k={k} must be from 1 to num_candidates={num_candidates} and the {num_items} items")
-    rough_BV = table.scores(x_BD, integer=True).at[:, 0].set(-jnp.inf)
-    _, ids_BC = jax.lax.top_k(rough_BV, min(num_candidates, num_items))
-    rows_BCD = table.rows(ids_BC) if table_VD is None else table_VD[ids_BC]
-    scores_BC = jnp.einsum("BD,BCD->BC", x_BD, rows_BCD, preferred_element_type=jnp.float32)
-    scores_BK, best_BK = jax.lax.top_k(scores_BC, k)
-    return scores_BK, jnp.take_along_axis(ids_BC, best_BK, -1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -6,6 +6,7 @@ its own items, and only counts and its best items travel.
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,12 +43,14 @@ class Scores:
     """Scores of every item for B queries.
 
     values_BV: f32[B, V + 1] in the order of ids; column 0 (padding) is not read. With a placement:
-    f32[B, placement.size], a column for each row of the row-sharded array, as P(None, AXES).
+    f32[B, placement.size], a column for each row of the row-sharded array, as P(None, AXES). num_items:
+    int32, if the ids above it are spare entries of a table that grows; None = all are items.
     """
 
     values_BV: jax.Array
     placement: Placement | None = field(default=None, metadata={"static": True})
     mesh: Mesh | None = field(default=None, metadata={"static": True})
+    num_items: Any = None
 
     @partial(jax.jit, static_argnames=("top_k", "filter_seen"))
     def rank(self, targets_B, seen, sampled_BN=None, *, top_k: int, filter_seen: bool = True) -> Ranks:
@@ -130,22 +133,24 @@ class Scores:
         """part(columns, values_Bv, *args) of the whole, or of the columns of each device."""
         if self.placement is None:
             values_BV = self.values_BV.astype(jnp.float32)
-            return part(_Columns(values_BV.shape[1]), values_BV, *args)
+            return part(_Columns(values_BV.shape[1], self.num_items), values_BV, *args)
 
-        def local(values_Bv, *args):
-            return part(_ShardColumns(values_Bv.shape[1], self.placement), values_Bv, *args)
+        def local(values_Bv, num_items, *args):
+            return part(_ShardColumns(values_Bv.shape[1], self.placement, num_items), values_Bv, *args)
 
-        specs = P(None, AXES), *(P() for _ in args)
+        specs = P(None, AXES), P(), *(P() for _ in args)
         return jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=P(), check_vma=False)(
-            self.values_BV, *args
+            self.values_BV, self.num_items, *args
         )
 
 
 class _Columns:
     """All columns of an array of scores. ids_v: the id of each, 0 for what is no item."""
 
-    def __init__(self, size: int):
-        self.ids_v = jnp.arange(size)
+    def __init__(self, size: int, num_items=None):
+        ids_v = jnp.arange(size)
+        self._has_spare = num_items is not None
+        self.ids_v = jnp.where(ids_v <= num_items, ids_v, 0) if self._has_spare else ids_v
 
     def of(self, ids):
         """The column of each id."""
@@ -160,6 +165,8 @@ class _Columns:
 
     def items_only(self, values_Bv):
         """-inf in place of the scores of what is no item."""
+        if self._has_spare:
+            return jnp.where(self.ids_v > 0, values_Bv, -jnp.inf)
         return values_Bv.at[:, 0].set(-jnp.inf)
 
     def top_k(self, values_Bv, k: int):
@@ -175,10 +182,11 @@ class _Columns:
 class _ShardColumns(_Columns):
     """The columns of one device, inside a shard_map."""
 
-    def __init__(self, size: int, placement: Placement):
+    def __init__(self, size: int, placement: Placement, num_items=None):
         self._placement, self._size, self._first = placement, size, shard_index() * size
         ids_v = placement.to_ids(self._first + jnp.arange(size))
-        self.ids_v = jnp.where(ids_v < placement.num_rows, ids_v, 0)
+        last = placement.num_rows - 1 if num_items is None else num_items
+        self.ids_v = jnp.where(ids_v <= last, ids_v, 0)
 
     def of(self, ids):
         """Ids of other devices get a column beyond the last."""
@@ -216,12 +224,13 @@ class Catalogue:
     """The vectors of all items; a score is the dot product with a query.
 
     vectors: [V + 1, D], an array or a QuantizedTable; row 0 is padding. With a placement: the row-sharded
-    array [placement.size, D], as P(AXES).
+    array [placement.size, D], as P(AXES). num_items: as of `Scores`.
     """
 
     vectors: jax.Array | QuantizedTable
     placement: Placement | None = field(default=None, metadata={"static": True})
     mesh: Mesh | None = field(default=None, metadata={"static": True})
+    num_items: Any = None
 
     @jax.jit
     def scores(self, x_BD) -> Scores:
@@ -230,7 +239,7 @@ class Catalogue:
         if self.placement is not None:
             sharding = NamedSharding(self.mesh, P(None, AXES))
             scores_BV = jax.lax.with_sharding_constraint(scores_BV, sharding)
-        return Scores(scores_BV, self.placement, self.mesh)
+        return Scores(scores_BV, self.placement, self.mesh, self.num_items)
 
     def cross_entropy(self, x_TD, targets_T, weights_T, bias_V=None) -> jax.Array:
         """Sum over tokens of weight * (log of the sum of exp(scores) - score of the target), a f32 scalar.

@@ -9,6 +9,7 @@ import numpy as np
 from rec_jax.hashing import mix, words
 
 _BUCKET_SITE, _COIN_SITE = 2**30, 2**30 + 1  # far from those of dropouts
+_NEVER = -1e30  # the bias of an entry that stands for no item yet
 _SHARED = 1  # sets the key of shared negatives apart from those of rows
 
 
@@ -59,8 +60,11 @@ def _bucket(key_B, shape, num_items: int):
     return (words(key_B, _BUCKET_SITE, shape) % jnp.uint32(num_items)).astype(jnp.int32)
 
 
-def make_sampler(kind: str, item_counts: np.ndarray) -> Sampler | UniformSampler:
-    """item_counts: int[V + 1] training events of each item id (row 0 unused).
+def make_sampler(
+    kind: str, item_counts: np.ndarray, num_items: int | None = None
+) -> Sampler | UniformSampler:
+    """item_counts: int[V + 1] training events of each item id (row 0 unused). num_items: those that exist, if
+    the ids above it are spare entries, which are never drawn.
 
     kind: "uniform", or "popularity": in proportion to the count, an unseen item counting as one event so
     that every item can be drawn and log-probabilities stay finite. "in_batch" uses the second's
@@ -70,12 +74,15 @@ def make_sampler(kind: str, item_counts: np.ndarray) -> Sampler | UniformSampler
         raise ValueError(f"sampler={kind!r}: use uniform, popularity or in_batch (LossConfig)")
     if len(item_counts) < 2:
         raise ValueError("the catalogue is empty: no item to draw negatives from")
-    if kind == "uniform":
+    if kind == "uniform" and num_items is None:
         return UniformSampler(len(item_counts) - 1)
-    weights = np.maximum(np.asarray(item_counts[1:], np.float64), 1)
+    weights = np.maximum(np.asarray(item_counts[1:], np.float64), 1) ** (kind != "uniform")
+    if num_items is not None:
+        weights[num_items:] = 0
     probs = weights / weights.sum()
     accept, alias = _alias_table(probs)
-    log_prob = np.concatenate([[-np.inf], np.log(probs)])
+    with np.errstate(divide="ignore"):
+        log_prob = np.concatenate([[-np.inf], np.log(probs)])
     return Sampler(
         jnp.asarray(accept, jnp.float32), jnp.asarray(alias, jnp.int32), jnp.asarray(log_prob, jnp.float32)
     )
@@ -107,14 +114,21 @@ class ItemPrior:
     bias_V: jax.Array | None = None
 
 
-def make_prior(config, item_counts: np.ndarray) -> ItemPrior:
-    """config: a LossConfig. item_counts: int[V + 1] training events of each item (row 0 unused)."""
+def make_prior(config, item_counts: np.ndarray, num_items: int | None = None) -> ItemPrior:
+    """config: a LossConfig. item_counts: int[V + 1] training events of each item (row 0 unused). num_items:
+    those that exist, if the ids above it are spare entries of a table that grows: they are never drawn or
+    scored.
+    """
     weight_V = bias_V = None
+    if num_items is not None:
+        bias_V = jnp.where(jnp.arange(len(item_counts)) <= num_items, 0.0, _NEVER)
     if config.ips_power:
         weight_V = jnp.asarray(propensity_weights(item_counts, config.ips_power, config.ips_clip))
     if config.popularity_discount:
-        bias_V = jnp.asarray(config.popularity_discount * log_popularity(item_counts))
-    return ItemPrior(make_sampler(getattr(config, "sampler", "uniform"), item_counts), weight_V, bias_V)
+        discount_V = jnp.asarray(config.popularity_discount * log_popularity(item_counts))
+        bias_V = discount_V if bias_V is None else bias_V + discount_V
+    sampler = make_sampler(getattr(config, "sampler", "uniform"), item_counts, num_items)
+    return ItemPrior(sampler, weight_V, bias_V)
 
 
 def propensity_weights(item_counts: np.ndarray, power: float, clip: float) -> np.ndarray:

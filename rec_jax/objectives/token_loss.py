@@ -141,8 +141,7 @@ def softmax(config: SoftmaxConfig) -> TokenLoss:
         weights_T = (targets_T > 0).astype(jnp.float32)
         if config.ips_power:
             weights_T *= prior.weight_V[targets_T]
-        bias_V = prior.bias_V if config.popularity_discount else None
-        return catalogue.cross_entropy(x_TD, targets_T, weights_T, bias_V)
+        return catalogue.cross_entropy(x_TD, targets_T, weights_T, prior.bias_V)
 
     return loss
 

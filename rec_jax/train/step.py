@@ -53,6 +53,10 @@ class TrainStep:
     but for rounding. On a CPU small micro-batches stay in cache. All randomness follows from (seed,
     state.step, row of the batch).
 
+    A table can have spare entries: made for more items than there are, with a `fixed` whose prior says how
+    many exist (`objectives.negatives.make_prior(..., num_items)`). Another prior may be put into `fixed` at
+    any time; that compiles nothing.
+
     metrics: {"loss": (sum, tokens), "grad_norm": (norm, 1), "tokens": (tokens, 1)} of f32 scalars; with
     tables also "table_rounds": (rounds, 1), more than 1 where ids exceeded the capacity of an exchange.
     """

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rec_jax.compress import distill
 from rec_jax.data.batch import Batch
+from rec_jax.objectives import distill
 from rec_jax.objectives.distill import DistillConfig, distill_sum, similarity_sum, soft_cross_entropy
-from rec_jax.objectives.token_loss import Negatives
+from rec_jax.objectives.negatives import Negatives, UniformSampler
 
 B, S, V = 3, 5, 11
 
@@ -108,8 +108,8 @@ def test_a_ranking_is_its_first_places_with_falling_weights():
 
 
 def draw(batch):
-    ids = np.random.default_rng(2).integers(1, V, (B, 1, 4)).astype(np.int32)
-    return Negatives(jnp.asarray(ids), jnp.asarray(np.log(np.full(ids.shape, 1 / (V - 1), np.float32))))
+    ids = jnp.asarray(np.random.default_rng(2).integers(1, V, (B, 1, 4)).astype(np.int32))
+    return Negatives.of(ids, UniformSampler(V - 1))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from rec_jax.data.histories import Histories, leave_one_out
 from rec_jax.data.packing import plan_packing
-from rec_jax.data.pipeline import BatchSource, make_iterator
+from rec_jax.data.pipeline import BatchSource, EpochPlan, make_iterator
 
 
 def make_data(lengths, seed=0):
@@ -24,7 +24,10 @@ def make_data(lengths, seed=0):
 
 def source(data, **kwargs):
     defaults = {"max_len": 8, "batch_rows": 4, "epochs": 3, "seed": 0}
-    return BatchSource(*data, **(defaults | kwargs))
+    fields = defaults | kwargs
+    plan = EpochPlan(**{name: x for name, x in fields.items() if name in EpochPlan.__dataclass_fields__})
+    others = {name: x for name, x in fields.items() if name not in EpochPlan.__dataclass_fields__}
+    return BatchSource(*data, plan, **others)
 
 
 def segments_of(batch):
@@ -142,7 +145,7 @@ def test_devices_get_equal_work():
     """Every device has as many rows of one length; their real tokens differ by hardly more than an empty
     row."""
     histories, split = make_data(np.random.default_rng(0).integers(5, 32, 2000))
-    source = BatchSource(histories, split, max_len=20, batch_rows=16, epochs=1, seed=0)
+    source = BatchSource(histories, split, EpochPlan(max_len=20, batch_rows=16, epochs=1, seed=0))
     for step in range(len(source)):
         tokens = (source[step].segments > 0).reshape(8, -1).sum(1)  # of 8 devices with 2 rows each
         assert tokens.max() - tokens.min() <= 20 + 5

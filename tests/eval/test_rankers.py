@@ -23,6 +23,7 @@ from rec_jax.models.sasrec import SASRecConfig
 from rec_jax.models.scoring import SequenceRanker, top_items
 from rec_jax.models.semantic_ids import CodesConfig, numbered_codes
 from rec_jax.models.tiger import TigerConfig
+from rec_jax.nn.quantized import QuantizedTable
 from rec_jax.objectives.catalogue import Catalogue
 from rec_jax.tables.layouts import RowSharded
 from rec_jax.tables.tables import Table, Tables
@@ -152,6 +153,14 @@ def test_a_catalogue_scores_some_items_and_the_best_without_a_ranker():
     order = 1 + np.argsort(-(x_BD @ table_VD.T)[:, 1:])[:, :4]
     for each in (catalogue, sharded):
         np.testing.assert_array_equal(each.scores(x_BD).top_k(4)[1], order)
+
+
+def test_padding_is_never_listed():
+    codes = jnp.full((4, 2), -100, jnp.int8).at[0].set(127)
+    table = QuantizedTable(codes, jnp.ones(4, jnp.bfloat16), None, 8, 2)
+    for vectors in (table, table.dequantize()):
+        _, ids = Catalogue(vectors).scores(jnp.ones((1, 2))).top_k(4)
+        assert sorted(np.asarray(ids)[0].tolist()) == [0, 1, 2, 3] and ids[0, 3] == 0
 
 
 def test_one_program_gives_the_best_items_of_whole_histories():

@@ -97,7 +97,7 @@ def test_a_convolution_of_less_than_nothing_is_refused():
 def test_channels_of_the_feed_forward_lie_over_the_mesh():
     model, _ = make()
     mesh = make_mesh(MeshConfig(data=2, model=4))
-    specs = partition(model.abstract_params, CONFIG.tensor_parallel(4), mesh, fully_sharded=False)
+    specs = partition(model.abstract_params, model.dims, mesh, fully_sharded=False)
     ff = specs["blocks"][0]["ff"]
     assert ff["gate_up"]["kernel"] == P(None, None, "model") and ff["gate_up"]["bias"] == P(None, "model")
     assert ff["down"]["kernel"] == P("model", None) and ff["down"]["bias"] == P(None)

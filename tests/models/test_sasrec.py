@@ -13,7 +13,6 @@ from rec_jax.hashing import row_keys
 from rec_jax.mesh import MeshConfig, make_mesh
 from rec_jax.models.base import init_model
 from rec_jax.models.sasrec import SASRec, SASRecConfig
-from rec_jax.nn.blocks import tensor_parallel
 from rec_jax.nn.parallel import partition
 
 NUM_ITEMS, MAX_LEN = 20, 12
@@ -158,8 +157,7 @@ def test_heads_wider_than_the_input_can_be_split_over_devices():
     """Each of two devices has half the heads, which are as wide as the whole input."""
     config, model, params = make(num_heads=4, head_width=4, num_layers=1)
     mesh = make_mesh(MeshConfig(data=1, model=2))
-    split = tensor_parallel(config.num_heads, config.ff_width, 2)
-    specs = partition(params, split, mesh, fully_sharded=False)
+    specs = partition(params, model.dims, mesh, fully_sharded=False)
     assert specs["blocks"][0]["attention"]["query"]["kernel"] == P(None, "model")
 
     @jax.jit

@@ -59,7 +59,7 @@ def forward(batch):
 def slow(history):
     """Scores after the last MAX_LEN events of one history, alone in its row."""
     history = np.asarray(history)[-MAX_LEN:]
-    return np.asarray(forward(pack([[history]], MAX_LEN)))[len(history) - 1]
+    return np.asarray(forward(pack([[history]], length=MAX_LEN)))[len(history) - 1]
 
 
 def check(scores, histories):

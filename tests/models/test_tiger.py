@@ -19,6 +19,7 @@ from rec_jax.models.beam import beam_search
 from rec_jax.models.registry import model_builder
 from rec_jax.models.semantic_ids import Codes, CodesConfig, numbered_codes
 from rec_jax.models.tiger import Tiger, TigerConfig
+from rec_jax.objectives.distill import DistillConfig
 from rec_jax.objectives.token_loss import BCEConfig
 from rec_jax.run_config import ExperimentConfig
 from rec_jax.tables.config import TableConfig
@@ -161,7 +162,7 @@ def test_a_step_is_the_same_when_heads_and_channels_are_split():
     [
         ({"loss": BCEConfig()}, "loss.type='bce'"),
         ({"table": TableConfig(layout="rows")}, "table=TableConfig.*layout='rows'.*has none"),
-        ({"compress": CompressConfig(recipe="int8")}, "compress="),
+        ({"compress": CompressConfig(distill=DistillConfig(("run",)))}, "compress.distill.teachers="),
         ({"precision": PrecisionConfig(output="f32")}, "precision.output='f32'"),
     ],
 )

@@ -19,7 +19,6 @@ from rec_jax.nn.quantized import (
     encode,
     fake_quantize,
     pack_int4,
-    quantized_top_k,
     score_items,
     unpack_int4,
 )
@@ -151,13 +150,6 @@ def test_the_compiled_product(inputs, zero, expected):
     assert dot_types(dense, jnp.ones((16, 128)), kernel) == [expected]
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_compiled_scores_in_integers(bits):
-    table, _, _ = make_table(200, 64, bits)
-    types = dot_types(lambda x, table: table.scores(x, integer=True), jnp.ones((16, 64)), table)
-    assert types == [("s32", ["s8", "s8"])]
-
-
 TABLES = [(8, 6, True), (8, 6, False), (4, 6, True), (4, 7, True), (4, 7, False)]
 
 
@@ -197,19 +189,6 @@ def test_scores_in_f32(bits, dim, symmetric, slice_rows, monkeypatch):
     np.testing.assert_allclose(scores, x_BD.astype(np.float64) @ expected.T, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("num_queries", [1, 4])
-@pytest.mark.parametrize("bits, dim, symmetric", TABLES)
-def test_scores_in_integers(bits, dim, symmetric, num_queries):
-    table, codes, expected = make_table(30, dim, bits, symmetric)
-    x_BD, x_codes = make_inputs(num_queries, dim)
-    scores = table.scores(x_BD, integer=True)
-    if symmetric:  # nothing but two products by scales is rounded
-        sums = (x_codes.astype(np.int32) @ codes.T.astype(np.int32)).astype(F32)
-        np.testing.assert_array_equal(scores, sums * STEP * np.asarray(table.scale_V, F32))
-    exact = (x_codes * np.float64(STEP)) @ expected.T.astype(np.float64)
-    np.testing.assert_allclose(scores, exact, rtol=1e-4, atol=1e-4)
-
-
 def test_scores_of_a_plain_table_are_summed_in_f32():
     x_BD, table_VD = (
         jnp.ones((1, 512), jnp.bfloat16),
@@ -217,57 +196,6 @@ def test_scores_of_a_plain_table_are_summed_in_f32():
     )
     scores = score_items(x_BD, table_VD)
     np.testing.assert_array_equal(scores, np.full((1, 2), 1 + 511 / 128, F32))
-
-
-def best_items(scores_BV, k):
-    return np.argsort(-scores_BV[:, 1:], axis=1, kind="stable")[:, :k] + 1
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_the_best_of_all_items_are_exact(bits):
-    table, _, expected = make_table(60, 8, bits)
-    x_BD = RNG.normal(size=(5, 8)).astype(F32)
-    exact = x_BD @ expected.T
-    scores, ids = quantized_top_k(x_BD, table, 10, 60)
-    np.testing.assert_array_equal(ids, best_items(exact, 10))
-    np.testing.assert_allclose(scores, np.take_along_axis(exact, np.asarray(ids), 1), rtol=1e-5, atol=1e-5)
-    assert quantized_top_k(x_BD, table, 59, 60)[1].min() == 1  # all items, and no padding
-
-
-def test_candidates_are_scored_anew_by_the_rows_of_a_given_table():
-    table, _, read = make_table(60, 8, 4)
-    exact_VD = (read + RNG.normal(size=read.shape) * 0.05).astype(F32)
-    x_BD = RNG.normal(size=(5, 8)).astype(F32)
-    _, ids = quantized_top_k(x_BD, table, 10, 60, jnp.asarray(exact_VD))
-    np.testing.assert_array_equal(ids, best_items(x_BD @ exact_VD.T, 10))
-    assert np.any(best_items(x_BD @ exact_VD.T, 10) != best_items(x_BD @ read.T, 10))
-
-
-def test_padding_is_no_candidate():
-    codes = jnp.full((4, 2), -100, jnp.int8).at[0].set(127)
-    table = QuantizedTable(codes, jnp.ones(4, jnp.bfloat16), None, 8, 2)
-    _, ids = quantized_top_k(jnp.ones((1, 2)), table, 3, 4)
-    np.testing.assert_array_equal(np.sort(ids), [[1, 2, 3]])
-
-
-def test_few_candidates_hold_most_of_the_best():
-    table, _, expected = make_table(2000, 32)
-    x_BD = RNG.normal(size=(20, 32)).astype(F32)
-    best = best_items(x_BD @ expected.T, 20)
-    recall = {}
-    for num_candidates in (20, 40):
-        _, ids = quantized_top_k(x_BD, table, 20, num_candidates)
-        recall[num_candidates] = np.mean(
-            [len(set(a) & set(b)) / 20 for a, b in zip(np.asarray(ids), best, strict=True)]
-        )
-    assert 0.9 <= recall[20] <= recall[40] and recall[40] >= 0.999
-
-
-@pytest.mark.parametrize("k, num_candidates", [(0, 5), (6, 5), (30, 40)])
-def test_too_many_items_are_an_error(k, num_candidates):
-    table, _, _ = make_table(30, 4)
-    with pytest.raises(ValueError, match=f"k={k} must be"):
-        quantized_top_k(jnp.ones((1, 4)), table, k, num_candidates)
 
 
 @pytest.mark.parametrize("zero, inside", [(None, [-7, 7]), (2, [-10, 5])])

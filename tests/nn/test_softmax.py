@@ -6,7 +6,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rec_jax.mesh import MeshConfig, make_mesh
-from rec_jax.nn import softmax
+from rec_jax.objectives import softmax
 from rec_jax.tables.exchange import AXES, Placement, shard_index
 
 D = 8

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from rec_jax.nn import sparse as sparse_lib
+from rec_jax.tables import sparse as sparse_lib
 from rec_jax.tables.sparse import (
     catch_up_adam,
     dedupe,

@@ -28,9 +28,9 @@ ADAGRAD = OptimConfig(type="adagrad", learning_rate=0.1)
 
 
 def train(program, state, first, last, num_batches=100):
-    step, losses = program.make_step(), []
+    losses = []
     for index in range(first, last):
-        state, metrics = step(state, place_batch(make_batch(index % num_batches), program.mesh))
+        state, metrics = program(state, place_batch(make_batch(index % num_batches), program.mesh))
         losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
     return state, losses
 
@@ -46,9 +46,9 @@ SPLIT = {"num_heads": 4, "micro_rows": 2, "fully_sharded": True}
 def test_masks_stay_through_training_and_a_move_to_another_mesh():
     fields = {"compress": PRUNE, "optim": OptimConfig(type="adamw", weight_decay=0.1), "num_heads": 4}
     whole = make_program(**fields)
-    state, expected = train(whole, whole.init_state(), 0, 10)
+    state, expected = train(whole, whole.init(initial_params(MODEL)), 0, 10)
     one = make_program(devices=8, **fields | SPLIT | {"micro_rows": 1})
-    state_8, losses = train(one, one.init_state(), 0, 4)
+    state_8, losses = train(one, one.init(initial_params(MODEL)), 0, 4)
     before = zeros(state_8.params)
     two = make_program(devices=2, model_axis=4, **fields | SPLIT)
     moved = jax.device_put(jax.device_get(state_8), shardings(two.mesh, two.state_specs))
@@ -60,10 +60,10 @@ def test_masks_stay_through_training_and_a_move_to_another_mesh():
         assert np.all(after[name][before[name]]), name  # what was masked before the move still is
     share = sum(after[name].sum() for name in matched) / sum(after[name].size for name in matched)
     assert 0.6 <= share < 0.61
-    masks = leaf_names(jax.device_get(state_2.opt_state.masks))
+    masks = leaf_names(jax.device_get(state_2.opt_state[0].masks))
     for name in matched:
         np.testing.assert_array_equal(~masks[name], after[name])
-    kernel = state_2.opt_state.masks["blocks"][0]["ff"]["up"]["kernel"]
+    kernel = state_2.opt_state[0].masks["blocks"][0]["ff"]["up"]["kernel"]
     assert kernel.sharding == state_2.params["blocks"][0]["ff"]["up"]["kernel"].sharding
 
 
@@ -71,7 +71,7 @@ def test_zeros_of_the_beginning_are_held():
     base = jax.tree.map(lambda x: np.where(np.abs(x) < 0.02, 0, x), initial_params(MODEL))
     hold = CompressConfig(prune=PruneConfig(hold=WEIGHTS))
     program = make_program(compress=hold, optim=ADAGRAD)
-    state, _ = train(program, program.init_state(base), 0, 3)
+    state, _ = train(program, program.init(base), 0, 3)
     for name, was_zero in zeros(base).items():
         if name.endswith(("kernel", "embedding")):
             is_zero = zeros(state.params)[name]
@@ -81,18 +81,18 @@ def test_zeros_of_the_beginning_are_held():
 def test_quantization_aware_training_sees_what_will_be_stored():
     quant = QuantConfig(names=WEIGHTS, aware=True)
     program = make_program(compress=CompressConfig(quant=quant), optim=ADAGRAD)
-    state, losses = train(program, program.init_state(), 0, 3)
-    seen = program.extras.final(state.params)
+    state, losses = train(program, program.init(initial_params(MODEL)), 0, 3)
+    seen = program.objective.final(state.params)
     stored = dequantize_params(quantize_params(jax.device_get(state.params), quant))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), seen, stored)
     plain = make_program(optim=ADAGRAD)
-    assert losses != train(plain, plain.init_state(), 0, 3)[1]
+    assert losses != train(plain, plain.init(initial_params(MODEL)), 0, 3)[1]
 
 
 def test_quantization_aware_training_begins_when_it_should():
     def losses(**fields):
         program = make_program(optim=ADAGRAD, **fields)
-        return train(program, program.init_state(), 0, 7)[1]
+        return train(program, program.init(initial_params(MODEL)), 0, 7)[1]
 
     late = QuantConfig(names=WEIGHTS, inputs="dynamic", table_bits=4, aware=True, aware_from=0.5)  # of 10
     plain, aware = losses(), losses(compress=CompressConfig(quant=late))
@@ -117,19 +117,19 @@ def test_a_distilled_student_learns_the_same_on_every_mesh():
         make_program(micro_rows=2, **fields),
         make_program(devices=2, model_axis=4, **fields | SPLIT),
     )
-    expected = train(whole, whole.init_state(), 0, 3)[1]
-    np.testing.assert_allclose(train(split, split.init_state(), 0, 3)[1], expected, rtol=1e-4)
+    expected = train(whole, whole.init(initial_params(MODEL)), 0, 3)[1]
+    np.testing.assert_allclose(train(split, split.init(initial_params(MODEL)), 0, 3)[1], expected, rtol=1e-4)
 
 
 def test_adapters_learn_and_the_base_does_not():
     lora = CompressConfig(lora=LoraConfig(names=".*(query|up)/kernel", rank=2))
     base = initial_params(MODEL)
     program = make_program(compress=lora, base=base, optim=OptimConfig(type="adam", learning_rate=0.05))
-    state = program.init_state(base)
-    first = program.extras.merged(state.params)
+    state = program.init(base)
+    first = program.objective.merged(state.params)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(first), base)  # adapters start at zero
     state, losses = train(program, state, 0, 10)
-    merged = leaf_names(jax.device_get(program.extras.merged(state.params)))
+    merged = leaf_names(jax.device_get(program.objective.merged(state.params)))
     changed = {name for name, x in leaf_names(base).items() if np.any(merged[name] != x)}
     assert changed == {"blocks/0/attention/query/kernel", "blocks/0/ff/up/kernel"}
     assert sum(x.size for x in jax.tree.leaves(state.params)) == 2 * (8 * 2 + 2 * 8)
@@ -147,7 +147,7 @@ def test_everything_at_once_in_bf16():
     )
     precision = PrecisionConfig(compute="bf16", output="f32")
     program = make_program(compress=compress, precision=precision, optim=ADAGRAD, teachers=[teacher(12)])
-    state, losses = train(program, program.init_state(), 0, 10, num_batches=1)
+    state, losses = train(program, program.init(initial_params(MODEL)), 0, 10, num_batches=1)
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
     stored = quantize_params(jax.device_get(state.params), compress.quant)
     codes = [x for x in jax.tree.leaves(stored) if x.dtype == jnp.int8]
@@ -182,4 +182,4 @@ def test_a_regex_that_matches_nothing_lists_the_names():
     ):
         with pytest.raises(ValueError, match="matches no parameter.*items/embedding"):
             program = make_program(compress=compress)
-            train(program, program.init_state(), 0, 1)
+            train(program, program.init(initial_params(MODEL)), 0, 1)

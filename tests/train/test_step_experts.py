@@ -84,7 +84,7 @@ def test_experts_lie_over_the_mesh_where_they_can_be_divided(config_class, num_e
     config = mixture(config_class, num_experts=num_experts)
     model = define_model(model_builder(config, NUM_ITEMS, LENGTH))
     mesh = make_mesh(MeshConfig(data=2, model=4))
-    specs = partition(model.abstract_params, config.tensor_parallel(4), mesh, fully_sharded=False)
+    specs = partition(model.abstract_params, model.dims, mesh, fully_sharded=False)
     ff = specs["blocks"][0]["ff"]
     assert ff["up_kernel"] == ff["down_kernel"] == P(axis, None, None)
     assert ff["up_bias"] == ff["down_bias"] == P(axis, None) and ff["router_kernel"] == P(None, None)
