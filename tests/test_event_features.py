@@ -16,6 +16,7 @@ import pytest
 from rec_jax.data.datasets import DataConfig, load_dataset
 from rec_jax.data.pipeline import BatchSource, EpochPlan
 from rec_jax.data.queries import Queries
+from rec_jax.data.schema import Feature
 from rec_jax.eval.evaluator import EvalConfig
 from rec_jax.experiment import Experiment, ExperimentConfig
 from rec_jax.hashing import row_keys
@@ -39,14 +40,18 @@ MAX_LEN = 8
 SMALL = {"width": 8, "ff_width": 8, "num_heads": 1, "num_layers": 1, "dropout": 0.0}
 
 
+DEVICE = Feature("device", "id", values=("", "a", "b", "c"))
+
+
 class ReadsDevice:
     """Adds the vector of an event's device, and how long it was watched along another."""
 
     columns = ("device", "dwell")
 
-    def __init__(self, config, num_items, max_len, *, rngs):
+    def __init__(self, config, num_items, max_len, *, schema=(DEVICE,), rngs):
         super().__init__(config, num_items, max_len, rngs=rngs)
-        self.devices = named(Embedding(4, config.width, rngs=rngs), "devices", "width")
+        (device,) = [feature for feature in schema if feature.name == "device"]
+        self.devices = named(Embedding(device.num_ids + 1, config.width, rngs=rngs), "devices", "width")
         dwell = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (config.width,)))
         self.dwell = named(dwell, "width")
 
@@ -360,7 +365,7 @@ def run_config(monkeypatch):
 
 def two_steps(config, dataset):
     """(losses, parameters before, parameters after)."""
-    model, params = init_model(model_builder(config.model, NUM_ITEMS, MAX_LEN), seed=0)
+    model, params = init_model(model_builder(config.model, NUM_ITEMS, MAX_LEN, schema=dataset.schema), seed=0)
     before, losses = jax.device_get(params), []
     counts = dataset.split.train_item_counts(dataset.histories)
     step = make_step(config, model, counts, make_mesh(config.mesh), neighbours_VK=NEIGHBOURS)
