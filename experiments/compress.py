@@ -27,14 +27,18 @@ turns; and the operations that the compiler counts in each program.
 validation.
 """
 
+import contextlib
+import itertools
+import json
 import pathlib
+import re
 import sys
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 
-from experiments.launch import launch
+from experiments.launch import launch, switch_types
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a trained run.")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory of the compressed run; made if it is not there.")
@@ -124,10 +128,23 @@ def _diagnose(parent, output):
 
 
 def _define_config():
-    """Every key of a config is a flag, without a file."""
-    from configs.common import base
+    """Every key of the trained run's config is a flag."""
+    config = switch_types(_config_of_run())
+    return config_flags.DEFINE_config_dict("config", config, "Changes to the config of the trained run.")
 
-    return config_flags.DEFINE_config_dict("config", base(), "Changes to the config of the trained run.")
+
+def _config_of_run():
+    """That of --workdir, which is read before flags are; the default one where there is no run to read."""
+    from configs.common import base
+    from rec_jax.config import build, to_config_dict
+    from rec_jax.run_config import ExperimentConfig
+
+    for flag, after in itertools.pairwise([*sys.argv, ""]):
+        if found := re.fullmatch(r"--?workdir(?:=(.*))?", flag):
+            path = pathlib.Path(found[1] or after) / "config.json"
+            with contextlib.suppress(OSError, ValueError):  # what is wrong, is said when the run is opened
+                return to_config_dict(build(ExperimentConfig, json.loads(path.read_text())))
+    return base()
 
 
 if __name__ == "__main__":

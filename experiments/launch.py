@@ -53,17 +53,17 @@ def launch(main) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
-class ConfigParser(config_flags.config_flags.ConfigFileFlagParser):
+class ConfigParser(config_flags.ConfigFileFlagParser):
     """Loads a config file; a flag such as --config.loss.type=gbce chooses the keys of its section, so it is
     applied first, wherever it stands on the command line."""
 
     def parse(self, path):
         config = super().parse(path)
-        switch_types(config)
-        return config
+        return switch_types(config)
 
 
-def switch_types(config) -> None:
+def switch_types(config):
+    """The config, its sections of the types that flags name."""
     from rec_jax.config import switch_type
     from rec_jax.run_config import ExperimentConfig
 
@@ -71,12 +71,13 @@ def switch_types(config) -> None:
         if found := re.fullmatch(r"--?config\.(\w+)\.type(?:=(.*))?", flag):
             with config.unlocked():
                 switch_type(ExperimentConfig, config, found[1], after if found[2] is None else found[2])
+    return config
 
 
-def define_config(help_string: str):
+def define_config(help_string: str, flag_values=flags.FLAGS):
     """--config=FILE[:variant], every key of which is a flag."""
-    holder = config_flags.DEFINE_config_file("config", None, help_string)
-    flags.FLAGS["config"].parser = ConfigParser("config")
+    holder = config_flags.DEFINE_config_file("config", None, help_string, flag_values)
+    flag_values["config"].parser = ConfigParser("config")
     return holder
 
 

@@ -21,8 +21,8 @@ from rec_jax.compress.quant import observe_inputs, quantize_params
 from rec_jax.compress.shrink import ShrinkConfig, choose_units, num_units, shrink, shrunk_config
 from rec_jax.compress.shrink import check as check_shrink
 from rec_jax.compress.work import answer_multiply_adds
-from rec_jax.config import build, to_config_dict
-from rec_jax.experiment import Experiment, model_builder, write_json
+from rec_jax.config import build, override, to_config_dict
+from rec_jax.experiment import Experiment, write_json
 from rec_jax.models.base import define_model, init_model
 from rec_jax.objectives.negatives import make_prior
 from rec_jax.objectives.objective import Fixed, Objective, StepContext
@@ -124,7 +124,7 @@ def recipe_config(parent: Experiment, overrides: dict) -> ExperimentConfig:
         raise ValueError(f"compress.recipe={recipe!r} is unknown: use {', '.join(RECIPES)} (CompressConfig)")
     if recipe:
         RECIPES[recipe](cfg, parent)
-    cfg.update_from_flattened_dict(overrides)
+    override(ExperimentConfig, cfg, overrides)
     config = build(ExperimentConfig, cfg)
     if not recipe and config.compress == CompressConfig() and config.model == parent.config.model:
         raise ValueError(
@@ -147,7 +147,7 @@ def student_width(parent: Experiment, share: float) -> int:
     model, most = parent.config.model, share * parent.num_params
     for width in range(model.width, 0, -2 * getattr(model, "num_heads", 1)):
         small = _narrowed(parent.config, width)
-        builder = model_builder(small, parent.histories.num_items)
+        builder = parent.builder(small)
         if num_params(define_model(builder).abstract_params) <= most:
             return width
     raise ValueError(f"no width gives {share:.0%} of the parameters of {parent.workdir}: set model.width")
@@ -171,14 +171,14 @@ def half_the_work(parent: Experiment) -> ShrinkConfig:
     head, or where the model cannot shrink so.
     """
     model, units = parent.config.model, num_units(parent.model)
-    max_len, num_items = parent.config.data.max_len, parent.histories.num_items
+    max_len = parent.config.data.max_len
     heads, ff_width = max(1, units.get("heads", 0) // 2), units.get("ff_width", 0)
     fixed = {"heads": heads} if "heads" in units else {}
     most = answer_multiply_adds(parent.model, max_len) / 2
 
     def is_half(left: ShrinkConfig) -> bool:
         small = dataclasses.replace(parent.config, model=shrunk_config(model, left))
-        return answer_multiply_adds(define_model(model_builder(small, num_items)), max_len) <= most
+        return answer_multiply_adds(define_model(parent.builder(small)), max_len) <= most
 
     channels = [ShrinkConfig(**fixed, ff_width=x) for x in range(ff_width, ff_width // 4, -4)]
     dims = []
@@ -315,6 +315,6 @@ def _student(parent: Experiment, config: ExperimentConfig, params):
         return factorise_model(model, params, config.model.item_dim)[1]
     if not config.compress.distill.teachers:
         return None
-    builder = model_builder(config, parent.histories.num_items)
+    builder = parent.builder(config)
     fresh = jax.device_get(init_model(builder, config.seed)[1])
     return student_from(parent.config.model, params, config.model, fresh)

@@ -54,6 +54,18 @@ def to_config_dict(config) -> ConfigDict:
     )
 
 
+def override(cls, cfg: ConfigDict, values: Mapping[str, Any]) -> None:
+    """Sets keys of `cfg`, {"loss.type": "gbce", "loss.num_negatives": 64}: types first, for they choose which
+    keys there are.
+
+    cls: the dataclass of the whole config. Raises ValueError as `switch_type`, KeyError for an unknown key.
+    """
+    for name, value in values.items():
+        if name.endswith(".type"):
+            switch_type(cls, cfg, name.removesuffix(".type"), value)
+    cfg.update_from_flattened_dict(values)
+
+
 def switch_type(cls, cfg: ConfigDict, section: str, new: str) -> None:
     """Makes `cfg.section` the config of another type: what the new type has too keeps the value that `cfg`
     gives it, where that is not the default of the old type; all else is at the new type's defaults.

@@ -16,7 +16,7 @@ from rec_jax import processes
 from rec_jax.compress.prune import last_rewind
 from rec_jax.compress.quant import dequantize_params
 from rec_jax.compress.training import first_share_in_force
-from rec_jax.config import build, to_config_dict
+from rec_jax.config import build, override, to_config_dict
 from rec_jax.data.datasets import load_dataset
 from rec_jax.data.pipeline import BatchSource, EpochPlan, make_iterator
 from rec_jax.eval.evaluator import check_eval, evaluate
@@ -68,14 +68,18 @@ class Experiment:
         self.codes = codes
         if codes is None and MODELS[type(config.model)].generates:
             self.codes = load_codes(config.codes, config.data, self.dataset, self.workdir, config.seed)
-        self._build = model_builder(config, self.histories.num_items, self.codes)
-        self.model = define_model(self._build)
+        self.model = define_model(self.builder(config))
         if missing := set(self.model.columns) - {feature.name for feature in self.dataset.schema}:
             fields = " and ".join(sorted({"data.time" if x == "time" else "data.features" for x in missing}))
             raise ValueError(
                 f"model.type={config.model.type!r} reads {', '.join(sorted(missing))} of each event, and "
                 f"this log has none: name the column by {fields}, or see how the model's config does without"
             )
+
+    def builder(self, config: ExperimentConfig):
+        """rngs -> the module of a config on this data set."""
+        num_items, max_len = self.histories.num_items, config.data.max_len
+        return registered_builder(config.model, num_items, max_len, self.codes, self.dataset.schema)
 
     def _with_layout(self, config: ExperimentConfig) -> ExperimentConfig:
         """The config with the layout of the table that this run began with, or that the plan chooses: another
@@ -102,7 +106,7 @@ class Experiment:
             cfg = to_config_dict(build(ExperimentConfig, trained.config))
         except ValueError as error:
             raise ValueError(f"{workdir} was {OTHER_VERSION} ({error})") from error
-        cfg.update_from_flattened_dict(overrides or {})
+        override(ExperimentConfig, cfg, overrides or {})
         config = build(ExperimentConfig, cfg)
         if config.mesh.data * config.mesh.model > jax.device_count():
             print(f"mesh: the run had {config.mesh}, here are {jax.device_count()} devices", flush=True)
@@ -226,7 +230,9 @@ class Experiment:
 
     def first_params(self):
         """What a training starts from: given parameters of the model, or those drawn by the seed."""
-        return init_model(self._build, self.config.seed)[1] if self._base is None else self._base
+        return (
+            init_model(self.builder(self.config), self.config.seed)[1] if self._base is None else self._base
+        )
 
     def _run_info(self) -> dict:
         """What must be the same when the run resumes."""

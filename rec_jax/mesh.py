@@ -65,8 +65,15 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
 
 def replicate(tree, mesh: Mesh):
-    """Places every leaf whole on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, P()))
+    """Places every leaf whole on every device; of several processes all have the same."""
+    sharding = NamedSharding(mesh, P())
+
+    def place(leaf):
+        if isinstance(leaf, np.ndarray) and jax.process_count() > 1:
+            return jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
+        return jax.device_put(leaf, sharding)
+
+    return jax.tree.map(place, tree)
 
 
 def place_batch(batch, mesh: Mesh):

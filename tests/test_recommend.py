@@ -2,6 +2,9 @@
 
 import csv
 import dataclasses
+import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -218,6 +221,18 @@ def test_a_file_appears_when_it_is_complete(sasrec, tmp_path, monkeypatch):
     assert [x.name for x in tmp_path.iterdir()] == ["lists.csv"] and path.read_text() == "of yesterday"
     with pytest.raises(ValueError, match="must end in .parquet or .csv"):
         lists.write_lists(tmp_path / "lists.txt", sasrec, np.arange(5), 3)
+
+
+def test_it_starts_without_what_only_training_needs(workdirs):
+    """Seconds of imports are seconds that somebody waits for a list."""
+    slow_imports = "grain orbax matplotlib pyarrow tensorboardX scipy qwix tqdm rec_jax.experiment"
+    code = (
+        f"import sys, rec_jax; print(rec_jax.load({str(workdirs / 'sasrec')!r}).recommend(['i1', 'i2']));"
+        f"print('imported:', *set({slow_imports.split()}) & set(sys.modules))"
+    )
+    root = pathlib.Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert "the 10 best next items" in done.stdout and "imported:\n" in done.stdout, done.stdout + done.stderr
 
 
 def test_broken_scores_are_an_error(workdirs, tmp_path):

@@ -13,6 +13,7 @@ from rec_jax.data.batch import Batch
 from rec_jax.hashing import Site
 from rec_jax.nn.context import Block, Cache, Context
 from rec_jax.nn.dense import dense
+from rec_jax.nn.dims import dims_of
 from rec_jax.nn.norm import LayerNorm, unit
 from rec_jax.tables.embedding import Embedding
 
@@ -242,7 +243,7 @@ def define_model(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     graphdef, state = nnx.split(module, nnx.Param)
     abstract_params = jax.tree.map(_abstract, nnx.to_pure_dict(state))
-    dims = {"/".join(map(str, path)): x.get_metadata("dims") for path, x in nnx.to_flat_state(state)}
+    dims = {"/".join(map(str, path)): dims_of(x) for path, x in nnx.to_flat_state(state)}
     return Model(
         graphdef,
         abstract_params,

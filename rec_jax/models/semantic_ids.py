@@ -7,14 +7,14 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from rec_jax import processes
-from rec_jax.data.content import content_digest, content_vectors
-from rec_jax.data.datasets import DataConfig, Dataset
-from rec_jax.models.quantizers import residual_kmeans, rqvae
+
+if TYPE_CHECKING:  # slow to import, and needed to make codes only
+    from rec_jax.data.datasets import DataConfig, Dataset
 
 _FILE = "codes.npz"
 
@@ -124,6 +124,8 @@ def make_codes(vectors_VF: np.ndarray, config: CodesConfig, counts_V: np.ndarray
 
     Raises ValueError if codes lie idle or too many items share theirs.
     """
+    from rec_jax.models.quantizers import residual_kmeans, rqvae
+
     x_NF, sizes = vectors_VF[1:], (config.num_levels, config.num_codes)
     if config.method == "kmeans":
         codes_NQ = residual_kmeans(x_NF, *sizes, seed)[0]
@@ -176,12 +178,16 @@ def _check(config: CodesConfig, used: list[float], shared: float, largest: int) 
         )
 
 
-def load_codes(config: CodesConfig, data: DataConfig, dataset: Dataset, workdir: Path, seed: int) -> Codes:
+def load_codes(
+    config: CodesConfig, data: "DataConfig", dataset: "Dataset", workdir: Path, seed: int
+) -> Codes:
     """The codes of a run, made unless they are in its workdir.
 
     Raises ValueError for codes that were made from another config, log, split or content, and where a trained
     model has lost its codes.
     """
+    from rec_jax.data.content import content_digest, content_vectors
+
     path = Path(workdir) / _FILE
     if not path.exists() and (Path(workdir) / "checkpoints").exists():
         raise ValueError(

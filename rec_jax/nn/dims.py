@@ -34,6 +34,11 @@ def named(made, *dims, **sizes: int):
     return made
 
 
+def dims_of(variable: nnx.Variable) -> tuple[Dim, ...]:
+    """The names that `named` gave it, or none: then nothing splits or shrinks it."""
+    return variable.get_metadata().get("dims") or tuple((((None, size),),) for size in variable.shape)
+
+
 def _resolve(dim, size: int, sizes: dict[str, int]) -> Dim:
     parts = []
     for part in dim if isinstance(dim, list) else [dim]:

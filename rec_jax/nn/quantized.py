@@ -13,11 +13,13 @@ multiply themselves (`rec_jax.nn.dense`).
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
-import qwix
+
+if TYPE_CHECKING:
+    import qwix  # slow to import, and needed for integers only
 
 _SLICE_ELEMENTS = 2**18  # of a table that are unpacked at once: 1 MiB of f32
 _ROWS_BY_COLUMNS = (((1,), (0,)), ((), ()))
@@ -73,7 +75,7 @@ class QuantizedKernel(ParamValue):
     int8[1, 1]. The latter two multiply integers.
     """
 
-    weight: qwix.QArray
+    weight: "qwix.QArray"
     input_scale: jax.Array | None = None
     input_zero: jax.Array | None = None
     inputs: Literal["float", "dynamic", "static"] = field(default="float", metadata={"static": True})
@@ -91,6 +93,8 @@ class QuantizedKernel(ParamValue):
         if self.inputs == "float":  # scaled after the product: for few tokens, y is less than the kernel
             y_TF = jnp.dot(x_TD, codes_DF.astype(x_TD.dtype), preferred_element_type=jnp.float32)
             return (y_TF * scale_1F).astype(x_TD.dtype)
+        import qwix
+
         scale_T1 = token_scale(x_TD) if self.inputs == "dynamic" else self.input_scale.astype(jnp.float32)
         x_codes = qwix.QArray(encode(x_TD, scale_T1, self.input_zero), scale_T1)
         y_TF = qwix.dot_general(x_codes, qwix.QArray(codes_DF, scale_1F), _ROWS_BY_COLUMNS)

@@ -60,11 +60,8 @@ class Replicated:
 
     def init(self, optimizer, arrays):
         """The state of the optimizer, its rows lying where those of the table do."""
-        specs = self.state_specs(jax.eval_shape(self.init_state(optimizer), arrays))
-        return jax.jit(self.init_state(optimizer), out_shardings=shardings(self.mesh, specs))(arrays)
-
-    def init_state(self, optimizer):
-        return optimizer.init
+        specs = self.state_specs(jax.eval_shape(optimizer.init, arrays))
+        return jax.jit(optimizer.init, out_shardings=shardings(self.mesh, specs))(arrays)
 
     def arrange(self, table_VD):
         """What `place` puts on the mesh."""

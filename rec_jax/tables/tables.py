@@ -115,14 +115,6 @@ class Tables:
     def state_specs(self, states: dict) -> dict:
         return self._each(lambda table, x: table.layout.state_specs(x), states)
 
-    def abstract_state(self, whole: dict) -> dict:
-        """Shapes of the optimizers' states, of abstract tables in the order of ids."""
-
-        def state_of(table, x):
-            return jax.eval_shape(table.optimizer.init, jax.eval_shape(table.layout.arrange, x))
-
-        return self._each(state_of, whole)
-
     @property
     def can_catch_up(self) -> bool:
         """Do entries miss steps that must be made up for before a table is read as a whole?"""

@@ -31,6 +31,7 @@ import orbax.checkpoint as ocp
 
 from rec_jax import processes
 from rec_jax.train.same_run import plain_json
+from rec_jax.tree import leaf_names
 
 _NUM_BEST = 2
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -47,13 +48,8 @@ class DamagedError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A checkpoint read back.
-
-    Attributes:
-      state: the pytree of arrays, placed like the target it was restored into.
-      record: the JSON record saved with it: step, data, progress, run_info, digests.
-      path: where it was.
-    """
+    """A checkpoint read back: arrays placed like the target they were restored into, and the JSON record
+    saved with them (step, data, progress, run_info, digests)."""
 
     state: Any
     record: dict
@@ -154,68 +150,59 @@ def restore(directory, state, check: Callable[[dict, pathlib.Path], None] | None
       DamagedError: there are checkpoints, but none is whole.
     """
     directory = pathlib.Path(directory).absolute()
-    reasons = {}
-    for path in _candidates(directory, ("best", "latest")):
-        try:
-            restored = _read(path, state, check)
-        except DamagedError as error:
-            _say(str(error))
-            reasons[path] = str(error)
-            continue
-        for damaged in reasons:
-            if processes.is_first():
-                _set_aside(damaged, directory)
-            processes.wait_for_all()
-        if reasons:
-            step = restored.record["step"]
-            _say(f"falling back to the last good checkpoint, step {step} ({path})")
-        return restored
-    if reasons:
+    restored, reasons = _newest_whole(_candidates(directory, ("best", "latest")), state, check)
+    if restored is None and reasons:
         raise DamagedError(
             f"none of the {len(reasons)} checkpoints in {directory} can be read back: start anew "
             f"with another workdir, or delete {directory} to start anew in this one. "
             + "; ".join(reasons.values())
         )
-    return None
+    for damaged in reasons:
+        if processes.is_first():
+            _set_aside(damaged, directory)
+        processes.wait_for_all()
+    if reasons:
+        _say(f"falling back to the last good checkpoint, step {restored.record['step']} ({restored.path})")
+    return restored
 
 
 def restore_best(directory, params, max_step: int | None = None) -> Restored | None:
-    """The parameters with the best validation score, or None where no evaluation was saved.
+    """The parameters alone of the best validation score, or None where no evaluation was saved.
 
     A damaged best checkpoint is named on stderr and the best before it is used.
 
     Args:
-      directory: the `checkpoints` folder.
       params: a pytree of arrays (or of ShapeDtypeStruct with a sharding) to restore into.
       max_step: checkpoints newer than this are not considered.
-
-    Returns:
-      Restored, whose state is the parameters only.
     """
-    for path in _candidates(pathlib.Path(directory).absolute(), ("best",)):
-        if max_step is not None and int(path.name) > max_step:
-            continue
+    paths = _candidates(pathlib.Path(directory).absolute(), ("best",))
+    if max_step is not None:
+        paths = [path for path in paths if int(path.name) <= max_step]
+    restored, _ = _newest_whole(paths, {"params": params})
+    return restored and dataclasses.replace(restored, state=restored.state["params"])
+
+
+def _newest_whole(paths, target, check=None) -> tuple[Restored | None, dict[pathlib.Path, str]]:
+    """(the first of the checkpoints that is whole, why those before it are not, which are also named on
+    stderr)."""
+    reasons = {}
+    for path in paths:
         try:
-            restored = _read(path, {"params": params})
+            return _read(path, target, check), reasons
         except DamagedError as error:
             _say(str(error))
-            continue
-        return dataclasses.replace(restored, state=restored.state["params"])
-    return None
+            reasons[path] = str(error)
+    return None, reasons
 
 
 def is_finite(params) -> bool:
     """Whether every float of the parameters is finite; waits for them to be computed."""
-    return bool(_all_finite([x for x in jax.tree.leaves(params) if _is_float(x)]))
+    return bool(_all_finite(jax.tree.leaves(params)))
 
 
 @jax.jit
 def _all_finite(leaves: list) -> jax.Array:
-    return jnp.stack([jnp.array(True), *(jnp.isfinite(x).all() for x in leaves)]).all()
-
-
-def _is_float(x) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.array([jnp.isfinite(x).all() for x in leaves]).all()
 
 
 def _candidates(directory: pathlib.Path, kinds) -> list[pathlib.Path]:
@@ -283,10 +270,9 @@ def _digests(state) -> dict[str, int]:
 
     A leaf that is sharded over several processes has none: no process holds all of its bytes.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): _digest(leaf)
-        for path, leaf in leaves
+        name: _digest(leaf)
+        for name, leaf in leaf_names(state).items()
         if leaf.is_fully_addressable or leaf.is_fully_replicated
     }
 

@@ -75,9 +75,17 @@ class Monitor:
         return read_metrics(self._workdir / "metrics.jsonl")
 
     def plot(self, metric: str) -> None:
-        """Draws `curves.png`: the training loss and the validation metric by step."""
+        """Draws `curves.png`: the training loss and the validation metric (`ndcg@10`) by step."""
+        figure, lines = Figure(figsize=(10, 4), layout="constrained"), self.history()
+        for panel, name in zip(figure.subplots(1, 2), ("train/loss", f"val/{metric}"), strict=True):
+            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+            style = "-" if name == "train/loss" else "o-"
+            if points:
+                panel.plot(*zip(*points, strict=True), style, markersize=3, linewidth=1)
+            panel.set(xlabel="step", title=name)
+            panel.grid(alpha=0.3)
         with _full_disk_reported(self._workdir):
-            plot_curves(self.history(), metric, self._workdir / "curves.png")
+            figure.savefig(self._workdir / "curves.png", dpi=120)
 
     def close(self) -> None:
         self._bar.close()
@@ -152,21 +160,6 @@ def read_metrics(path) -> list[dict]:
         if isinstance(line, dict) and "step" in line:
             lines.append(line)
     return lines
-
-
-def plot_curves(lines: list[dict], metric: str, path) -> None:
-    """Draws the training loss and the validation `metric` (`ndcg@10`) side by side."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for panel, name in zip(panels, ("train/loss", f"val/{metric}"), strict=True):
-        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-        style = "-" if name == "train/loss" else "o-"
-        if points:
-            panel.plot(*zip(*points, strict=True), style, markersize=3, linewidth=1)
-        panel.set_xlabel("step")
-        panel.set_title(name)
-        panel.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
 
 
 def _trim(path: pathlib.Path, step: int, eval_step: int) -> None:

@@ -3,6 +3,8 @@
 import json
 import pathlib
 
+from flax.traverse_util import flatten_dict
+
 # They steer when a run stops, what it writes down and how its work is divided; another mesh only rounds
 # differently.
 _FREE = (
@@ -30,9 +32,13 @@ def plain_json(tree: dict) -> dict:
     return json.loads(json.dumps(tree, default=lambda value: value.item()))
 
 
+def _flat(tree: dict) -> dict:
+    return flatten_dict(plain_json(tree), sep=".")
+
+
 def changes(saved: dict, current: dict) -> dict[str, str]:
     """{"config.train.epochs": "saved 3, now 4"}: the keys whose values differ."""
-    saved, current = _flatten(plain_json(saved)), _flatten(plain_json(current))
+    saved, current = _flat(saved), _flat(current)
     return {
         key: f"saved {saved.get(key, 'nothing')}, now {current.get(key, 'nothing')}"
         for key in sorted(saved.keys() | current.keys())
@@ -62,7 +68,7 @@ def check_same_run(saved: dict, current: dict, path: pathlib.Path, *, is_finishe
             f"the run saved in {path} is another one: {'; '.join(wrong)}. Use a new workdir for the changed "
             "run, or the saved values to resume this one"
         )
-    shares = _shares_of_the_length(_flatten(plain_json(current)))
+    shares = _shares_of_the_length(_flat(current))
     if "config.train.epochs" in different and shares:
         raise ValueError(
             f"train.epochs ({different['config.train.epochs']}): the run saved in {path} cannot be made "
@@ -88,13 +94,3 @@ def _shares_of_the_length(current: dict) -> list[str]:
     if current.get("config.compress.quant.aware") and current["config.compress.quant.aware_from"] > 0:
         found.append(shown("compress.quant.aware_from"))
     return found
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -1,8 +1,14 @@
-"""What is said of a key that a config does not have."""
+"""Flags of a config: types that choose keys, and what is said of a key that there is not."""
+
+import pathlib
 
 import pytest
+from absl import flags as absl_flags
 
-from experiments.launch import _models_with
+from experiments.launch import _models_with, define_config
+
+ROOT = pathlib.Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
 
 
 @pytest.mark.parametrize(
@@ -18,3 +24,38 @@ from experiments.launch import _models_with
 def test_models_that_have_the_key(flags, text, hint):
     found = _models_with(["train", *flags], text)
     assert hint in found and bool(hint) == bool(found)
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (
+            ["--config.loss.num_negatives=64", "--config.loss.type=sampled_softmax"],  # in any order
+            {"loss": {"type": "sampled_softmax", "num_negatives": 64, "sampler": "uniform"}},
+        ),
+        (["--config.loss.type", "gbce"], {"loss": {"type": "gbce", "calibration": 0.75}}),
+        (
+            ["--config.model.type=hstu", "--config.model.time_bias=False"],
+            {"model": {"type": "hstu", "time_bias": False, "dropout": 0.3, "width": 128}},  # as the page says
+        ),
+        (["--config.data.format=csv"], {"data": {"format": "csv"}, "loss": {"type": "softmax"}}),
+    ],
+)
+def test_a_type_chooses_the_keys_of_its_section(flags, expected, monkeypatch):
+    flag_values, argv = absl_flags.FlagValues(), ["train", "--config=configs/sasrec_ml1m.py", *flags]
+    monkeypatch.setattr("sys.argv", argv)
+    monkeypatch.chdir(ROOT)
+    holder = define_config("A config.", flag_values)
+    flag_values(argv)
+    for section, values in expected.items():
+        assert {key: holder.value[section][key] for key in values} == values
+
+
+def test_a_type_that_is_none(monkeypatch):
+    argv = ["train", "--config=configs/sasrec_ml1m.py", "--config.loss.type=gbcee"]
+    monkeypatch.setattr("sys.argv", argv)
+    monkeypatch.chdir(ROOT)
+    flag_values = absl_flags.FlagValues()
+    define_config("A config.", flag_values)
+    with pytest.raises((ValueError, absl_flags.IllegalFlagValueError), match="did you mean 'gbce'"):
+        flag_values(argv)
