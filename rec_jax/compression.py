@@ -181,6 +181,7 @@ def half_the_work(parent: Experiment) -> ShrinkConfig:
         return answer_multiply_adds(define_model(parent.builder(small)), max_len) <= most
 
     channels = [ShrinkConfig(**fixed, ff_width=x) for x in range(ff_width, ff_width // 4, -4)]
+    channels = channels or [ShrinkConfig(**fixed)]
     dims = []
     for width in range(model.width, model.width // 4, -4):
         channel = {"ff_width": max(1, ff_width * width // model.width)} if ff_width else {}
@@ -221,7 +222,7 @@ def compress(parent: Experiment, config: ExperimentConfig, output) -> Experiment
         compress=dataclasses.replace(asked, shrink=ShrinkConfig()),  # it is done
     )
     _check_output(output, config)
-    run = Experiment(config, output, base=params, dataset=parent.dataset)
+    run = Experiment(config, output, base=params, dataset=parent.dataset, codes=parent.codes)
     _share_data(parent, run)
     step = parent.trained.step
     if params is None or _trains(asked):
