@@ -25,8 +25,7 @@ from rec_jax.models.base import define_model, init_model
 from rec_jax.models.baselines import BASELINES, nearest_items
 from rec_jax.models.beam import BeamRanker
 from rec_jax.models.ranker import Ranker, ScoreRanker
-from rec_jax.models.registry import MODELS
-from rec_jax.models.registry import model_builder as registered_builder
+from rec_jax.models.registry import MODELS, model_builder
 from rec_jax.models.scoring import SequenceRanker
 from rec_jax.models.semantic_ids import load_codes
 from rec_jax.objectives.distill import DistillConfig
@@ -41,11 +40,6 @@ from rec_jax.training import make_step, with_layout
 from rec_jax.tree import num_params, pop_leaf, with_leaf
 from rec_jax.versions import OTHER_VERSION
 from rec_jax.workdir import training_lock
-
-
-def model_builder(config: ExperimentConfig, num_items: int, codes=None):
-    """rngs -> the module. codes: of a model that scores semantic ids; None = placeholders."""
-    return registered_builder(config.model, num_items, config.data.max_len, codes)
 
 
 class Experiment:
@@ -79,7 +73,7 @@ class Experiment:
     def builder(self, config: ExperimentConfig):
         """rngs -> the module of a config on this data set."""
         num_items, max_len = self.histories.num_items, config.data.max_len
-        return registered_builder(config.model, num_items, max_len, self.codes, self.dataset.schema)
+        return model_builder(config.model, num_items, max_len, self.codes, self.dataset.schema)
 
     def _with_layout(self, config: ExperimentConfig) -> ExperimentConfig:
         """The config with the layout of the table that this run began with, or that the plan chooses: another
