@@ -1,9 +1,9 @@
-"""Where a table lies on a mesh with the axes "data" and "model", and how its rows are read and updated.
+"""How a table is sharded over a mesh with the axes "data" and "model", and its rows are read and updated.
 
 A batch is split over "data" and whole on every device of "model". Three layouts of one interface:
 
     Replicated   every device has the whole table
-    RowSharded   rows are spread over all devices; distinct ids, rows and gradients are exchanged
+    RowSharded   rows are sharded over all devices; distinct ids, rows and gradients are exchanged
     DimSharded   each device of "model" has some of the dims of all rows
 
 `place`, `unplace` and `init` work on whole arrays, all other methods inside a shard_map over both axes, on
