@@ -1,9 +1,9 @@
-"""Where a table lies on a mesh with the axes "data" and "model", and how its rows are read and updated.
+"""How a table is sharded over a mesh with the axes "data" and "model", and its rows are read and updated.
 
 A batch is split over "data" and whole on every device of "model". Three layouts of one interface:
 
     Replicated   every device has the whole table
-    RowSharded   rows are spread over all devices; distinct ids, rows and gradients are exchanged
+    RowSharded   rows are sharded over all devices; distinct ids, rows and gradients are exchanged
     DimSharded   each device of "model" has some of the dims of all rows
 
 `place`, `unplace` and `init` work on whole arrays, all other methods inside a shard_map over both axes, on
@@ -60,11 +60,8 @@ class Replicated:
 
     def init(self, optimizer, arrays):
         """The state of the optimizer, its rows lying where those of the table do."""
-        specs = self.state_specs(jax.eval_shape(self.init_state(optimizer), arrays))
-        return jax.jit(self.init_state(optimizer), out_shardings=shardings(self.mesh, specs))(arrays)
-
-    def init_state(self, optimizer):
-        return optimizer.init
+        specs = self.state_specs(jax.eval_shape(optimizer.init, arrays))
+        return jax.jit(optimizer.init, out_shardings=shardings(self.mesh, specs))(arrays)
 
     def arrange(self, table_VD):
         """What `place` puts on the mesh."""

@@ -140,14 +140,11 @@ def restore(directory, state, check: Callable[[dict, pathlib.Path], None] | None
     and the one before it is used.
 
     Args:
-      directory: the `checkpoints` folder.
       state: a pytree of arrays: the structure, shapes, types and placement to restore into.
       check: `(record, path)`, raises ValueError if the run must not resume from what was saved there; called
         before the arrays are read.
 
-    Raises:
-      ValueError: by `check`.
-      DamagedError: there are checkpoints, but none is whole.
+    Raises DamagedError if there are checkpoints, but none is whole.
     """
     directory = pathlib.Path(directory).absolute()
     restored, reasons = _newest_whole(_candidates(directory, ("best", "latest")), state, check)
@@ -207,11 +204,7 @@ def _all_finite(leaves: list) -> jax.Array:
 
 def _candidates(directory: pathlib.Path, kinds) -> list[pathlib.Path]:
     """Complete checkpoints, newest first; a half-written one still has a temporary name."""
-    paths = []
-    for kind in kinds:
-        folder = directory / kind
-        if folder.is_dir():
-            paths += [p for p in folder.iterdir() if p.is_dir() and p.name.isdigit()]
+    paths = [path for kind in kinds for path in (directory / kind).glob("*") if path.name.isdigit()]
     # sorted() is stable: of two with one step, the best comes first, as it was evaluated.
     return sorted(paths, key=lambda path: -int(path.name))
 
@@ -310,9 +303,8 @@ def _set_aside(path: pathlib.Path, directory: pathlib.Path) -> None:
 
 def _is_full_disk(error: BaseException | None) -> bool:
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _FULL_DISK:
-            return True
-        if any(text in str(error) for text in _FULL_DISK_TEXTS):
+        is_full = isinstance(error, OSError) and error.errno in _FULL_DISK
+        if is_full or any(text in str(error) for text in _FULL_DISK_TEXTS):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,17 @@ from rec_jax.objectives.objective import Fixed, Objective, StepContext
 from rec_jax.tables.layouts import shardings
 from rec_jax.tables.tables import Tables
 from rec_jax.train.precision import DTYPES
-from rec_jax.train.state import TrainState
 from rec_jax.tree import cast_floats
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step reads and writes."""
+
+    step: jax.Array  # int32 scalar: steps taken
+    params: Any  # nested dict of f32 arrays
+    opt_state: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,55 +89,43 @@ class TrainStep:
     def fixed(self) -> Fixed:
         return self._make_fixed()
 
-    @property
-    def num_traces(self) -> int:
-        return self._jitted._cache_size()
-
     def init(self, params) -> TrainState:
         """The first state on the mesh. params: of the model, tables in the order of ids."""
-        params = self.objective.trained(params)
-        wanted = shardings(self.mesh, self._state_specs(params))
+        return self._init(self.objective.trained(params))
+
+    def _init(self, params) -> TrainState:
+        wanted = shardings(self.mesh, self._state_specs)
         dense, whole = self.tables.split(params)
         dense = jax.device_put(cast_floats(dense, DTYPES[self._settings.params]), wanted.params[0])
         arrays = self.tables.place(whole)
-        states = self.tables.init(arrays)
         opt_state = jax.jit(self._optimizer.init, out_shardings=wanted.opt_state[0])(dense)
         step = jax.device_put(jnp.zeros((), jnp.int32), wanted.step)
-        return TrainState(step, self.tables.join(dense, arrays), (opt_state, states))
+        return TrainState(step, self.tables.join(dense, arrays), (opt_state, self.tables.init(arrays)))
 
     def abstract_state(self) -> TrainState:
         """Shapes and shardings of a state; computes nothing."""
-        params = self.objective.abstract_params
-        wanted = shardings(self.mesh, self.state_specs)
-
-        def init(params):
-            dense, whole = self.tables.split(params)
-            dense = cast_floats(dense, DTYPES[self._settings.params])
-            arrays = {name: self.tables[name].layout.arrange(x) for name, x in whole.items()}
-            states = {name: self.tables[name].optimizer.init(x) for name, x in arrays.items()}
-            opt_state = self._optimizer.init(dense), states
-            return TrainState(jnp.zeros((), jnp.int32), self.tables.join(dense, arrays), opt_state)
-
-        def placed(array, sharding):
-            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-
-        return jax.tree.map(placed, jax.eval_shape(init, params), wanted)
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            jax.eval_shape(self._init, self.objective.abstract_params),
+            shardings(self.mesh, self.state_specs),
+        )
 
     @cached_property
     def state_specs(self) -> TrainState:
         """How a state is placed on the mesh."""
-        specs = self._state_specs(self.objective.abstract_params)
+        specs = self._state_specs
         return TrainState(specs.step, self.tables.join(*specs.params), specs.opt_state)
 
-    def _state_specs(self, params) -> TrainState:
+    @cached_property
+    def _state_specs(self) -> TrainState:
         """The same with (other parameters, tables) apart."""
-        dense, whole = self.tables.split(params)
+        dense, whole = self.tables.split(self.objective.abstract_params)
         opt_state = jax.eval_shape(self._optimizer.init, dense)
         opt_specs = optax.tree.map_params(
             self._optimizer, lambda _, spec: spec, opt_state, self._specs, transform_non_params=lambda _: P()
         )
-        table_specs = self.tables.state_specs(self.tables.abstract_state(whole))
-        return TrainState(P(), (self._specs, self.tables.specs), (opt_specs, table_specs))
+        states = jax.eval_shape(lambda whole: self.tables.init(self.tables.place(whole)), whole)
+        return TrainState(P(), (self._specs, self.tables.specs), (opt_specs, self.tables.state_specs(states)))
 
     @cached_property
     def catch_up(self):
