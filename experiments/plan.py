@@ -51,9 +51,9 @@ def _plan(config, num_items: int):
     import numpy as np
     from jax.sharding import AbstractMesh
 
-    from rec_jax.experiment import model_builder
     from rec_jax.mesh import make_mesh
     from rec_jax.models.base import define_model
+    from rec_jax.models.registry import model_builder
     from rec_jax.report import print_table
     from rec_jax.tables.plan import RULE
     from rec_jax.training import bytes_per_device, make_step, num_lookups, plan_layouts, with_layout
@@ -61,7 +61,8 @@ def _plan(config, num_items: int):
     data, model = config.mesh.data, config.mesh.model
     mesh = make_mesh(config.mesh) if _COMPILE.value else AbstractMesh((data, model), ("data", "model"))
     counts = np.broadcast_to(1, (num_items + 1,))  # nothing is known of them
-    step = make_step(config, define_model(model_builder(config, num_items)), counts, mesh)
+    model = define_model(model_builder(config.model, num_items, config.data.max_len))
+    step = make_step(config, model, counts, mesh)
     layout = with_layout(config, num_items, mesh).table.layout
     print(
         f"mesh: data={data}, model={model}, {data * model} devices\n"

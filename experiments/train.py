@@ -8,7 +8,7 @@
 
 Any key of the config is a flag, `--config.section.key=value`; a variant of it follows a colon. The same
 command again resumes a stopped or killed run. The working directory gets config.json,
-metrics.jsonl, tensorboard/, checkpoints/, curves.png and result.json.
+metrics.jsonl, tensorboard/, checkpoints/, model/ (the best so far), curves.png and result.json.
 """
 
 import dataclasses
@@ -20,6 +20,9 @@ from experiments.launch import define_config, launch
 
 _CONFIG = define_config("Config file, with an optional :variant.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if it is not there.")
+_KEEP_USERS = flags.DEFINE_bool(
+    "keep_users", True, "Keep users' ids and last events in the trained model, to recommend to them by id."
+)
 flags.declare_key_flag("coordinator")
 flags.declare_key_flag("num_processes")
 flags.declare_key_flag("process_id")
@@ -39,7 +42,7 @@ def main():
         )
     experiment = Experiment(config, _WORKDIR.value)
     print(experiment.describe())
-    fitted = experiment.fit()
+    fitted = experiment.fit(_KEEP_USERS.value)
 
     scorer = experiment.scorer(fitted.best_params)
     fitted = dataclasses.replace(fitted, state=None, best_params=None)  # large tables need the room

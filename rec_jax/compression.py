@@ -22,7 +22,7 @@ from rec_jax.compress.shrink import ShrinkConfig, choose_units, num_units, shrin
 from rec_jax.compress.shrink import check as check_shrink
 from rec_jax.compress.work import answer_multiply_adds
 from rec_jax.config import build, override, to_config_dict
-from rec_jax.experiment import Experiment, model_builder, write_json
+from rec_jax.experiment import Experiment, write_json
 from rec_jax.models.base import define_model, init_model
 from rec_jax.objectives.negatives import make_prior
 from rec_jax.objectives.objective import Fixed, Objective, StepContext
@@ -147,7 +147,7 @@ def student_width(parent: Experiment, share: float) -> int:
     model, most = parent.config.model, share * parent.num_params
     for width in range(model.width, 0, -2 * getattr(model, "num_heads", 1)):
         small = _narrowed(parent.config, width)
-        builder = model_builder(small, parent.histories.num_items)
+        builder = parent.builder(small)
         if num_params(define_model(builder).abstract_params) <= most:
             return width
     raise ValueError(f"no width gives {share:.0%} of the parameters of {parent.workdir}: set model.width")
@@ -171,16 +171,17 @@ def half_the_work(parent: Experiment) -> ShrinkConfig:
     head, or where the model cannot shrink so.
     """
     model, units = parent.config.model, num_units(parent.model)
-    max_len, num_items = parent.config.data.max_len, parent.histories.num_items
+    max_len = parent.config.data.max_len
     heads, ff_width = max(1, units.get("heads", 0) // 2), units.get("ff_width", 0)
     fixed = {"heads": heads} if "heads" in units else {}
     most = answer_multiply_adds(parent.model, max_len) / 2
 
     def is_half(left: ShrinkConfig) -> bool:
         small = dataclasses.replace(parent.config, model=shrunk_config(model, left))
-        return answer_multiply_adds(define_model(model_builder(small, num_items)), max_len) <= most
+        return answer_multiply_adds(define_model(parent.builder(small)), max_len) <= most
 
     channels = [ShrinkConfig(**fixed, ff_width=x) for x in range(ff_width, ff_width // 4, -4)]
+    channels = channels or [ShrinkConfig(**fixed)]
     dims = []
     for width in range(model.width, model.width // 4, -4):
         channel = {"ff_width": max(1, ff_width * width // model.width)} if ff_width else {}
@@ -221,7 +222,7 @@ def compress(parent: Experiment, config: ExperimentConfig, output) -> Experiment
         compress=dataclasses.replace(asked, shrink=ShrinkConfig()),  # it is done
     )
     _check_output(output, config)
-    run = Experiment(config, output, base=params, dataset=parent.dataset)
+    run = Experiment(config, output, base=params, dataset=parent.dataset, codes=parent.codes)
     _share_data(parent, run)
     step = parent.trained.step
     if params is None or _trains(asked):
@@ -315,6 +316,6 @@ def _student(parent: Experiment, config: ExperimentConfig, params):
         return factorise_model(model, params, config.model.item_dim)[1]
     if not config.compress.distill.teachers:
         return None
-    builder = model_builder(config, parent.histories.num_items)
+    builder = parent.builder(config)
     fresh = jax.device_get(init_model(builder, config.seed)[1])
     return student_from(parent.config.model, params, config.model, fresh)

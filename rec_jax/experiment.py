@@ -25,8 +25,7 @@ from rec_jax.models.base import define_model, init_model
 from rec_jax.models.baselines import BASELINES, nearest_items
 from rec_jax.models.beam import BeamRanker
 from rec_jax.models.ranker import Ranker, ScoreRanker
-from rec_jax.models.registry import MODELS
-from rec_jax.models.registry import model_builder as registered_builder
+from rec_jax.models.registry import MODELS, model_builder
 from rec_jax.models.scoring import SequenceRanker
 from rec_jax.models.semantic_ids import load_codes
 from rec_jax.objectives.distill import DistillConfig
@@ -41,11 +40,6 @@ from rec_jax.training import make_step, with_layout
 from rec_jax.tree import num_params, pop_leaf, with_leaf
 from rec_jax.versions import OTHER_VERSION
 from rec_jax.workdir import training_lock
-
-
-def model_builder(config: ExperimentConfig, num_items: int, codes=None):
-    """rngs -> the module. codes: of a model that scores semantic ids; None = placeholders."""
-    return registered_builder(config.model, num_items, config.data.max_len, codes)
 
 
 class Experiment:
@@ -68,14 +62,18 @@ class Experiment:
         self.codes = codes
         if codes is None and MODELS[type(config.model)].generates:
             self.codes = load_codes(config.codes, config.data, self.dataset, self.workdir, config.seed)
-        self._build = model_builder(config, self.histories.num_items, self.codes)
-        self.model = define_model(self._build)
+        self.model = define_model(self.builder(config))
         if missing := set(self.model.columns) - {feature.name for feature in self.dataset.schema}:
             fields = " and ".join(sorted({"data.time" if x == "time" else "data.features" for x in missing}))
             raise ValueError(
                 f"model.type={config.model.type!r} reads {', '.join(sorted(missing))} of each event, and "
                 f"this log has none: name the column by {fields}, or see how the model's config does without"
             )
+
+    def builder(self, config: ExperimentConfig):
+        """rngs -> the module of a config on this data set."""
+        num_items, max_len = self.histories.num_items, config.data.max_len
+        return model_builder(config.model, num_items, max_len, self.codes, self.dataset.schema)
 
     def _with_layout(self, config: ExperimentConfig) -> ExperimentConfig:
         """The config with the layout of the table that this run began with, or that the plan chooses: another
@@ -226,7 +224,9 @@ class Experiment:
 
     def first_params(self):
         """What a training starts from: given parameters of the model, or those drawn by the seed."""
-        return init_model(self._build, self.config.seed)[1] if self._base is None else self._base
+        return (
+            init_model(self.builder(self.config), self.config.seed)[1] if self._base is None else self._base
+        )
 
     def _run_info(self) -> dict:
         """What must be the same when the run resumes."""

@@ -5,8 +5,36 @@ grouped into devices or micro-batches: one step draws the same on every mesh. On
 loop, where Threefry is hundreds of small operations.
 """
 
+import enum
+
 import jax
 import jax.numpy as jnp
+
+
+@enum.unique
+class Site(enum.IntEnum):
+    """The draws of a step for its rows: numbers of two sites are independent. Dropouts of layers have the
+    sites between INPUT and MASKED, see `dropout_site`."""
+
+    INPUT = 0  # dropout of a model's input
+    MASKED = 1_000  # which items a model that sees both sides masks
+    MASKED_LAST = 1_001  # in which histories it masks the last alone
+    AUGMENT = 2**29  # the change that a history gets
+    CROP = 2**29 + 1
+    REORDER_SPAN = 2**29 + 2
+    HIDE = 2**29 + 3
+    REORDER = 2**29 + 4
+    NEIGHBOUR = 2**29 + 5
+    SUBSTITUTE = 2**29 + 6
+    NEGATIVE_BUCKET = 2**30
+    NEGATIVE_COIN = 2**30 + 1
+
+
+def dropout_site(layer: int, place: int, places: int) -> int:
+    """Of the dropout `place` = 1..`places` of a layer."""
+    site = places * layer + place
+    assert 1 <= place <= places and site < Site.MASKED, (layer, place, places)
+    return site
 
 
 def mix(x: jax.Array, key: jax.Array | int = 0) -> jax.Array:

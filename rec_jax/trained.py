@@ -197,7 +197,8 @@ class TrainedModel:
         from rec_jax.models.base import define_model
         from rec_jax.models.registry import model_builder
 
-        return define_model(model_builder(self.model_config, self.num_items, self.max_len, self.codes))
+        sizes = self.num_items, self.max_len
+        return define_model(model_builder(self.model_config, *sizes, self.codes, self.schema))
 
     @cached_property
     def params(self) -> dict:

@@ -174,9 +174,7 @@ def fingerprint(config, workdir) -> list:
     compress = config.compress
     with contextlib.redirect_stdout(io.StringIO()):  # its report of the data
         experiment = Experiment(config, workdir)
-    from rec_jax.experiment import model_builder
-
-    build = model_builder(config, experiment.histories.num_items, experiment.codes)
+    build = experiment.builder(config)
     base = init_model(build, seed=7)[1] if compress.lora.names else None
     teachers = [(experiment.model, init_model(build, seed=8)[1])] if compress.distill.teachers else []
     experiment._base = base

@@ -1,7 +1,9 @@
 """From a trained run to a smaller one, in process, on a simulated world."""
 
 import dataclasses
+import importlib
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +12,11 @@ import pytest
 
 from configs import sasrec_ml1m
 from rec_jax.compress.config import CompressConfig
-from rec_jax.compress.quant import QuantConfig, is_quantized
+from rec_jax.compress.prune import share_of_zeros
+from rec_jax.compress.quant import QuantConfig, dequantize_params, is_quantized
 from rec_jax.compress.shrink import ShrinkConfig, shrunk_config
 from rec_jax.compress.work import answer_multiply_adds
-from rec_jax.compression import RECIPES, compress, half_the_work, recipe_config, student_width
+from rec_jax.compression import RECIPES, WEIGHTS, compress, half_the_work, recipe_config, student_width
 from rec_jax.config import build
 from rec_jax.experiment import Experiment
 from rec_jax.models.base import define_model
@@ -196,3 +199,34 @@ def test_a_quantized_teacher_teaches(parent, tmp_path):
         "train__eval_every_epochs": 1.0,
     }
     assert np.isfinite(ndcg(made(parent, tmp_path / "student", **student)))
+
+
+@pytest.mark.parametrize(
+    "page, changes",
+    [
+        ("tiger_beauty", {}),
+        ("bert4rec_ml1m", {"compress.quant.inputs": "static"}),
+        ("esasrec_ml1m", {"model.num_experts": 3}),
+        ("gru4rec_ml1m", {"compress.quant.inputs": "static"}),
+    ],
+)
+def test_every_model_is_pruned_and_stored_in_integers(page, changes, tmp_path):
+    """What its training masked and rounded is what the stored model holds, and it still recommends."""
+    cfg = importlib.import_module(f"configs.{page}").get_config("smoke")
+    cfg.train.epochs, cfg.train.eval_every_epochs, cfg.train.patience = 2, 2.0, 0
+    cfg.mesh.data, cfg.eval.bootstrap = 1, 0
+    of_model = {name: x for name, x in changes.items() if name.startswith("model.")}
+    cfg.update_from_flattened_dict(of_model)
+    run = Experiment(build(ExperimentConfig, cfg), tmp_path / "run")
+    run.fit()
+    overrides = {"compress.recipe": "prune70_int8", "train.epochs": 1}
+    overrides |= {name: x for name, x in changes.items() if name not in of_model}
+    small = compress(run, recipe_config(run, overrides), tmp_path / "small")
+    stored = Experiment.open(tmp_path / "small").trained.params
+    for name, leaf in zip(
+        leaf_names(run.model.abstract_params), jax.tree.leaves(stored, is_leaf=is_quantized), strict=True
+    ):
+        assert is_quantized(leaf) == bool(re.fullmatch(WEIGHTS, name)), name
+    zeros = share_of_zeros(dequantize_params(stored), WEIGHTS)
+    assert zeros >= 0.69
+    assert np.isfinite(ndcg(small)) and ndcg(small) > 0

@@ -8,10 +8,9 @@ from experiments.speed.timing import interleaved
 from rec_jax.compress.work import multiply_adds
 from rec_jax.config import build, to_config_dict
 from rec_jax.data.batch import Batch
-from rec_jax.experiment import model_builder
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch
 from rec_jax.models.base import init_model
-from rec_jax.models.registry import MODELS
+from rec_jax.models.registry import MODELS, model_builder
 from rec_jax.objectives.token_loss import SampledSoftmaxConfig
 from rec_jax.run_config import ExperimentConfig
 from rec_jax.training import make_step
@@ -71,7 +70,7 @@ def _make_step(config_class, length: int, rows: int, sizes: dict, sampled: bool 
     cfg.train.batch_rows, cfg.train.micro_rows = rows, micro_rows
     mesh = make_mesh(MeshConfig(data=1))
     config = build(ExperimentConfig, cfg)
-    model, params = init_model(model_builder(config, NUM_ITEMS), config.seed)
+    model, params = init_model(model_builder(config.model, NUM_ITEMS, length), config.seed)
     step = make_step(config, model, np.ones(NUM_ITEMS + 1), mesh)
     rng = np.random.default_rng(0)
     items = rng.integers(1, NUM_ITEMS + 1, (2, rows, length), dtype=np.int32)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import qwix
 
+from rec_jax.hashing import row_keys
 from rec_jax.nn.dense import dense
 from rec_jax.nn.dims import is_stacked
 from rec_jax.nn.quantized import (
@@ -173,7 +174,7 @@ def observe_inputs(model, params, batches) -> dict[str, np.ndarray]:
         leaves = [observers.get(name, leaf) for name, leaf in named.items()]
         module = model.bind(jax.tree.unflatten(jax.tree.structure(params), leaves))
         with jax.disable_jit():  # a recurrence runs token by token, its kernel's inputs are numbers
-            module(batch)
+            module(module.training_batch(batch, row_keys(0, jnp.arange(len(batch.segments)))))
         is_real_T = np.asarray(batch.segments).reshape(-1) > 0
         for name, observer in observers.items():
             samples[name] += [x[is_real_T] if len(x) == len(is_real_T) else x for x in observer.inputs]

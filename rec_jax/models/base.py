@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rec_jax.data.batch import Batch
+from rec_jax.hashing import Site
 from rec_jax.nn.context import Block, Cache, Context
 from rec_jax.nn.dense import dense
 from rec_jax.nn.dims import dims_of
@@ -120,7 +121,7 @@ class SequenceModel(nnx.Module):
 
     def run(self, x_BSD, ctx: Context, at=None, hidden: list | None = None, penalties: list | None = None):
         """The output of the last block. Arguments as of `__call__`."""
-        x, stack = ctx.dropout(x_BSD, 0, self.config.dropout), self.stack
+        x, stack = ctx.dropout(x_BSD, Site.INPUT, self.config.dropout), self.stack
         for layer, block in enumerate(stack):
             x, penalty_B = block(x, ctx.of_layer(layer, at if layer == len(stack) - 1 else None))
             if hidden is not None:

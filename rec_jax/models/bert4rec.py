@@ -6,11 +6,9 @@ from typing import Literal
 import flax.nnx as nnx
 import jax.numpy as jnp
 
-from rec_jax.hashing import words
+from rec_jax.hashing import Site, words
 from rec_jax.models.sasrec import SASRec, SASRecConfig
 from rec_jax.nn.dims import named
-
-_MASKS, _LAST = 1_000, 1_001  # sites of random numbers, beyond those of any layer's dropout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +52,9 @@ class BERT4Rec(SASRec):
         is_real_BS = segments_BS > 0
         following_BS = jnp.pad(positions_BS[:, 1:], ((0, 0), (0, 1)))
         is_last_BS = is_real_BS & (following_BS == 0)
-        masked_BS = words(key_B, _MASKS, shape) < _threshold(self.config.mask_share)
+        masked_BS = words(key_B, Site.MASKED, shape) < _threshold(self.config.mask_share)
         # One draw a segment, read at its first token.
-        draws_BS = words(key_B, _LAST, shape)
+        draws_BS = words(key_B, Site.MASKED_LAST, shape)
         column_BS = jnp.arange(shape[0]) - positions_BS
         asks_last_BS = jnp.take_along_axis(draws_BS, column_BS, axis=1) < _threshold(self.config.last_share)
         masked_BS = is_real_BS & jnp.where(asks_last_BS, is_last_BS, masked_BS)

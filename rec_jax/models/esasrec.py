@@ -72,9 +72,9 @@ class LiGRBlock(Block):
         self.rate = shape.dropout
 
     def apply(self, x_BSD, ctx: Context, mix):
-        def add(x, y, gate, site):
+        def add(x, y, gate, place):
             y = y * jax.nn.sigmoid(gate(x.reshape(-1, x.shape[-1]))).reshape(x.shape)
-            return x + ctx.dropout(y, 2 * ctx.layer + site, self.rate)
+            return x + ctx.dropout(y, ctx.site(place, of=2), self.rate)
 
         normed = self.attention_norm(x_BSD)
         if self.conv is not None:

@@ -7,6 +7,7 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 
+from rec_jax.hashing import dropout_site
 from rec_jax.models.base import SequenceConfig, SequenceModel
 from rec_jax.nn.context import Block, Context
 from rec_jax.nn.dense import Dense, dense
@@ -93,7 +94,7 @@ class GRU(Block):
 
     def apply(self, x_BSD, ctx: Context, mix):
         if ctx.layer:  # the input of the first layer has its dropout already
-            x_BSD = ctx.dropout(x_BSD, ctx.layer, self.rate)
+            x_BSD = ctx.dropout(x_BSD, dropout_site(ctx.layer - 1, 1, 1), self.rate)
         x_TG = self.inputs(x_BSD.reshape(-1, x_BSD.shape[-1]))
         return ctx.only(mix(Gates(self.state.kernel[...]), x_TG.reshape(*x_BSD.shape[:2], -1))), None
 

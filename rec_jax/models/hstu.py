@@ -77,7 +77,7 @@ class HSTUBlock(Block):
         time_bias = None if self.time_bias is None else self.time_bias[...]
         y = mix(PointwiseAttention(self.position_bias[...], time_bias), q, k, v)
         x, y, u = (ctx.only(part) for part in (x_BSD, y.reshape(batch, length, inner), u))
-        gated = ctx.dropout(self.attention_norm(y) * u, 1 + ctx.layer, self.rate)
+        gated = ctx.dropout(self.attention_norm(y) * u, ctx.site(1, of=1), self.rate)
         return x + self.out(gated.reshape(-1, inner)).reshape(x.shape), None
 
 

@@ -91,9 +91,9 @@ class LRUBlock(Block):
 
     def apply(self, x_BSD, ctx: Context, mix):
         y_BSD = self.recurrence(self.recurrence_norm(x_BSD), ctx, mix)
-        x = ctx.only(x_BSD + ctx.dropout(y_BSD, 2 * ctx.layer + 1, self.rate))
+        x = ctx.only(x_BSD + ctx.dropout(y_BSD, ctx.site(1, of=2), self.rate))
         y, _ = self.ff(self.ff_norm(x), ctx)
-        return x + ctx.dropout(y, 2 * ctx.layer + 2, self.rate), None
+        return x + ctx.dropout(y, ctx.site(2, of=2), self.rate), None
 
 
 class LRURec(SequenceModel):

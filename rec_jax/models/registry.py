@@ -1,10 +1,12 @@
 """The sequence models that a config can name by `model.type`."""
 
 import functools
+import inspect
 import operator
 
 import flax.nnx as nnx
 
+from rec_jax.data.schema import Schema
 from rec_jax.models.bert4rec import BERT4Rec, BERT4RecConfig
 from rec_jax.models.esasrec import ESASRec, ESASRecConfig
 from rec_jax.models.gru4rec import GRU4Rec, GRU4RecConfig
@@ -27,12 +29,20 @@ MODELS = {
 ModelConfig = functools.reduce(operator.or_, MODELS)
 
 
-def model_builder(config: ModelConfig, num_items: int, max_len: int, codes: Codes | None = None):
-    """rngs -> the module. codes: of a model that generates; None = digits of their numbers."""
+def model_builder(
+    config: ModelConfig, num_items: int, max_len: int, codes: Codes | None = None, schema: Schema = ()
+):
+    """rngs -> the module.
+
+    codes: of a model that generates; None = digits of their numbers. schema: the features of the log, for a
+    model whose constructor takes one, as one that embeds the ids of a feature does.
+    """
     build_module = MODELS[type(config)]
     more = {}
     if build_module.generates:
         more["codes"] = codes or numbered_codes(num_items, CodesConfig())
+    if "schema" in inspect.signature(build_module.__init__).parameters:
+        more["schema"] = schema
 
     def build(rngs):
         module = build_module(config, num_items, max_len, rngs=rngs, **more)

@@ -86,8 +86,8 @@ class TransformerBlock(Block):
         residual = x_BSD if self.norm == "pre" else normed
         memory = x_BSD if self.norm == "original" else normed
         attended = self.attention(normed, memory, ctx, mix)
-        x = ctx.only(residual + ctx.dropout(attended, 2 * ctx.layer + 1, self.rate))
+        x = ctx.only(residual + ctx.dropout(attended, ctx.site(1, of=2), self.rate))
         normed = self.ff_norm(x)
         y, penalty_B = self.ff(normed, ctx)
-        y = ctx.dropout(y, 2 * ctx.layer + 2, self.rate)
+        y = ctx.dropout(y, ctx.site(2, of=2), self.rate)
         return (x if self.norm == "pre" else normed) + y, penalty_B

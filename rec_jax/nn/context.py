@@ -21,6 +21,7 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 
+from rec_jax.hashing import dropout_site
 from rec_jax.nn import dropout as dropout_lib
 
 
@@ -51,8 +52,12 @@ class Context:
     def of_layer(self, layer: int, at: tuple | None = None) -> "Context":
         return dataclasses.replace(self, layer=layer, at=at)
 
+    def site(self, place: int, of: int) -> int:
+        """Of one of the dropouts 1..`of` of this layer, see `hashing.dropout_site`."""
+        return dropout_site(self.layer, place, of)
+
     def dropout(self, x, site: int, rate: float):
-        """site: a number that differs between the dropouts of a model."""
+        """Nothing but in training."""
         return dropout_lib.dropout(x, self.key_B, site, rate) if self.is_training and rate else x
 
     def only(self, x):

@@ -6,9 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rec_jax.data.batch import Batch, select
-from rec_jax.hashing import words
-
-_SITE = 2**29  # of the first draw, far from those of dropouts and samplers
+from rec_jax.hashing import Site, words
 
 
 @dataclass(frozen=True)
@@ -53,13 +51,13 @@ def augment(config: AugmentConfig, batch: Batch, key_B, neighbours_VK=None) -> B
     if config.crop:
         changes.append(_crop(config.crop, batch, key_B))
     if config.mask:
-        hidden_BS = _coins(config.mask, batch, key_B, 3)
+        hidden_BS = _coins(config.mask, batch, key_B, Site.HIDE)
         changes.append(batch.hide(hidden_BS))
     if config.reorder:
         changes.append(_reorder(config.reorder, batch, key_B))
     if config.substitute:
         changes.append(_substitute(config.substitute, config.num_neighbours, batch, key_B, neighbours_VK))
-    choice_BS = _per_segment(batch, key_B, 0) % len(changes)
+    choice_BS = _per_segment(batch, key_B, Site.AUGMENT) % len(changes)
     return select(choice_BS, changes)
 
 
@@ -78,19 +76,19 @@ def _to_the_end(batch):
     return last_BS - column_S
 
 
-def _per_segment(batch, key_B, site: int):
+def _per_segment(batch, key_B, site: Site):
     """uint32[B, S], the same for all tokens of a segment: what is drawn for its first."""
-    draws_BS = words(key_B, _SITE + site, batch.segments.shape[1:])
+    draws_BS = words(key_B, site, batch.segments.shape[1:])
     first_BS = jnp.arange(draws_BS.shape[1]) - batch.positions
     return jnp.take_along_axis(draws_BS, first_BS, axis=1)
 
 
-def _coins(share: float, batch, key_B, site: int):
-    draws_BS = words(key_B, _SITE + site, batch.segments.shape[1:])
+def _coins(share: float, batch, key_B, site: Site):
+    draws_BS = words(key_B, site, batch.segments.shape[1:])
     return (draws_BS >> 8).astype(jnp.float32) * 2.0**-24 < share
 
 
-def _span(share: float, batch, key_B, site: int):
+def _span(share: float, batch, key_B, site: Site):
     """A stretch of floor(share * length) tokens, at least 1, anywhere in each segment: (first position,
     number)."""
     length_BS = segment_lengths(batch)
@@ -100,20 +98,20 @@ def _span(share: float, batch, key_B, site: int):
 
 
 def _crop(share: float, batch, key_B):
-    first_BS, number_BS = _span(share, batch, key_B, 1)
+    first_BS, number_BS = _span(share, batch, key_B, Site.CROP)
     positions_BS = batch.positions - first_BS
     is_kept_BS = (positions_BS >= 0) & (positions_BS < number_BS)
     return batch.replace(positions=positions_BS).keep(is_kept_BS)
 
 
 def _reorder(share: float, batch, key_B):
-    first_BS, number_BS = _span(share, batch, key_B, 2)
+    first_BS, number_BS = _span(share, batch, key_B, Site.REORDER_SPAN)
     inside_BS = batch.positions - first_BS
     is_shuffled_BS = (inside_BS >= 0) & (inside_BS < number_BS)
     column_S = jnp.arange(batch.segments.shape[1])
     # Sorted by place, those of a stretch all by its first place and then at random.
     place_BS = jnp.where(is_shuffled_BS, column_S - inside_BS, column_S)
-    random_BS = words(key_B, _SITE + 4, batch.segments.shape[1:])
+    random_BS = words(key_B, Site.REORDER, batch.segments.shape[1:])
     names = list(batch.events)
     columns = (place_BS, random_BS, *(batch.events[name] for name in names))
     moved = jax.lax.sort(columns, dimension=1, num_keys=2)[2:]
@@ -124,7 +122,7 @@ def _reorder(share: float, batch, key_B):
 
 def _substitute(share: float, num: int, batch, key_B, neighbours_VK):
     items_BS = batch.items
-    draws_BS = words(key_B, _SITE + 5, items_BS.shape[1:]) % min(num, neighbours_VK.shape[1])
+    draws_BS = words(key_B, Site.NEIGHBOUR, items_BS.shape[1:]) % min(num, neighbours_VK.shape[1])
     others_BS = neighbours_VK[items_BS, draws_BS]
-    is_other_BS = _coins(share, batch, key_B, 6) & (others_BS > 0)
+    is_other_BS = _coins(share, batch, key_B, Site.SUBSTITUTE) & (others_BS > 0)
     return batch.with_items(jnp.where(is_other_BS, others_BS, items_BS))

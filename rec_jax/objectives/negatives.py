@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rec_jax.hashing import mix, words
+from rec_jax.hashing import Site, mix, words
 
-_BUCKET_SITE, _COIN_SITE = 2**30, 2**30 + 1  # far from those of dropouts
 _NEVER = -1e30  # the bias of an entry that stands for no item yet
 _SHARED = 1  # sets the key of shared negatives apart from those of rows
 
@@ -38,7 +37,7 @@ class Sampler:
         A bucket's probability is exact to a relative V / 2**32, a coin's to 2**-24.
         """
         bucket = _bucket(key_B, shape, self.num_items)
-        coin = (words(key_B, _COIN_SITE, shape) >> 8).astype(jnp.float32) * 2.0**-24
+        coin = (words(key_B, Site.NEGATIVE_COIN, shape) >> 8).astype(jnp.float32) * 2.0**-24
         return jnp.where(coin < self.accept_V[bucket], bucket, self.alias_V[bucket]) + 1
 
 
@@ -57,7 +56,7 @@ class UniformSampler:
 
 
 def _bucket(key_B, shape, num_items: int):
-    return (words(key_B, _BUCKET_SITE, shape) % jnp.uint32(num_items)).astype(jnp.int32)
+    return (words(key_B, Site.NEGATIVE_BUCKET, shape) % jnp.uint32(num_items)).astype(jnp.int32)
 
 
 def make_sampler(

@@ -9,9 +9,9 @@ import numpy as np
 from rec_jax.compress.config import CompressConfig
 from rec_jax.data.batch import Batch
 from rec_jax.data.datasets import DataConfig
-from rec_jax.experiment import model_builder
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch
 from rec_jax.models.base import define_model, init_model
+from rec_jax.models.registry import model_builder
 from rec_jax.models.sasrec import SASRecConfig
 from rec_jax.objectives.augment import AugmentConfig
 from rec_jax.objectives.contrastive import ContrastiveConfig
@@ -90,15 +90,16 @@ def make_program(*args, **fields):
 
 def make(config, total_steps=10, teachers=(), base=None, neighbours=None):
     """The step of a config over COUNTS."""
-    model = define_model(model_builder(config, NUM_ITEMS))
+    model = define_model(model_builder(config.model, NUM_ITEMS, LENGTH))
     mesh, options = make_mesh(config.mesh), {"teachers": teachers, "base": base, "neighbours_VK": neighbours}
     return make_step(config, model, COUNTS, mesh, total_steps=total_steps, **options)
 
 
 @functools.cache
 def initial_params(model_config):
-    config = ExperimentConfig(data=DataConfig(max_len=LENGTH), model=model_config)
-    return jax.device_get(init_model(model_builder(config, NUM_ITEMS), seed=0)[1])  # steps consume theirs
+    return jax.device_get(
+        init_model(model_builder(model_config, NUM_ITEMS, LENGTH), seed=0)[1]
+    )  # steps consume theirs
 
 
 def run(loss="softmax", devices=1, micro_rows=8, steps=3, batches=None, neighbours=None, **fields):

@@ -123,7 +123,7 @@ def test_it_runs_on_a_mesh():
 @pytest.mark.parametrize(
     "sections, message",
     [
-        ({"model": BERT4RecConfig(), "augment": AugmentConfig(mask=0.1)}, "'bert4rec' masks items"),
+        ({"model": BERT4RecConfig(), "augment": AugmentConfig(mask=0.1)}, "'bert4rec' predicts masked items"),
         ({"model": SASRecConfig(dropout=0.0), "contrastive": ContrastiveConfig(weight=1.0)}, "model.dropout"),
     ],
 )
