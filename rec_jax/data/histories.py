@@ -135,13 +135,11 @@ def build_histories(log, titles: dict[str, str] | None = None) -> Histories:
         order = np.lexsort((log.times, log.users))
         times = log.times[order]
         same_user = np.diff(log.users[order]) == 0
-        as_read = log.times[by_user]
+        earlier, tied = np.diff(log.times[by_user]) < 0, np.diff(times) == 0
         notes = {
-            "events earlier than the one before them in the file, sorted": int(
-                np.count_nonzero(same_user & (np.diff(as_read) < 0))
-            ),
+            "events earlier than the one before them in the file, sorted": int((same_user & earlier).sum()),
             "events at the same time as the one before them, in the order of the file": int(
-                np.count_nonzero(same_user & (np.diff(times) == 0))
+                (same_user & tied).sum()
             ),
         }
     counts = np.bincount(log.users, minlength=len(log.user_ids))
@@ -218,13 +216,9 @@ class Split:
 
 def _checksum(histories, train_end, val_end) -> str:
     digest = hashlib.sha256()
-    for array, dtype in (
-        (histories.items, "<i4"),
-        (histories.offsets, "<i8"),
-        (train_end, "<i8"),
-        (val_end, "<i8"),
-    ):
-        digest.update(np.ascontiguousarray(array, dtype))
+    digest.update(np.ascontiguousarray(histories.items, "<i4"))
+    for array in (histories.offsets, train_end, val_end):
+        digest.update(np.ascontiguousarray(array, "<i8"))
     return digest.hexdigest()
 
 
@@ -260,7 +254,7 @@ def leave_one_out(histories: Histories) -> Split:
 def global_temporal(histories: Histories, val_time: int, test_time: int) -> Split:
     """Training before `val_time`, validation before `test_time`, test from then on (seconds UTC).
 
-    No training event is as late as any held-out one, whoever's it is. An event at a cut belongs to the
+    Every training event is earlier than any held-out one, across users. An event at a cut belongs to the
     later part. Raises ValueError without times, or if a part is empty.
     """
     if histories.times is None:

@@ -119,11 +119,8 @@ class World:
         lengths_G = np.zeros(len(starts_G), np.int64)
         np.maximum.at(lengths_G, group_B, queries.lengths)
         longest_first = np.argsort(-lengths_G, kind="stable")
-        starts_G, lengths_G, row_G = (
-            starts_G[longest_first],
-            lengths_G[longest_first],
-            np.argsort(longest_first),
-        )
+        starts_G, lengths_G = starts_G[longest_first], lengths_G[longest_first]
+        row_G = np.argsort(longest_first)
         by_length = np.argsort(queries.lengths, kind="stable")
         steps = np.arange(lengths_G[0] + 1)
         num_done = np.searchsorted(queries.lengths[by_length], steps, side="right")
