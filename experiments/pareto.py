@@ -63,7 +63,8 @@ def measure(parent, runs: dict) -> dict[str, dict]:
 def _per_example(parent, run) -> dict[str, np.ndarray]:
     """NDCG@10, HR@10 and user of each example of the test part."""
     config = parent.config
-    values = per_example(run.best_scorer(), parent.histories, parent.split, "test", config.eval, config.seed)
+    ranker = run.trained.ranker(run.mesh)
+    values = per_example(ranker, parent.histories, parent.split, "test", config.eval, config.seed)
     return {name: values[name] for name in ("ndcg@10", "hr@10", "users")}
 
 

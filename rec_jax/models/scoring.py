@@ -14,6 +14,7 @@ from rec_jax.data.queries import Queries
 from rec_jax.data.schema import TIME, Schema
 from rec_jax.mesh import place_whole_batch, replicate
 from rec_jax.models.base import Model
+from rec_jax.models.beam import BeamRanker
 from rec_jax.models.ranker import ScoreRanker
 from rec_jax.objectives.catalogue import Catalogue, Scores
 from rec_jax.tables.tables import Tables
@@ -148,3 +149,33 @@ class SequenceRanker(ScoreRanker):
 def _without(tokens_BS, columns: dict) -> dict:
     """The columns, missing at some tokens."""
     return {name: np.where(tokens_BS, np.zeros((), x.dtype), x) for name, x in columns.items()}
+
+
+def make_ranker(
+    model: Model,
+    params,
+    num_items: int,
+    max_len: int,
+    mesh: Mesh,
+    *,
+    schema=(),
+    tables=None,
+    dims=0,
+    num_beams=0,
+) -> ScoreRanker:
+    """The ranker by a model of any kind.
+
+    schema: the features of the log. tables, dims: as of `SequenceRanker`. num_beams: of a search for semantic
+    ids; 0 = as the model's config says.
+
+    Raises ValueError for more dims than there are.
+    """
+    config = model.config
+    if model.generates:
+        if dims:
+            raise ValueError(f"dims={dims}: model.type={config.type!r} scores no vectors")
+        return BeamRanker(model, params, num_items, max_len, mesh, num_beams or config.num_beams)
+    if dims > config.table_dim:
+        raise ValueError(f"dims={dims}: the vectors have {config.table_dim} ({type(config).__name__})")
+    schema = tuple(feature for feature in schema if feature.name in model.columns)
+    return SequenceRanker(model, params, max_len, mesh, tables, dims, schema)
