@@ -62,12 +62,11 @@ class Histories:
     def save(self, directory: Path) -> None:
         """Writes the arrays, all or nothing; `load` maps them into memory."""
         with replaced_directory(Path(directory), "vocabulary.json") as new:
-            np.save(new / "items.npy", np.asarray(self.items, np.int32))
-            np.save(new / "offsets.npy", self.offsets)
-            if self.times is not None:
-                np.save(new / "times.npy", self.times)
-            for i, column in enumerate(self.features.values()):
-                np.save(new / f"feature_{i}.npy", column)
+            arrays = {"items": np.asarray(self.items, np.int32), "offsets": self.offsets}
+            arrays |= {} if self.times is None else {"times": self.times}
+            arrays |= {f"feature_{i}": column for i, column in enumerate(self.features.values())}
+            for name, array in arrays.items():
+                np.save(new / f"{name}.npy", array)
             about = {
                 "user_ids": [str(x) for x in self.user_ids],
                 "item_ids": [str(x) for x in self.item_ids],
@@ -112,13 +111,11 @@ def replaced_directory(directory: Path, mark: str) -> Iterator[Path]:
     new.chmod(0o755)  # mkdtemp's is private
     try:
         yield new
+        old = new.with_name(new.name + ".old")
         if directory.exists():  # Renamed away first: a directory can only be renamed onto an empty one.
-            old = new.with_name(new.name + ".old")
             directory.rename(old)
-            new.rename(directory)
-            shutil.rmtree(old)
-        else:
-            new.rename(directory)
+        new.rename(directory)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise

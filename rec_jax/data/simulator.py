@@ -1,9 +1,8 @@
 """A seeded world whose best possible predictor is known exactly.
 
-Every user has a hidden interest that drifts as a Markov chain, one move an event. An interest shows
-itself through the items it emits, and most items belong to two interests, so that the last item alone
-does not tell the interest: the whole history does. This is a hidden Markov model, hence the forward
-filter gives the exact distribution of the next item, which nothing can beat.
+Every user has a hidden interest that drifts as a Markov chain, one move an event, and emits items. Most items
+belong to two interests, so the last item alone does not tell the interest: the whole history does. In this
+hidden Markov model the forward filter gives the exact distribution of the next item, which nothing can beat.
 """
 
 from dataclasses import dataclass

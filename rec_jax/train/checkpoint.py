@@ -116,21 +116,17 @@ class Saver:
         try:
             yield
         except Exception as error:
-            raise self._save_error(error) from error
-
-    def _save_error(self, error: Exception) -> SaveError:
-        kept = [path.name for path in _candidates(self._directory, ("best", "latest"))]
-        intact = (
-            f"the checkpoint of step {kept[0]} is intact: make room and run the same command "
-            "again to resume from it"
-            if kept
-            else "no checkpoint was written yet: make room and run the same command again"
-        )
-        what = f"of step {self._pending}" if self._pending >= 0 else "folder"
-        cause = "the disk is full" if _is_full_disk(error) else f"{type(error).__name__}: {error}"
-        return SaveError(
-            f"the checkpoint {what} could not be written to {self._directory}: {cause}; {intact}"
-        )
+            cause = "the disk is full" if _is_full_disk(error) else f"{type(error).__name__}: {error}"
+            what = f"of step {self._pending}" if self._pending >= 0 else "folder"
+            intact = "no checkpoint was written yet: make room and run the same command again"
+            if kept := _candidates(self._directory, ("best", "latest")):
+                intact = (
+                    f"the checkpoint of step {kept[0].name} is intact: make room and run the same command "
+                    "again to resume from it"
+                )
+            raise SaveError(
+                f"the checkpoint {what} could not be written to {self._directory}: {cause}; {intact}"
+            ) from error
 
 
 def restore(directory, state, check: Callable[[dict, pathlib.Path], None] | None = None) -> Restored | None:

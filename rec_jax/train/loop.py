@@ -82,10 +82,10 @@ def fit(
       run_info: what the run is (config, split checksum), JSON-able; `check_same_run` says how a resumed run
         may differ.
       learning_rate: maps a 0-based step to its rate, for the log: a line has that of its last step.
-      on_best: `(params, record)`, called after each evaluation that is the best so far, once its checkpoint
-        is on the disk, and again for the best of the run before `fit` returns (also where no step was left
-        to take), in case a killed session could not. `record["step"]` is the step of that evaluation. The
-        next step donates `params`: copy what must outlive the call. All processes call it.
+      on_best: `(params, record)`, called by all processes after each evaluation that is the best so far, once
+        its checkpoint is on the disk, and again for the best of the run before `fit` returns, in case a
+        killed session could not. `record["step"]` is the step of that evaluation. The next step donates
+        `params`: copy what must outlive the call.
 
     Raises:
       ValueError: the workdir holds another run, or only damaged checkpoints; no such metric.
