@@ -72,8 +72,8 @@ def main():
 
 def _compress(parent, output, overrides):
     from experiments import pareto
-    from rec_jax.compression import compress, recipe_config
     from rec_jax.experiment import write_json
+    from rec_jax.recipes import compress, recipe_config
 
     rows = pareto.measure(parent, {"compressed": compress(parent, recipe_config(parent, overrides), output)})
     pareto.print_rows(rows)
@@ -84,7 +84,7 @@ def _compress(parent, output, overrides):
 
 def _compare(parent, output, overrides):
     from experiments import pareto
-    from rec_jax.compression import RECIPES, compress, recipe_config, will_train
+    from rec_jax.recipes import RECIPES, compress, recipe_config, will_train
 
     def config_of(recipe):
         """How to train is said to all recipes at once: those that do not train leave it out."""
@@ -108,8 +108,8 @@ def _compare(parent, output, overrides):
 
 def _diagnose(parent, output):
     from rec_jax.compress.diagnose import sensitivity, weight_table
-    from rec_jax.compression import WEIGHTS, plain_params, training_gradients
     from rec_jax.experiment import write_json
+    from rec_jax.recipes import WEIGHTS, plain_params, training_gradients
     from rec_jax.report import print_table
 
     params = jax.device_put(plain_params(parent))

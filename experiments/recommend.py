@@ -34,7 +34,7 @@ flags.mark_flag_as_required("workdir")
 
 def main():
     from rec_jax.mesh import MeshConfig, make_mesh
-    from rec_jax.recommend import Recommender
+    from rec_jax.serve.recommender import Recommender
 
     given = [flag.name for flag in (_USER, _HISTORY, _USERS) if flag.value is not None]
     if len(given) != 1:
@@ -73,7 +73,7 @@ def _show(found, whose: str = "") -> None:
 def _write_lists(recommender, settings) -> None:
     import numpy as np
 
-    from rec_jax.lists import check_path, write_lists
+    from rec_jax.serve.lists import check_path, write_lists
 
     check_path(_OUTPUT.value)
     if _USERS.value == "all":

@@ -17,9 +17,9 @@ def load(*workdirs, dims: int = 0):
 
         rec_jax.load("runs/mine").recommend(["i5", "i6"], k=10)
 
-    See `rec_jax.recommend.Recommender`, whose `model` has parameters, ids and titles. dims: score by so many
-    first dims (loss.matryoshka); 0 = by all. Raises ValueError if there is no trained model.
+    See `rec_jax.serve.recommender.Recommender`, whose `model` has parameters, ids and titles. dims: score by
+    so many first dims (loss.matryoshka); 0 = by all. Raises ValueError if there is no trained model.
     """
-    from rec_jax.recommend import Recommender
+    from rec_jax.serve.recommender import Recommender
 
     return Recommender.load(*workdirs, dims=dims)

@@ -35,7 +35,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """Commands and training first: no worker shall be left alone with a long file at the end."""
-    long = ("tests/experiments/", "tests/train/", "tests/test_compression.py")
+    long = ("tests/experiments/", "tests/train/", "tests/test_recipes.py")
     items.sort(key=lambda item: not item.nodeid.startswith(long))
 
 

@@ -23,12 +23,11 @@ train
 eval
 compress
 trained
-recommend
-lists
+serve
 run_config
 training
 experiment
-compression
+recipes
 experiments configs
 """
 LEVELS = {name: level for level, line in enumerate(ORDER.split("\n")) for name in line.split()}

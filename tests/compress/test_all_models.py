@@ -21,7 +21,6 @@ from rec_jax.compress.quant import (
     unpack_leaf,
 )
 from rec_jax.compress.shrink import ShrinkConfig, choose_units, mask, shrink, shrunk_config, unit_masks
-from rec_jax.compression import WEIGHTS
 from rec_jax.data.batch import Batch
 from rec_jax.models.base import define_model
 from rec_jax.models.bert4rec import BERT4RecConfig
@@ -33,6 +32,7 @@ from rec_jax.models.registry import MODELS, model_builder
 from rec_jax.models.sasrec import SASRecConfig
 from rec_jax.models.semantic_ids import CodesConfig, numbered_codes
 from rec_jax.models.tiger import TigerConfig
+from rec_jax.recipes import WEIGHTS
 from rec_jax.tree import leaf_names, num_params
 
 NUM_ITEMS, MAX_LEN = 30, 10

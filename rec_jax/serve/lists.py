@@ -11,7 +11,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from tqdm import tqdm
 
-from rec_jax.recommend import Candidates, Recommender
+from rec_jax.serve.recommender import Candidates, Recommender
 
 _SCHEMA = pa.schema(
     {

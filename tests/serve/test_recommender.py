@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 import rec_jax
-from rec_jax import lists, recommend, trained
+from rec_jax import trained
 from rec_jax.data.datasets import Dataset
 from rec_jax.data.histories import Histories, leave_one_out
 from rec_jax.data.queries import Queries
@@ -23,6 +23,8 @@ from rec_jax.models.registry import model_builder
 from rec_jax.models.sasrec import SASRecConfig
 from rec_jax.models.semantic_ids import CodesConfig, numbered_codes
 from rec_jax.models.tiger import TigerConfig
+from rec_jax.serve import lists
+from rec_jax.serve import recommender as recommend
 
 NUM_ITEMS, MAX_LEN = 30, 4
 RNG = np.random.default_rng(0)

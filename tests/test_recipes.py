@@ -16,11 +16,11 @@ from rec_jax.compress.prune import share_of_zeros
 from rec_jax.compress.quant import QuantConfig, dequantize_params, is_quantized
 from rec_jax.compress.shrink import ShrinkConfig, shrunk_config
 from rec_jax.compress.work import answer_multiply_adds
-from rec_jax.compression import RECIPES, WEIGHTS, compress, half_the_work, recipe_config, student_width
 from rec_jax.config import build
 from rec_jax.experiment import Experiment
 from rec_jax.models.base import define_model
 from rec_jax.models.registry import model_builder
+from rec_jax.recipes import RECIPES, WEIGHTS, compress, half_the_work, recipe_config, student_width
 from rec_jax.run_config import ExperimentConfig
 from rec_jax.tree import leaf_names
 
