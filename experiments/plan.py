@@ -61,8 +61,8 @@ def _plan(config, num_items: int):
     data, model = config.mesh.data, config.mesh.model
     mesh = make_mesh(config.mesh) if _COMPILE.value else AbstractMesh((data, model), ("data", "model"))
     counts = np.broadcast_to(1, (num_items + 1,))  # nothing is known of them
-    model = define_model(model_builder(config.model, num_items, config.data.max_len))
-    step = make_step(config, model, counts, mesh)
+    definition = define_model(model_builder(config.model, num_items, config.data.max_len))
+    step = make_step(config, definition, counts, mesh)
     layout = with_layout(config, num_items, mesh).table.layout
     print(
         f"mesh: data={data}, model={model}, {data * model} devices\n"

@@ -1,4 +1,4 @@
-"""Several processes of one run: how they find each other, take turns and agree. Free where there is only one.
+"""Several processes of one run: initialisation, barriers, broadcasts. Free where there is only one.
 
 They share a file system. Process 0 prints and writes for all; all compute the same, each feeding its devices.
 A process that fails leaves without waiting for the others. JAX ends these with a message of its own: at once
@@ -12,6 +12,7 @@ import zlib
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 _DAY_MS = 24 * 3600 * 1000
 _places = itertools.count()
@@ -98,8 +99,6 @@ def largest(number: int) -> int:
     """Of the numbers, int32, that the processes give."""
     if jax.process_count() == 1:
         return number
-    from jax.experimental import multihost_utils
-
     return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
@@ -107,8 +106,6 @@ def of_first(value: float) -> float:
     """What process 0 gives, bit for bit: decisions must not hang on the rounding of one machine."""
     if jax.process_count() == 1:
         return value
-    from jax.experimental import multihost_utils
-
     bits = np.array([value], np.float64).view(np.uint32)  # JAX would round an f64
     return float(multihost_utils.broadcast_one_to_all(bits).view(np.float64)[0])
 
@@ -116,8 +113,6 @@ def of_first(value: float) -> float:
 def whole(array) -> np.ndarray:
     """An array on the host of every process, wherever its parts are; all must call it."""
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
-        from jax.experimental import multihost_utils
-
         return multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)
 

@@ -81,10 +81,6 @@ def _has_tables(config) -> bool:
     return bool(MODELS[type(config.model)].tables)
 
 
-def _predicts_next(config) -> bool:
-    return MODELS[type(config.model)].is_causal
-
-
 def _is_plain(config) -> bool:
     """Are the tables parameters like any other, as far as the config says?"""
     table = config.table
@@ -121,7 +117,7 @@ REFUSALS = [
     # Masked items are drawn anew in each step, and nothing is further ahead than what is masked.
     *_must_be_default(
         ("augment", "contrastive.weight", "model.num_future"),
-        lambda c: not _predicts_next(c),
+        lambda c: not MODELS[type(c.model)].is_causal,
         "is for models that predict the next item, and model.type={model!r} predicts masked items: leave it "
         "at its default",
     ),

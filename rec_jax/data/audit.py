@@ -283,9 +283,18 @@ def plot_audit(histories, split, figures: dict[str, float], path: Path) -> None:
     _plot_popularity(histories, figures, popularity)
     ex = examples(histories, split, "test")
     if histories.times is not None:
-        _plot_ages(histories, ex, ages)
+        days = item_age_days(histories)
+        _plot_shares_up_to(ages, {"all events": days, "test targets": days[ex.ends]})
+        ages.set(xlabel="days since the first event with the item", title="Age of items when used")
     else:
-        _plot_target_counts(split.train_item_counts(histories), ex.targets, ages)
+        counts_V = split.train_item_counts(histories)
+        in_training = np.repeat(counts_V, counts_V)
+        _plot_shares_up_to(ages, {"training events": in_training, "test targets": counts_V[ex.targets]})
+        ages.set_xscale("symlog", linthresh=1)
+        ages.set(
+            xlabel="training events of the item (0: cold)", title="Which items the test has", xlim=(0, None)
+        )
+        ages.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     _plot_shares(figures, shares)
     canvas.suptitle(_title(histories, split))
     canvas.savefig(path, dpi=110)
@@ -294,7 +303,7 @@ def plot_audit(histories, split, figures: dict[str, float], path: Path) -> None:
 def _plot_lengths(histories, axes) -> None:
     lengths = np.diff(histories.offsets)
     edges = np.geomspace(lengths.min(), lengths.max() + 1, 40)
-    axes.hist(lengths, np.unique(np.floor(edges)), color="tab:blue")
+    axes.hist(lengths, np.unique(np.floor(edges)))
     median = np.median(lengths)
     axes.axvline(median, color="black", linestyle="--", label=f"median {median:,.0f}")
     axes.set(xscale="log", xlabel="events of a user", ylabel="users", title="Lengths of histories")
@@ -304,30 +313,14 @@ def _plot_lengths(histories, axes) -> None:
 
 def _plot_popularity(histories, figures, axes) -> None:
     counts = np.sort(_item_counts(histories))[::-1]
-    rank = np.arange(1, len(counts) + 1)
-    axes.loglog(rank, counts, color="tab:blue")
+    axes.loglog(np.arange(1, len(counts) + 1), counts)
     top = f"top 1 %: {figures['top_items_share']:.1%} of events"
     axes.axvspan(1, max(_one_percent(counts), 1.05), color="tab:orange", alpha=0.3, label=top)
     axes.legend(loc="lower left")
-    axes.set(xlabel="item, most popular first", ylabel="events")
-    axes.set_title(f"Popularity of items, Gini {figures['popularity_gini']:.2f}")
+    title = f"Popularity of items, Gini {figures['popularity_gini']:.2f}"
+    axes.set(xlabel="item, most popular first", ylabel="events", title=title)
     _plain_numbers(axes.xaxis)
     _plain_numbers(axes.yaxis)
-
-
-def _plot_ages(histories, ex, axes) -> None:
-    ages = item_age_days(histories)
-    _plot_shares_up_to(axes, {"all events": ages, "test targets": ages[ex.ends]})
-    axes.set(xlabel="days since the first event with the item", title="Age of items when used")
-
-
-def _plot_target_counts(counts_V, targets, axes) -> None:
-    in_training = np.repeat(counts_V, counts_V)
-    _plot_shares_up_to(axes, {"training events": in_training, "test targets": counts_V[targets]})
-    axes.set_xscale("symlog", linthresh=1)
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.set_xlim(left=0)
-    axes.set(xlabel="training events of the item (0: cold)", title="Which items the test asks for")
 
 
 def _plot_shares_up_to(axes, parts: dict[str, np.ndarray]) -> None:
@@ -341,11 +334,10 @@ def _plot_shares_up_to(axes, parts: dict[str, np.ndarray]) -> None:
 def _plot_shares(figures, axes) -> None:
     names = [name for name in figures if FIGURES[name].unit == "share" and name != "top_items_share"][::-1]
     values = [figures[name] for name in names]
-    axes.barh([name.replace("_", " ") for name in names], values, color="tab:blue")
-    for y, value in enumerate(values):
-        axes.text(value + 0.01, y, f"{value:.1%}", va="center")
-    axes.set(xlim=(0, 1.12), xlabel="share; audit.json says of what, and what it means")
-    axes.set_title("Before trusting a benchmark on it")
+    bars = axes.barh([name.replace("_", " ") for name in names], values)
+    axes.bar_label(bars, fmt="{:.1%}", padding=3)
+    xlabel = "share; audit.json says of what, and what it means"
+    axes.set(xlim=(0, 1.12), xlabel=xlabel, title="Before trusting a benchmark on it")
 
 
 def _plain_numbers(axis) -> None:

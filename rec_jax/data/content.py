@@ -33,17 +33,15 @@ def content_vectors(content: str, dims: int, dataset: Dataset, titles_ids: str =
       ValueError: another number of rows, unreadable contents, not a single item known.
     """
     ids = [str(name) for name in dataset.histories.item_ids[1:]]
-    if not content:
-        tokens, source = _known_tokens(dataset), "the data set"
-        vectors = hashed_tokens([tokens[name] if name in tokens else [] for name in ids], dims)
+    path = resolve_path(content, "codes.content") if content else None
+    if path and path.suffix in (".npy", ".npz"):
+        vectors = _read_vectors(path, ids)
     else:
-        path = resolve_path(content, "codes.content")
-        source = path.name
-        if path.suffix in (".npy", ".npz"):
-            vectors = _read_vectors(path, ids)
+        if path is None:
+            tokens = _known_tokens(dataset)
         else:
             tokens = _read_attributes(path) if path.suffix == ".json" else _read_words(path, titles_ids)
-            vectors = hashed_tokens([tokens[name] if name in tokens else [] for name in ids], dims)
+        vectors = hashed_tokens([tokens[name] if name in tokens else [] for name in ids], dims)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     num_unknown = int((norms == 0).sum())
     if num_unknown == len(ids):
@@ -52,6 +50,7 @@ def content_vectors(content: str, dims: int, dataset: Dataset, titles_ids: str =
         )
     vectors = np.pad(vectors / np.where(norms == 0, 1, norms), ((1, 0), (0, 0))).astype(np.float32)
     kinds = len(np.unique(vectors[1:], axis=0))
+    source = path.name if path else "the data set"
     text = f"content from {source}: {len(ids):,} items, {kinds:,} different ones, {num_unknown:,} unknown"
     return vectors, text
 

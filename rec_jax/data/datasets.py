@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from rec_jax.data.cleaning import REPORT_HEAD, clean
 from rec_jax.data.histories import (
     Histories,
@@ -178,9 +180,7 @@ def resolve_path(path: str, name: str) -> Path:
         if place.exists():
             return place.resolve()
     looked = " and ".join(str(place.absolute()) for place in dict.fromkeys(places))
-    hint = (
-        "" if root else ", or put the directory of your data sets into the environment variable REC_JAX_DATA"
-    )
+    hint = "" if root else ", or put the directory of your data sets into the variable REC_JAX_DATA"
     tfds = "; for TFDS set format='tfds'" if path.startswith("movielens/") else ""
     raise ValueError(f"{name}={path!r} does not exist (looked for {looked}): give the right path{hint}{tfds}")
 
@@ -198,20 +198,14 @@ def _source(config: DataConfig) -> str:
 
 def _fingerprint(config: DataConfig, path: str) -> dict[str, Any]:
     """What the files on disk were made from."""
-    files = [path] if path and config.format != "tfds" else []
-    files += [
-        str(resolve_path(getattr(config, x), x)) for x in ("titles", "titles_ids") if getattr(config, x)
-    ]
-    stats = [(file, os.stat(file)) for file in files]
-    values = dataclasses.asdict(config)
-    values = {name: value for name, value in values.items() if name not in _NOT_PREPARED}
-    if config.format != "simulator":
-        del values["sim"]
+    files = [Path(path)] if path and config.format != "tfds" else []
+    files += [resolve_path(getattr(config, x), x) for x in ("titles", "titles_ids") if getattr(config, x)]
+    left_out = _NOT_PREPARED if config.format == "simulator" else (*_NOT_PREPARED, "sim")
     fingerprint = {
         "version": _VERSION,
         "source": path,
-        "config": values,
-        "files": [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats],
+        "config": {name: x for name, x in dataclasses.asdict(config).items() if name not in left_out},
+        "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
     }
     return json.loads(json.dumps(fingerprint))  # as it will be read back: tuples are lists
 
@@ -229,8 +223,7 @@ def _damaged(directory: Path, error: Exception) -> ValueError:
 
 
 def _about_of_directory(config: DataConfig, path: Path) -> dict[str, Any]:
-    """What a prepared directory says of itself. How it was read is settled there; a config that asks for
-    other cleaning or another split is an error."""
+    """What a prepared directory says of itself. A config with other cleaning or another split is an error."""
     about = _read_about(path)
     if about is None:
         raise ValueError(
@@ -299,10 +292,9 @@ def _check_unchanged(about, dataset: Dataset, fingerprint, histories, split, dir
             "split checksum": split.checksum[:12],
         }
 
-    before = facts(dataset.histories, dataset.split, about["fingerprint"])
+    then = facts(dataset.histories, dataset.split, about["fingerprint"])
     now = facts(histories, split, fingerprint)
-    names = [name for name in now if before.get(name) != now[name]]
-    changed = [f"{name} ({before.get(name, 'nothing')} then, {now[name]} now)" for name in names]
+    changed = [f"{x} ({then.get(x, 'nothing')} then, {now[x]} now)" for x in now if then.get(x) != now[x]]
     if dataset.split.checksum != split.checksum or dataset.histories.vocabulary != histories.vocabulary:
         raise ValueError(
             f"the data are not those that the run in {directory.parent} was trained on, which stay in "
@@ -322,7 +314,7 @@ def _split(config: DataConfig, histories: Histories) -> Split:
 
 def _report(config, log, cleaning: list[tuple], histories: Histories, split: Split) -> list[str]:
     source = log.notes or (f"simulated: {config.sim}",)
-    lengths = histories.offsets[1:] - histories.offsets[:-1]
+    lengths = np.diff(histories.offsets)
     about = {
         "users": histories.num_users,
         "items": histories.num_items,
@@ -332,14 +324,13 @@ def _report(config, log, cleaning: list[tuple], histories: Histories, split: Spl
         **histories.notes,
         "items with a title": len(histories.titles),
     }
-    rows = [(x, _iso(value) if x.endswith(" time") else value) for x, value in split.notes.items()]
+    rows = [
+        (name, f"{datetime.fromtimestamp(x, UTC):%Y-%m-%d %H:%M:%S} UTC" if name.endswith(" time") else x)
+        for name, x in split.notes.items()
+    ]
     return [
         "\n".join(("Reading", *source)),
         "Cleaning\n" + format_table(REPORT_HEAD, cleaning),
         "Histories\n" + format_table(("what", "count"), about.items()),
         f"Split: {split.kind}\n{format_table(('what', 'count'), rows)}\nchecksum {split.checksum}",
     ]
-
-
-def _iso(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -62,12 +62,11 @@ class Histories:
     def save(self, directory: Path) -> None:
         """Writes the arrays, all or nothing; `load` maps them into memory."""
         with replaced_directory(Path(directory), "vocabulary.json") as new:
-            np.save(new / "items.npy", np.asarray(self.items, np.int32))
-            np.save(new / "offsets.npy", self.offsets)
-            if self.times is not None:
-                np.save(new / "times.npy", self.times)
-            for i, column in enumerate(self.features.values()):
-                np.save(new / f"feature_{i}.npy", column)
+            arrays = {"items": np.asarray(self.items, np.int32), "offsets": self.offsets}
+            arrays |= {} if self.times is None else {"times": self.times}
+            arrays |= {f"feature_{i}": column for i, column in enumerate(self.features.values())}
+            for name, array in arrays.items():
+                np.save(new / f"{name}.npy", array)
             about = {
                 "user_ids": [str(x) for x in self.user_ids],
                 "item_ids": [str(x) for x in self.item_ids],
@@ -112,13 +111,11 @@ def replaced_directory(directory: Path, mark: str) -> Iterator[Path]:
     new.chmod(0o755)  # mkdtemp's is private
     try:
         yield new
+        old = new.with_name(new.name + ".old")
         if directory.exists():  # Renamed away first: a directory can only be renamed onto an empty one.
-            old = new.with_name(new.name + ".old")
             directory.rename(old)
-            new.rename(directory)
-            shutil.rmtree(old)
-        else:
-            new.rename(directory)
+        new.rename(directory)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
@@ -135,13 +132,11 @@ def build_histories(log, titles: dict[str, str] | None = None) -> Histories:
         order = np.lexsort((log.times, log.users))
         times = log.times[order]
         same_user = np.diff(log.users[order]) == 0
-        as_read = log.times[by_user]
+        earlier, tied = np.diff(log.times[by_user]) < 0, np.diff(times) == 0
         notes = {
-            "events earlier than the one before them in the file, sorted": int(
-                np.count_nonzero(same_user & (np.diff(as_read) < 0))
-            ),
+            "events earlier than the one before them in the file, sorted": int((same_user & earlier).sum()),
             "events at the same time as the one before them, in the order of the file": int(
-                np.count_nonzero(same_user & (np.diff(times) == 0))
+                (same_user & tied).sum()
             ),
         }
     counts = np.bincount(log.users, minlength=len(log.user_ids))
@@ -218,13 +213,9 @@ class Split:
 
 def _checksum(histories, train_end, val_end) -> str:
     digest = hashlib.sha256()
-    for array, dtype in (
-        (histories.items, "<i4"),
-        (histories.offsets, "<i8"),
-        (train_end, "<i8"),
-        (val_end, "<i8"),
-    ):
-        digest.update(np.ascontiguousarray(array, dtype))
+    digest.update(np.ascontiguousarray(histories.items, "<i4"))
+    for array in (histories.offsets, train_end, val_end):
+        digest.update(np.ascontiguousarray(array, "<i8"))
     return digest.hexdigest()
 
 
@@ -260,7 +251,7 @@ def leave_one_out(histories: Histories) -> Split:
 def global_temporal(histories: Histories, val_time: int, test_time: int) -> Split:
     """Training before `val_time`, validation before `test_time`, test from then on (seconds UTC).
 
-    No training event is as late as any held-out one, whoever's it is. An event at a cut belongs to the
+    Every training event is earlier than any held-out one, across users. An event at a cut belongs to the
     later part. Raises ValueError without times, or if a part is empty.
     """
     if histories.times is None:

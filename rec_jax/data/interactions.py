@@ -4,6 +4,7 @@ A thing in the file that no rule covers is a ValueError that quotes the line; wh
 leaves out is counted in `InteractionLog.notes`.
 """
 
+import contextlib
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -156,19 +157,16 @@ def _encode(column, kind: str, columns: Columns, notes: list[str]) -> tuple[np.n
     raw = encoded.dictionary.to_pylist()
     codes = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False).astype(np.int32)
     ids = [text.strip() for text in raw]
-    if columns.whole_ids:
-        for code, text in enumerate(raw):
-            if not re.fullmatch(r"0|[1-9]\d{0,18}", text, re.ASCII) or int(text) >= 2**63:
-                raise ValueError(
-                    f"{columns.where(int(np.argmax(codes == code)))}: {kind} {text!r} is not a whole number "
-                    "from 0 to 2^63 - 1 without leading zeros; for ids that are text use csv or parquet"
-                )
     for code, text in enumerate(raw):
-        if "\n" in text or "\r" in text:
-            raise ValueError(
-                f"{columns.where(int(np.argmax(codes == code)))}: {kind} {text!r} holds a line end; is a "
-                "double quote missing?"
+        is_whole = re.fullmatch(r"0|[1-9]\d{0,18}", text, re.ASCII) and int(text) < 2**63
+        wrong = "holds a line end; is a double quote missing?" if "\n" in text or "\r" in text else ""
+        if columns.whole_ids and not is_whole:
+            wrong = (
+                "is not a whole number from 0 to 2^63 - 1 without leading zeros; for ids that are text use "
+                "csv or parquet"
             )
+        if wrong:
+            raise ValueError(f"{columns.where(int(np.argmax(codes == code)))}: {kind} {text!r} {wrong}")
     if num := sum(text != stripped for text, stripped in zip(raw, ids, strict=True)):
         notes.append(f"{count(num, f'{kind} id')} had blanks around, removed")
     new_codes, seen = np.full(len(ids) + 1, -1, np.int32), {}  # the last one stays -1, for null
@@ -183,21 +181,18 @@ def _encode(column, kind: str, columns: Columns, notes: list[str]) -> tuple[np.n
 
 def _id_text(column: pa.ChunkedArray, kind: str, where) -> pa.ChunkedArray:
     """Ids as text; whole floats, which pandas makes of integers with gaps, as integers."""
-    kind_of = column.type
-    if pa.types.is_dictionary(kind_of):
-        column = column.cast(kind_of.value_type)
-        kind_of = column.type
-    if pa.types.is_floating(kind_of):
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_floating(column.type):
         values = column.to_numpy()
         bad = ~np.isnan(values) & ((values != np.floor(values)) | (np.abs(values) >= 2**53))
         if bad.any():
             row = int(np.argmax(bad))
             raise ValueError(f"{where(row)}: {kind} {values[row]} is not a whole number; store ids as text")
         column = pc.if_else(pc.is_nan(column), None, column).cast(pa.int64())
-    elif not (
-        pa.types.is_integer(kind_of) or pa.types.is_string(kind_of) or pa.types.is_large_string(kind_of)
-    ):
-        raise ValueError(f"{where(0)}: the {kind} column has type {kind_of}; expected text or whole numbers")
+    elif not (pa.types.is_integer(column.type) or _is_text(column)):
+        seen = column.type
+        raise ValueError(f"{where(0)}: the {kind} column has type {seen}; expected text or whole numbers")
     return column.cast(pa.string())
 
 
@@ -215,8 +210,7 @@ def _seconds(column, unit: str, where, notes) -> tuple[np.ndarray, np.ndarray, n
         column, unit = column.cast(pa.timestamp("us")).cast(pa.int64()), "us"
     elif not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
         raise ValueError(f"{where(0)}: the time column has type {column.type}; expected numbers or dates")
-    exact = pc.fill_null(column, 0).to_numpy()
-    exact = np.where(missing, 0, exact)
+    exact = np.where(missing, 0, pc.fill_null(column, 0).to_numpy())
     per_second = _PER_SECOND[unit]
     bad = ~missing & ~((exact >= 0) & (exact < _YEAR_2100 * per_second))  # also catches infinities
     if bad.any():
@@ -237,10 +231,8 @@ def _parse_times(column: pa.ChunkedArray, where) -> pa.ChunkedArray:
     """Text as int64 or float64 numbers, or as timestamps."""
     types = (pa.int64(), pa.float64(), pa.timestamp("us"), pa.timestamp("us", "UTC"))
     for kind in types:
-        try:
+        with contextlib.suppress(pa.ArrowInvalid):
             return column.cast(kind)
-        except pa.ArrowInvalid:
-            continue
     # Some value differs from the rest: find the first that cannot be read as the first value can.
     values = column.to_pylist()
     first = next(value for value in values if value is not None)

@@ -55,14 +55,10 @@ def read_sasrec(path: Path, names: ColumnNames, delimiter: str) -> Columns:
 
 
 def read_sequences(path: Path, names: ColumnNames, delimiter: str) -> Columns:
-    """`user item item ...` lines, oldest item first, one line a user.
-
-    Fields are separated by blanks unless a delimiter is given.
-    """
+    """`user item item ...` lines, oldest item first, one line a user; separated by blanks by default."""
     _refuse_names(names, "sequences", "user and items")
     open_bytes(path)  # for its checks
-    users, items, lengths, numbers, num_blank = [], [], [], [], 0
-    line_of_user = {}
+    items, lengths, line_of_user, num_blank = [], [], {}, 0
     for number, line in numbered_lines(path):
         if not line.strip():
             num_blank += 1
@@ -79,20 +75,17 @@ def read_sequences(path: Path, names: ColumnNames, delimiter: str) -> Columns:
                 "sequences format has one line a user (for `user item` lines set format='sasrec')"
             )
         line_of_user[user] = number
-        users.append(user)
         items += its_items
         lengths.append(len(its_items))
-        numbers.append(number)
-    ends = np.cumsum(lengths)
+    rows = np.repeat(np.arange(len(lengths)), lengths)
 
     def where_event(row: int) -> str:
-        number = numbers[int(np.searchsorted(ends, row, side="right"))]
+        number = [*line_of_user.values()][rows[row]]
         line = next(line for at, line in numbered_lines(path) if at == number)
         return f"{where(path, number, line)} (item {items[row]})"
 
-    rows = pa.array(np.repeat(np.arange(len(users)), lengths))
     return Columns(
-        pa.chunked_array([pa.array(users, pa.string()).take(rows)]),
+        pa.chunked_array([pa.array([*line_of_user], pa.string()).take(pa.array(rows))]),
         pa.chunked_array([pa.array(items, pa.string())]),
         where_event,
         whole_ids=True,
@@ -149,8 +142,7 @@ def read_parquet(path: Path, names: ColumnNames, delimiter: str) -> Columns:
 def read_tfds(name: str) -> Columns:
     """MovieLens from TensorFlow Datasets, such as `movielens/1m-ratings`.
 
-    The first use downloads the data set and converts it, which takes a network and TensorFlow; later uses
-    take neither. Rows come in the order of TFDS, which shuffles: ties in time are in that order.
+    Only the first use needs a network and TensorFlow. Rows come in the order of TFDS, which shuffles.
     """
     if not re.fullmatch(r"movielens/[\w-]+-ratings(:[\d.]+)?", name):
         raise ValueError(f"path={name!r} is not a rating set of TFDS MovieLens, such as movielens/1m-ratings")

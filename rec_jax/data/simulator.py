@@ -1,9 +1,8 @@
 """A seeded world whose best possible predictor is known exactly.
 
-Every user has a hidden interest that drifts as a Markov chain, one move an event. An interest shows
-itself through the items it emits, and most items belong to two interests, so that the last item alone
-does not tell the interest: the whole history does. This is a hidden Markov model, hence the forward
-filter gives the exact distribution of the next item, which nothing can beat.
+Every user has a hidden interest that drifts as a Markov chain, one move an event, and emits items. Most items
+belong to two interests, so the last item alone does not tell the interest: the whole history does. In this
+hidden Markov model the forward filter gives the exact distribution of the next item, which nothing can beat.
 """
 
 from dataclasses import dataclass
@@ -119,11 +118,8 @@ class World:
         lengths_G = np.zeros(len(starts_G), np.int64)
         np.maximum.at(lengths_G, group_B, queries.lengths)
         longest_first = np.argsort(-lengths_G, kind="stable")
-        starts_G, lengths_G, row_G = (
-            starts_G[longest_first],
-            lengths_G[longest_first],
-            np.argsort(longest_first),
-        )
+        starts_G, lengths_G = starts_G[longest_first], lengths_G[longest_first]
+        row_G = np.argsort(longest_first)
         by_length = np.argsort(queries.lengths, kind="stable")
         steps = np.arange(lengths_G[0] + 1)
         num_done = np.searchsorted(queries.lengths[by_length], steps, side="right")

@@ -25,14 +25,9 @@ class TextFile:
     Blank lines are skipped and counted (`num_blank`), a byte order mark is ignored, lines may end in LF,
     CRLF or CR.
 
-    Args:
-      path: an existing file.
-      delimiter: what separates fields: one character, or `::`.
-      names: the columns of a file without a header line; None if the first line names them.
-      quotes: whether double quotes may enclose a field, with delimiters and line ends in it.
-
-    Raises:
-      ValueError: the file is empty, is not text, or names a column twice.
+    delimiter: of fields: one character, or `::`. names: the columns of a file without a header line; None if
+    the first line names them. quotes: may double quotes enclose a field, with delimiters and line ends in it?
+    Raises ValueError if the file is empty, is not text, or names a column twice.
     """
 
     def __init__(self, path: Path, delimiter: str, names: Sequence[str] | None = None, quotes=False):
@@ -51,19 +46,19 @@ class TextFile:
     def columns(self, wanted: Sequence[str]) -> dict[str, pa.ChunkedArray]:
         """The wanted columns, as strings.
 
-        Raises:
-          ValueError: a line with too few or too many fields, or bytes that are not UTF-8; names the
-            file, the line and what was expected.
+        Raises ValueError, naming the line and what was expected, for a line with too few or too many fields
+        or bytes that are not UTF-8.
         """
         names, delimiter, gaps = self.names, self.delimiter, []
         if delimiter == "::":  # Arrow takes one character, so the inside of `::` is an empty column.
             gaps = [f"::{i}" for i in range(len(names) - 1)]
             names, delimiter = [*itertools.chain(*zip(names, gaps, strict=False)), names[-1]], ":"
         start = len(_BOM) if self._data[:3] == _BOM else 0
+        num_header_lines = next(self._records())[0] if self.has_header else 0
         try:
             table = pacsv.read_csv(
                 pa.BufferReader(pa.py_buffer(self._data).slice(start)),
-                pacsv.ReadOptions(column_names=names, skip_rows=self._num_header_lines()),
+                pacsv.ReadOptions(column_names=names, skip_rows=num_header_lines),
                 pacsv.ParseOptions(
                     delimiter=delimiter,
                     quote_char='"' if self._quotes else False,
@@ -82,7 +77,8 @@ class TextFile:
             header = self.delimiter.join(self.names)
             raise ValueError(f"{self.path} holds no events, only the header line {header!r}")
         if not self._quotes:
-            self.num_blank = max(0, self._num_lines() - table.num_rows - self.has_header)
+            num_lines = _count_byte(self._data, "\n") + (self._data[-1:] != b"\n")
+            self.num_blank = max(0, num_lines - table.num_rows - self.has_header)
         return {name: table[name] for name in wanted}
 
     def where(self, row: int) -> str:
@@ -93,10 +89,7 @@ class TextFile:
         """(line number, text) of each record that is not blank; a record with quotes may be many lines."""
         lines = numbered_lines(self.path)
         for number, line in lines:
-            while self._quotes and line.count('"') % 2:
-                following = next(lines, None)
-                if following is None:
-                    break
+            while self._quotes and line.count('"') % 2 and (following := next(lines, None)):
                 line += "\n" + following[1]
             if line:
                 yield number, line
@@ -140,12 +133,6 @@ class TextFile:
             raise ValueError(f"{self.path}: the header names column {twice!r} twice; rename one of them")
         return names
 
-    def _num_header_lines(self) -> int:
-        return next(self._records())[0] if self.has_header else 0
-
-    def _num_lines(self) -> int:
-        return _count_byte(self._data, "\n") + (self._data[-1:] != b"\n")
-
 
 def _count_byte(data: mmap.mmap, char: str) -> int:
     values, block = np.frombuffer(data, np.uint8), 1 << 24
@@ -157,8 +144,7 @@ def _count_byte(data: mmap.mmap, char: str) -> int:
 def open_bytes(path: Path) -> mmap.mmap:
     """The file, mapped into memory.
 
-    Raises:
-      ValueError: an empty file (or nothing but blanks), a compressed one, or one with NUL bytes.
+    Raises ValueError for an empty file (or nothing but blanks), a compressed one, or one with NUL bytes.
     """
     empty = ValueError(f"{path} is empty: expected at least one event")
     if path.stat().st_size == 0:

@@ -1,9 +1,8 @@
-"""Reads and updates of tables whose rows are spread over a mesh with the axes "data" and "model".
+"""Reads and updates of tables whose rows are sharded over a mesh with the axes "data" and "model".
 
-The batch is split over "data" and whole on every device of "model". A device at place j of "model" keeps
-rows of its column only. It exchanges ids, rows and gradients by all_to_all with the other devices of
-that column, and the columns add up what they have found. All functions but those of `Placement` run
-inside a shard_map over both axes.
+The batch is split over "data" and whole on every device of "model". A device exchanges ids, rows and
+gradients by all_to_all with the other devices of its place in "model", and a sum over "model" completes what
+is read. All functions but those of `Placement` run inside a shard_map over both axes.
 
 An exchange has a fixed capacity for each pair of devices. Ids beyond it are not dropped: they go in
 further rounds. A round takes, for each owner, the rows below a bound that all devices agree on, so that all
@@ -31,10 +30,10 @@ NUM_GROUPS = 1024  # a mesh must divide it
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a row lies: row r of the catalogue is row `to_physical(r)` of the array.
+    """Where a row is placed: row r of the catalogue is row `to_physical(r)` of the array.
 
     Neighbours go to different groups, and whole groups to a device, so that popular items, whose ids are
-    often near each other, are spread. It does not depend on the mesh: an array saved on one is right on any.
+    often near each other, are on different devices. It does not depend on the mesh.
     """
 
     num_rows: int
@@ -157,7 +156,7 @@ def _sum_by_owner(rows_U, grads_UD, local_rows: int, capacity: int, carry, use):
 
 
 def update_sharded(optimizer, table_vD, state, rows_U, grads_UD, capacity: int) -> tuple:
-    """(table_vD, state, sum of all squared gradients) after one step on the rows that any device has touched.
+    """(table_vD, state, sum of all squared gradients) after one step on the rows that any device has read.
 
     grads_UD: of this device's rows_U, the same on every device of "model". state: of the local rows.
     """
@@ -187,8 +186,5 @@ def sum_squares_sharded(rows_U, grads_UD, local_rows: int, capacity: int) -> jax
 def scatter_sharded(rows_U, grads_UD, local_rows: int, capacity: int) -> jax.Array:
     """f32[local_rows, D]: the gradient of all local rows, for an optimizer that sweeps the table."""
 
-    def use(grads_vD, rows_M, sums_MD):
-        return add_rows(grads_vD, rows_M, sums_MD)
-
     zeros_vD = jnp.zeros((local_rows, grads_UD.shape[1]), jnp.float32)
-    return _sum_by_owner(rows_U, grads_UD, local_rows, capacity, zeros_vD, use)
+    return _sum_by_owner(rows_U, grads_UD, local_rows, capacity, zeros_vD, add_rows)

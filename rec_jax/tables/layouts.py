@@ -1,9 +1,9 @@
-"""Where a table lies on a mesh with the axes "data" and "model", and how its rows are read and updated.
+"""How a table is sharded over a mesh with the axes "data" and "model", and its rows are read and updated.
 
 A batch is split over "data" and whole on every device of "model". Three layouts of one interface:
 
     Replicated   every device has the whole table
-    RowSharded   rows are spread over all devices; distinct ids, rows and gradients are exchanged
+    RowSharded   rows are sharded over all devices; distinct ids, rows and gradients are exchanged
     DimSharded   each device of "model" has some of the dims of all rows
 
 `place`, `unplace` and `init` work on whole arrays, all other methods inside a shard_map over both axes, on
@@ -50,7 +50,7 @@ class Replicated:
 
     def state_specs(self, state):
         """Of the optimizer's state, like `spec` of the arrays."""
-        return _specs_like(state, self.spec)
+        return jax.tree.map(lambda x: P(*tuple(self.spec)[: x.ndim]), state)
 
     def place(self, table_VD):
         """The arrays on the mesh, of a table in the order of ids."""
@@ -59,7 +59,7 @@ class Replicated:
         return jax.jit(self.arrange, out_shardings=shardings(self.mesh, self.spec))(table_VD)
 
     def init(self, optimizer, arrays):
-        """The state of the optimizer, its rows lying where those of the table do."""
+        """The state of the optimizer, its rows placed like those of the table."""
         specs = self.state_specs(jax.eval_shape(optimizer.init, arrays))
         return jax.jit(optimizer.init, out_shardings=shardings(self.mesh, specs))(arrays)
 
@@ -184,10 +184,6 @@ class RowSharded(Replicated):
     def scatter(self, rows_U, grads_UD) -> jax.Array:
         """f32[local rows, D]: the gradient of all local rows."""
         return exchange.scatter_sharded(rows_U, grads_UD, self._local_rows, self._capacity(rows_U.size))
-
-
-def _specs_like(state, spec: P):
-    return jax.tree.map(lambda x: P(*tuple(spec)[: x.ndim]), state)
 
 
 def shardings(mesh: Mesh, specs):

@@ -1,4 +1,4 @@
-"""Updates of a table that touch only the rows a batch has read.
+"""Updates of only those rows of a table that a batch has read.
 
     touched = find_rows(ids_N, num_rows)                   distinct ids
     rows_UD = gather_rows(table_VD, touched.rows_U)        what the model sees instead of the table
@@ -6,13 +6,12 @@
     table_VD, state = update_rows(optimizer, table_VD, state, touched.rows_U, grads_UD)
 
 Any optax transformation that works element by element or row by row will do: its state is gathered with the
-rows, updated and written back once, without duplicates (and sorted but on a CPU), so that a donated table is
-changed in place. Cost follows the number of touched rows, not that of the table.
+rows and written back once, without duplicates, so that a donated table is changed in place. Cost follows the
+number of distinct ids, not the size of the table.
 
-SGD and Adagrad are thereby exactly what they are with dense gradients. Adam is not: a dense Adam goes on
-moving a row by its old momentum while nothing touches it. `optax.adam` used here is "lazy Adam": the
-moments of a row rest meanwhile. `catch_up_adam` makes up for the missed steps when a row is next read. A
-weight decay decays the touched rows of a step only.
+SGD and Adagrad are exactly what they are with dense gradients. Adam is not: a dense Adam keeps moving a row
+by its old momentum. With `optax.adam` the moments of an unread row rest ("lazy Adam"); `catch_up_adam` makes
+up for the missed steps when a row is next read. A weight decay decays the rows of a step only.
 """
 
 from collections.abc import Callable
@@ -33,14 +32,9 @@ class Touched(NamedTuple):
     rows_U: jax.Array  # int32[U], U = N: distinct; free places hold ids beyond the table
     place_N: jax.Array  # int32[N]: rows_U[place_N] == ids_N
 
-    def count(self, num_rows: int) -> jax.Array:
-        """int32 scalar: the number of distinct ids of the table."""
-        return jnp.sum(self.rows_U < num_rows, dtype=jnp.int32)
-
 
 def find_rows(ids_N: jax.Array, num_rows: int) -> Touched:
-    """Distinct ids in whatever order is fastest: of their occurrence on a CPU, else sorted, for sorted
-    writes.
+    """Distinct ids, in the order of their occurrence on a CPU, else sorted, for sorted writes: the fastest.
 
     ids_N: int32[N]. One outside [0, num_rows) reads as a row of NaN, so that the loss shows it.
     """
@@ -54,11 +48,10 @@ def _is_cpu() -> bool:
 def dedupe(ids_N: jax.Array, num_rows: int) -> Touched:
     """Distinct ids, sorted. Sorting and searching is 3.5 times faster on a CPU than `jnp.unique`, which sorts
     pairs."""
-    bad = num_rows
-    ids_N = jnp.where((ids_N < 0) | (ids_N > num_rows), bad, ids_N).astype(jnp.int32)
+    ids_N = jnp.where((ids_N < 0) | (ids_N > num_rows), num_rows, ids_N).astype(jnp.int32)
     sorted_N = jnp.sort(ids_N)
     is_first_N = jnp.concatenate([jnp.ones(1, bool), sorted_N[1:] != sorted_N[:-1]])
-    free_U = bad + 1 + jnp.arange(ids_N.size, dtype=jnp.int32)
+    free_U = num_rows + 1 + jnp.arange(ids_N.size, dtype=jnp.int32)
     rows_U = free_U.at[jnp.cumsum(is_first_N) - 1].set(sorted_N)
     return Touched(rows_U, jnp.searchsorted(rows_U, ids_N).astype(jnp.int32))
 
@@ -109,14 +102,13 @@ def gather_rows(table_VD: jax.Array, rows_U: jax.Array) -> jax.Array:
 
 
 def write_rows(table_VX: jax.Array, rows_U: jax.Array, rows_UX: jax.Array) -> jax.Array:
-    """The table with those rows replaced; places beyond the table are dropped."""
+    """The table with those rows replaced; like `add_rows` it drops places beyond the table."""
     return table_VX.at[rows_U].set(
         rows_UX.astype(table_VX.dtype), mode="drop", indices_are_sorted=not _is_cpu(), unique_indices=True
     )
 
 
 def add_rows(table_VD: jax.Array, rows_U: jax.Array, updates_UD: jax.Array) -> jax.Array:
-    """The table with the updates added to those rows; places beyond the table are dropped."""
     return table_VD.at[rows_U].add(
         updates_UD.astype(table_VD.dtype), mode="drop", indices_are_sorted=not _is_cpu(), unique_indices=True
     )
@@ -135,7 +127,7 @@ def gather_state(state, rows_U: jax.Array, num_rows: int):
 def read_rows(optimizer, table_VD, state, rows_U) -> jax.Array:
     """The rows as a model should see them: with the steps made up for that a `RowOptimizer` has missed."""
     rows_UD = gather_rows(table_VD, rows_U)
-    if getattr(optimizer, "missed", None) is None:
+    if not isinstance(optimizer, RowOptimizer):
         return rows_UD
     return rows_UD + optimizer.missed(gather_state(state, rows_U, table_VD.shape[0]))[0]
 
@@ -155,20 +147,18 @@ def update_rows(optimizer, table_VD, state, rows_U, grads_UD) -> tuple:
     missing, last = num_chunks * chunk - rows_U.size, num_rows + 1 + rows_U.size  # beyond all free places
     rows_U = jnp.concatenate([rows_U, last + jnp.arange(missing, dtype=rows_U.dtype)])
     grads_UD = jnp.pad(grads_UD, [(0, missing), (0, 0)])
-    before = state
 
     def one_chunk(carry, chunk):
-        table_VD, state = carry
-        state = with_counts_of(before, state, num_rows)
-        return _update_at_once(optimizer, table_VD, state, *chunk), None
+        table_VD, new_state = carry
+        new_state = with_counts_of(state, new_state, num_rows)
+        return _update_at_once(optimizer, table_VD, new_state, *chunk), None
 
     chunks = rows_U.reshape(num_chunks, -1), grads_UD.reshape(num_chunks, -1, dim)
     return jax.lax.scan(one_chunk, (table_VD, state), chunks)[0]
 
 
 def with_counts_of(before, state, num_rows: int):
-    """The state of rows with the counts of another: where one step takes several updates, each of other rows,
-    every one of them begins with the counts from before the step."""
+    """The state of rows with the counts from before the step, which takes several updates of other rows."""
     return jax.tree.map(lambda old, new: new if is_rows(new, num_rows) else old, before, state)
 
 
@@ -213,7 +203,7 @@ class RowOptimizer(NamedTuple):
 
     init: Callable
     update: Callable
-    missed: Callable | None = None
+    missed: Callable
 
 
 class CatchUpAdamState(NamedTuple):

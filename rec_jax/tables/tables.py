@@ -92,10 +92,7 @@ class Tables:
         return dense
 
     def place(self, whole: dict) -> dict:
-        """The arrays on the mesh. whole: tables [V, D] in the order of ids.
-
-        Raises: ValueError if a table has not the rows that its layout says.
-        """
+        """The arrays on the mesh. whole: tables [V, D] in the order of ids."""
         return self._each(lambda table, x: table.layout.place(x), whole)
 
     def unplace(self, params: dict) -> dict:
@@ -118,13 +115,13 @@ class Tables:
     @property
     def can_catch_up(self) -> bool:
         """Do entries miss steps that must be made up for before a table is read as a whole?"""
-        return any(getattr(table.optimizer, "missed", None) for table in self.tables.values())
+        return any(isinstance(table.optimizer, RowOptimizer) for table in self.tables.values())
 
     def catch_up(self, arrays: dict, states: dict) -> tuple[dict, dict]:
         """(arrays, states) with every entry as an evaluation should see it."""
 
         def caught_up(table, array, state):
-            if getattr(table.optimizer, "missed", None) is None:
+            if not isinstance(table.optimizer, RowOptimizer):
                 return array, state
             return table.layout.catch_up(table.optimizer, array, state)
 
@@ -164,10 +161,8 @@ class Tables:
         grads: of `reads.rows`. shard_grads: of `shards`, complete on their device.
         """
 
-        def summed(table, touched, grads):
-            return table.layout.sum_grads(touched, grads)
-
-        touched, grads = _unzip(self._each(summed, reads.touched, grads), 2)
+        summed = self._each(lambda table, *read: table.layout.sum_grads(*read), reads.touched, grads)
+        touched, grads = _unzip(summed, 2)
         for name, grads_vD in shard_grads.items():
             grads[name] = self[name].layout.scatter(touched[name], grads[name]) + grads_vD
         return dataclasses.replace(reads, touched=touched), grads

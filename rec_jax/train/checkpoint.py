@@ -116,21 +116,17 @@ class Saver:
         try:
             yield
         except Exception as error:
-            raise self._save_error(error) from error
-
-    def _save_error(self, error: Exception) -> SaveError:
-        kept = [path.name for path in _candidates(self._directory, ("best", "latest"))]
-        intact = (
-            f"the checkpoint of step {kept[0]} is intact: make room and run the same command "
-            "again to resume from it"
-            if kept
-            else "no checkpoint was written yet: make room and run the same command again"
-        )
-        what = f"of step {self._pending}" if self._pending >= 0 else "folder"
-        cause = "the disk is full" if _is_full_disk(error) else f"{type(error).__name__}: {error}"
-        return SaveError(
-            f"the checkpoint {what} could not be written to {self._directory}: {cause}; {intact}"
-        )
+            cause = "the disk is full" if _is_full_disk(error) else f"{type(error).__name__}: {error}"
+            what = f"of step {self._pending}" if self._pending >= 0 else "folder"
+            intact = "no checkpoint was written yet: make room and run the same command again"
+            if kept := _candidates(self._directory, ("best", "latest")):
+                intact = (
+                    f"the checkpoint of step {kept[0].name} is intact: make room and run the same command "
+                    "again to resume from it"
+                )
+            raise SaveError(
+                f"the checkpoint {what} could not be written to {self._directory}: {cause}; {intact}"
+            ) from error
 
 
 def restore(directory, state, check: Callable[[dict, pathlib.Path], None] | None = None) -> Restored | None:
@@ -140,14 +136,11 @@ def restore(directory, state, check: Callable[[dict, pathlib.Path], None] | None
     and the one before it is used.
 
     Args:
-      directory: the `checkpoints` folder.
       state: a pytree of arrays: the structure, shapes, types and placement to restore into.
       check: `(record, path)`, raises ValueError if the run must not resume from what was saved there; called
         before the arrays are read.
 
-    Raises:
-      ValueError: by `check`.
-      DamagedError: there are checkpoints, but none is whole.
+    Raises DamagedError if there are checkpoints, but none is whole.
     """
     directory = pathlib.Path(directory).absolute()
     restored, reasons = _newest_whole(_candidates(directory, ("best", "latest")), state, check)
@@ -207,11 +200,7 @@ def _all_finite(leaves: list) -> jax.Array:
 
 def _candidates(directory: pathlib.Path, kinds) -> list[pathlib.Path]:
     """Complete checkpoints, newest first; a half-written one still has a temporary name."""
-    paths = []
-    for kind in kinds:
-        folder = directory / kind
-        if folder.is_dir():
-            paths += [p for p in folder.iterdir() if p.is_dir() and p.name.isdigit()]
+    paths = [path for kind in kinds for path in (directory / kind).glob("*") if path.name.isdigit()]
     # sorted() is stable: of two with one step, the best comes first, as it was evaluated.
     return sorted(paths, key=lambda path: -int(path.name))
 
@@ -310,9 +299,8 @@ def _set_aside(path: pathlib.Path, directory: pathlib.Path) -> None:
 
 def _is_full_disk(error: BaseException | None) -> bool:
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _FULL_DISK:
-            return True
-        if any(text in str(error) for text in _FULL_DISK_TEXTS):
+        is_full = isinstance(error, OSError) and error.errno in _FULL_DISK
+        if is_full or any(text in str(error) for text in _FULL_DISK_TEXTS):
             return True
         error = error.__cause__ or error.__context__
     return False

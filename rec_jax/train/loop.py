@@ -28,58 +28,33 @@ _WAY_OUT = "Lower the learning rate, clip the gradients, or use f32."
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """The batches of all epochs, and how they reach the devices.
+    """The batches of all epochs, and how they reach the devices."""
 
-    Attributes:
-      batches: a grain DatasetIterator over host batches.
-      steps_per_epoch: batches in an epoch.
-      place: puts a host batch on the devices.
-      describe: what the batch of a 0-based step holds, for the message of a NaN.
-    """
-
-    batches: Any
+    batches: Any  # a grain DatasetIterator over host batches
     steps_per_epoch: int
-    place: Callable[[Any], Any] = jax.device_put
-    describe: Callable[[int], str] | None = None
+    place: Callable[[Any], Any] = jax.device_put  # puts a host batch on the devices
+    describe: Callable[[int], str] | None = None  # what the batch of a 0-based step holds, for messages
 
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """What picks the best parameters.
+    """What picks the best parameters."""
 
-    Attributes:
-      evaluate: maps parameters to metrics, TrainConfig.metric among them.
-      prepare: maps the state, which it consumes, to one whose parameters can be evaluated and saved.
-      begin: share of the run before which nothing is evaluated, and so cannot be the best.
-    """
-
-    evaluate: Callable[[Any], dict]
-    prepare: Callable[[Any], Any] | None = None
-    begin: float = 0.0
+    evaluate: Callable[[Any], dict]  # parameters -> metrics, TrainConfig.metric among them
+    prepare: Callable[[Any], Any] | None = None  # state, consumed -> one that can be evaluated and saved
+    begin: float = 0.0  # share of the run before which nothing is evaluated, and so cannot be the best
 
 
 @dataclasses.dataclass(frozen=True)
 class FitResult:
-    """The outcome of `fit`.
-
-    Attributes:
-      state: the state after the last step.
-      best_params: the parameters with the best validation metric.
-      best_step, best_value: where and what that metric was.
-      steps: steps taken over all sessions of the run.
-      stopped_by: `epochs` or `patience`.
-      progress: seconds and tokens over all sessions of the run.
-      history: the lines of `metrics.jsonl`.
-    """
-
-    state: Any
-    best_params: Any
+    state: Any  # after the last step
+    best_params: Any  # those with the best validation metric
     best_step: int
-    best_value: float
-    steps: int
-    stopped_by: str
-    progress: Progress
-    history: list[dict]
+    best_value: float  # of the metric
+    steps: int  # over all sessions of the run
+    stopped_by: str  # "epochs" or "patience"
+    progress: Progress  # seconds and tokens over all sessions
+    history: list[dict]  # the lines of metrics.jsonl
 
 
 def fit(
@@ -107,10 +82,10 @@ def fit(
       run_info: what the run is (config, split checksum), JSON-able; `check_same_run` says how a resumed run
         may differ.
       learning_rate: maps a 0-based step to its rate, for the log: a line has that of its last step.
-      on_best: `(params, record)`, called after each evaluation that is the best so far, once its checkpoint
-        is on the disk, and again for the best of the run before `fit` returns (also where no step was left
-        to take), in case a killed session could not. `record["step"]` is the step of that evaluation. The
-        next step donates `params`: copy what must outlive the call. All processes call it.
+      on_best: `(params, record)`, called by all processes after each evaluation that is the best so far, once
+        its checkpoint is on the disk, and again for the best of the run before `fit` returns, in case a
+        killed session could not. `record["step"]` is the step of that evaluation. The next step donates
+        `params`: copy what must outlive the call.
 
     Raises:
       ValueError: the workdir holds another run, or only damaged checkpoints; no such metric.
@@ -211,22 +186,16 @@ class _Session:
         """Makes `progress` agree with the best checkpoint that is there, should the best be damaged."""
         progress = self.progress
         best = restore_best(self._folder, params, max_step=self.saved_step)
-        if best is None:
-            if progress.best_step:
-                self.monitor.say(
-                    f"the best checkpoint (step {progress.best_step}) is lost: the next evaluation "
-                    "counts as the best"
-                )
-                # An evaluation of this very step, if it is due, is done again.
-                progress.eval_step = progress.best_step = progress.num_bad_evals = 0
+        found = best.record["progress"] if best else {"best_step": 0, "best_value": 0.0}
+        if found["best_step"] == progress.best_step:
             return
-        found = best.record["progress"]
-        if found["best_step"] != progress.best_step:
-            self.monitor.say(
-                f"the best checkpoint (step {progress.best_step}) is lost: the best is now that of "
-                f"step {found['best_step']} ({found['best_value']:.4f})"
-            )
-            progress.best_step, progress.best_value = found["best_step"], found["best_value"]
+        now = f"the best is now that of step {found['best_step']} ({found['best_value']:.4f})"
+        if best is None:
+            now = "the next evaluation counts as the best"
+            # An evaluation of this very step, if it is due, is done again.
+            progress.eval_step = progress.num_bad_evals = 0
+        self.monitor.say(f"the best checkpoint (step {progress.best_step}) is lost: {now}")
+        progress.best_step, progress.best_value = found["best_step"], found["best_value"]
 
     def evaluate(self, state, step: int) -> tuple[Any, bool]:
         """Evaluates and logs; returns the state and whether this evaluation is the best so far."""
@@ -236,10 +205,11 @@ class _Session:
         self.progress.eval_secs += time.perf_counter() - start
         value = processes.of_first(_pick(metrics, name))
         is_best = self.progress.add_evaluation(step, value)
-        self.monitor.log(step, epoch, _under("val", metrics))
+        self.monitor.log(step, epoch, {f"val/{name}": value for name, value in metrics.items()})
         best = f"best {self.progress.best_value:.4f} at step {self.progress.best_step}"
-        verdict = "best so far" if is_best else best
-        self.monitor.say(f"epoch {epoch:g}, step {step}: val/{name} {value:.4f} ({verdict})")
+        self.monitor.say(
+            f"epoch {epoch:g}, step {step}: val/{name} {value:.4f} ({'best so far' if is_best else best})"
+        )
         return state, is_best
 
     def save(self, state, step: int, is_best: bool) -> dict:
@@ -260,13 +230,13 @@ class _Session:
         return record
 
     def next_batch(self, step: int):
-        try:
-            return next(self._data.batches)
-        except StopIteration:
+        batch = next(self._data.batches, None)
+        if batch is None:
             raise ValueError(
-                f"the data ended at step {step} of {self.schedule.total}: the iterator must give the "
-                "batches of all epochs"
-            ) from None
+                f"the data ended at step {step} of {self.schedule.total}: the iterator must give the batches "
+                "of all epochs"
+            )
+        return batch
 
     def log(self, window: Window, step: int, learning_rate: Callable[[int], float]) -> None:
         """Waits for the steps of the window and logs them.
@@ -283,7 +253,8 @@ class _Session:
         values["learning_rate"] = float(learning_rate(step - 1))
         if not is_compiling:
             values["tokens_per_sec"] = tokens / secs
-        self.monitor.log(step, step / self._data.steps_per_epoch, _under("train", values))
+        epoch = step / self._data.steps_per_epoch
+        self.monitor.log(step, epoch, {f"train/{name}": value for name, value in values.items()})
         self.saver.check()
 
     def _not_finite_text(self, metrics: dict, step: int) -> str:
@@ -358,7 +329,3 @@ def _pick(metrics: dict, name: str) -> float:
     if not math.isfinite(value):
         raise FloatingPointError(f"the validation metric {name} is {value}. {_WAY_OUT}")
     return value
-
-
-def _under(part: str, metrics: dict) -> dict:
-    return {f"{part}/{name}": value for name, value in metrics.items()}

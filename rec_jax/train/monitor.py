@@ -24,11 +24,8 @@ class Monitor:
     `train/...` keys and lines of evaluations `val/...` keys. Lines past the restored step, which
     will be written again, are dropped first, and so is a last line that a kill cut in half.
 
-    Args:
-      workdir: folder for `metrics.jsonl`, `tensorboard/` and `curves.png`.
-      total_steps: the length of the whole run, for the time left.
-      step: the step the run resumes from, 0 for a new one.
-      eval_step: the last step whose evaluation is part of the restored run.
+    total_steps: of the whole run, for the time left. step: the one the run resumes from, 0 for a new one.
+    eval_step: the last step whose evaluation is part of the restored run.
     """
 
     def __init__(self, workdir, *, total_steps: int, step: int, eval_step: int):
@@ -54,9 +51,7 @@ class Monitor:
     def log(self, step: int, epoch: float, metrics: dict) -> None:
         """Appends one line and shows loss and tokens/s on the bar.
 
-        Args:
-          metrics: names with their part (`train/loss`, `val/ndcg@10`) to JSON-able values.
-        """
+        metrics: names with their part (`train/loss`, `val/ndcg@10`) to JSON-able values."""
         line = {"step": step, "epoch": round(epoch, 4), **metrics}
         with _full_disk_reported(self._workdir):
             self._file.write(json.dumps(_null_if_not_finite(line)) + "\n")
@@ -148,18 +143,12 @@ class _Board:
 
 def read_metrics(path) -> list[dict]:
     """The lines of a `metrics.jsonl`; a half-written last one is left out."""
-    path = pathlib.Path(path)
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(line, dict) and "step" in line:
-            lines.append(line)
-    return lines
+    path, lines = pathlib.Path(path), []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict) and "step" in line]
 
 
 def _trim(path: pathlib.Path, step: int, eval_step: int) -> None:
@@ -167,15 +156,13 @@ def _trim(path: pathlib.Path, step: int, eval_step: int) -> None:
     if not path.exists():
         return
     kept = [
-        line for line in read_metrics(path) if line["step"] <= (eval_step if _is_evaluation(line) else step)
+        line
+        for line in read_metrics(path)
+        if line["step"] <= (eval_step if any(name.startswith("val/") for name in line) else step)
     ]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     os.replace(temporary, path)
-
-
-def _is_evaluation(line: dict) -> bool:
-    return any(name.startswith("val/") for name in line)
 
 
 def _null_if_not_finite(value):

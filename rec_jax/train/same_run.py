@@ -47,15 +47,11 @@ def changes(saved: dict, current: dict) -> dict[str, str]:
 
 
 def check_same_run(saved: dict, current: dict, path: pathlib.Path, *, is_finished: bool) -> None:
-    """Raises ValueError, naming the keys, if a run must not resume with other settings.
+    """Raises ValueError, naming the keys, if the run in `path` must not resume with other settings.
 
     The keys above may always change, the length of the run only where no setting is a share of it. All of
-    `eval` may change once nothing is left to train and to evaluate; before that, what defines the metric of
-    the validation may not: evaluations of two kinds cannot be compared to pick the best.
-
-    Args:
-      saved, current: nested dicts: what the run in `path` was and what it is to be.
-      is_finished: whether nothing is left to train and to evaluate.
+    `eval` may change once the run is finished, with nothing left to train and to evaluate; before that, what
+    defines the validation metric may not: evaluations of two kinds cannot be compared to pick the best.
     """
     different = changes(saved, current)
     wrong = [

@@ -54,7 +54,7 @@ def packed():
 @functools.cache
 def losses(*which):
     model, params = make(*which)
-    return jax.jit(lambda batch: model.bind(params).loss(batch, None)[0])
+    return jax.jit(lambda batch: model.bind(params).loss(batch, None, None)[0])
 
 
 def search(which, columns, num_beams):

@@ -37,7 +37,7 @@ def batches(steps, high=V):
 def test_distinct_ids_and_their_places(ids):
     touched = dedupe(jnp.array(ids), V)
     expected, place = np.unique(ids, return_inverse=True)
-    count = int(touched.count(V))
+    count = int((touched.rows_U < V).sum())
     assert count == len(expected)
     np.testing.assert_array_equal(touched.rows_U[:count], expected)
     np.testing.assert_array_equal(touched.place_N, place)
