@@ -143,7 +143,7 @@ CONFIGS = {
     "2:4": {"structure": "2:4", "share": 0.5},
     "iterative": {"schedule": "iterative"},
 }
-SPLIT = {"up/kernel": P(None, "model"), "up/bias": P("model"), "down/kernel": P("model", None)}
+CHANNELS = {"up/kernel": (None, "ff_width"), "up/bias": ("ff_width",), "down/kernel": ("ff_width", None)}
 
 
 def mesh_config(name):
@@ -190,7 +190,12 @@ def on_mesh(optimizer, params, specs, mesh, steps):
 def test_masks_are_the_same_on_every_mesh(name, data, model):
     params = make_params()
     mesh = make_mesh(MeshConfig(data=data, model=model))
-    specs = parallel.partition(params, SPLIT, mesh, fully_sharded=True)
+    dims = {}
+    for path, units in CHANNELS.items():
+        shape = leaf_names(params)[path].shape
+        dims[path] = tuple((((unit, size),),) for unit, size in zip(units, shape, strict=True))
+    specs = parallel.partition(params, dims, mesh, fully_sharded=True)
+    assert specs["up"]["kernel"][1] == (specs["down"]["kernel"][0]) == ("model" if model > 1 else None)
     optimizer = prune(optax.adam(0.1), mesh_config(name), params, 5, specs)
     new_params, state = on_mesh(optimizer, params, specs, mesh, 5)
     expected, expected_state = on_one_device(name)
