@@ -117,7 +117,7 @@ def _diagnose(parent, output):
     print_table(*tables["weights"])
 
     def evaluate(params) -> float:
-        return parent.evaluate(parent.plain_scorer(params), "val", quick=True)["ndcg@10"]
+        return parent.evaluate(parent.plain_ranker(params), "val", quick=True)["ndcg@10"]
 
     tables["sensitivity"] = sensitivity(params, WEIGHTS, _SHARES, evaluate)
     print("\nvalidation NDCG@10 where so much of one parameter is pruned at once, and nothing else:")

@@ -13,6 +13,7 @@ from rec_jax.data.batch import Batch
 from rec_jax.data.histories import examples
 from rec_jax.eval.evaluator import per_example
 from rec_jax.eval.metrics import bootstrap_ratio
+from rec_jax.models.beam import generate
 from rec_jax.models.scoring import top_items
 from rec_jax.report import print_table
 from rec_jax.tree import num_params
@@ -62,7 +63,8 @@ def measure(parent, runs: dict) -> dict[str, dict]:
 def _per_example(parent, run) -> dict[str, np.ndarray]:
     """NDCG@10, HR@10 and user of each example of the test part."""
     config = parent.config
-    values = per_example(run.best_scorer(), parent.histories, parent.split, "test", config.eval, config.seed)
+    ranker = run.trained.ranker(run.mesh)
+    values = per_example(ranker, parent.histories, parent.split, "test", config.eval, config.seed)
     return {name: values[name] for name in ("ndcg@10", "hr@10", "users")}
 
 
@@ -73,7 +75,7 @@ def _latencies(runs: dict, params: dict, parent) -> dict[str, dict]:
         batch = _batch(parent, size)
         calls, times = {}, {name: [] for name in runs}
         for name, run in runs.items():
-            calls[name] = top_items.lower(run.model, params[name], batch, _TOP_K).compile()
+            calls[name] = _answer(run, params[name], batch).compile()
             rows[name][f"compiled_flops_batch{size}"] = calls[name].cost_analysis()["flops"]
             jax.block_until_ready(calls[name](params[name], batch))
         for _ in range(num_calls):
@@ -87,11 +89,23 @@ def _latencies(runs: dict, params: dict, parent) -> dict[str, dict]:
     return rows
 
 
+def _answer(run, params, batch):
+    """The program that finds the best items of a batch of histories, lowered."""
+    if not run.model.generates:
+        return top_items.lower(run.model, params, batch, _TOP_K)
+    last_N = (batch.segments > 0).sum(1) - 1
+    beams = run.config.model.num_beams
+    return jax.jit(lambda params, batch: generate(run.model, params, batch, last_N, beams)).lower(
+        params, batch
+    )
+
+
 def _batch(parent, size: int) -> Batch:
     """Histories of the test part, one a row."""
     ex = examples(parent.histories, parent.split, "test")
-    length = parent.config.data.max_len
-    items, segments, positions = np.zeros((3, size, length), np.int32)
+    max_len = parent.config.data.max_len
+    items, segments, positions = np.zeros((3, size, max_len), np.int32)
+    length = max_len if parent.model.is_causal else max_len - 1  # and a query token
     for row, index in enumerate(np.random.default_rng(0).integers(0, len(ex.users), size)):
         start, end = parent.histories.offsets[ex.users[index]], ex.ends[index]
         history = parent.histories.items[max(start, end - length) : end]

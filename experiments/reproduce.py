@@ -106,7 +106,8 @@ def _measure(workdir: Path) -> dict:
 
     run = Experiment.open(workdir)
     config = run.config
-    values = per_example(run.best_scorer(), run.histories, run.split, "test", config.eval, config.seed)
+    ranker = run.trained.ranker(run.mesh)
+    values = per_example(ranker, run.histories, run.split, "test", config.eval, config.seed)
     result = json.loads((workdir / "result.json").read_text())
     return {
         "values": {name: values[name] for name in (*_KEYS, "users")},

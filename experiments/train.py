@@ -44,9 +44,9 @@ def main():
     print(experiment.describe())
     fitted = experiment.fit(_KEEP_USERS.value)
 
-    scorer = experiment.scorer(fitted.best_params)
+    ranker = experiment.ranker(fitted.best_params)
     fitted = dataclasses.replace(fitted, state=None, best_params=None)  # large tables need the room
-    val, test = (experiment.evaluate(scorer, part) for part in ("val", "test"))
+    val, test = (experiment.evaluate(ranker, part) for part in ("val", "test"))
     baselines = experiment.evaluate_baselines("test")
     print_scores({"model": test, **baselines}, part="test")
     write_json(

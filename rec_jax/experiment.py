@@ -23,10 +23,9 @@ from rec_jax.eval.evaluator import check_eval, evaluate
 from rec_jax.mesh import replicate
 from rec_jax.models.base import define_model, init_model
 from rec_jax.models.baselines import BASELINES, nearest_items
-from rec_jax.models.beam import BeamRanker
 from rec_jax.models.ranker import Ranker, ScoreRanker
 from rec_jax.models.registry import MODELS, model_builder
-from rec_jax.models.scoring import SequenceRanker
+from rec_jax.models.scoring import make_ranker
 from rec_jax.models.semantic_ids import load_codes
 from rec_jax.objectives.distill import DistillConfig
 from rec_jax.run_config import ExperimentConfig
@@ -187,7 +186,7 @@ class Experiment:
                 describe=lambda step: _name_users(self.histories, source.users(step)),
             ),
             Validation(
-                lambda params: self.evaluate(self.scorer(params), "val", quick=True),
+                lambda params: self.evaluate(self.ranker(params), "val", quick=True),
                 prepare=step.catch_up,
                 begin=first_share_in_force(config.compress),
             ),
@@ -272,23 +271,15 @@ class Experiment:
             teachers.append((teacher.model, replicate(dequantize_params(teacher.params), self.mesh)))
         return teachers
 
-    def scorer(self, params, dims: int = 0) -> Ranker:
-        """params: as they are placed in training. dims: see `SequenceRanker`."""
+    def ranker(self, params) -> Ranker:
+        """params: as they are placed in training."""
         step = self.step()
-        return self.plain_scorer(step.objective.final(params), step.tables, dims)
+        return self.plain_ranker(step.objective.final(params), step.tables)
 
-    def best_scorer(self, dims: int = 0) -> Ranker:
-        """Of `trained`."""
-        return self.trained.ranker(self.mesh, dims)
-
-    def plain_scorer(self, params, tables: Tables | None = None, dims: int = 0) -> Ranker:
+    def plain_ranker(self, params, tables: Tables | None = None) -> Ranker:
         """params: as the model takes them; tables: those that are not parameters like any other."""
-        max_len = self.config.data.max_len
-        if self.model.generates:
-            num_beams = self.config.model.num_beams
-            num_items = self.histories.num_items
-            return BeamRanker(self.model, params, num_items, max_len, self.mesh, num_beams)
-        return SequenceRanker(self.model, params, max_len, self.mesh, tables, dims, self._schema)
+        sizes, schema = (self.histories.num_items, self.config.data.max_len), self.dataset.schema
+        return make_ranker(self.model, params, *sizes, self.mesh, schema=schema, tables=tables)
 
     def evaluate(self, ranker: Ranker, part: str, *, quick: bool = False) -> dict:
         """Every metric of one part; `quick` leaves out intervals and sampled protocols."""

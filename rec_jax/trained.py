@@ -295,20 +295,12 @@ class TrainedModel:
         Raises ValueError for more dims than there are.
         """
         from rec_jax.mesh import MeshConfig, make_mesh
-        from rec_jax.models.beam import BeamRanker
-        from rec_jax.models.scoring import SequenceRanker
+        from rec_jax.models.scoring import make_ranker
 
-        if dims > (full := self.model_config.table_dim):
-            raise ValueError(f"dims={dims}: the vectors of {self.workdir} have {full} (SequenceConfig)")
         mesh = mesh or make_mesh(MeshConfig(data=1))
-        if self.model.generates:
-            if dims:
-                raise ValueError(f"dims={dims}: model.type={self.model_config.type!r} scores no vectors")
-            beams = num_beams or self.model_config.num_beams
-            return BeamRanker(self.model, self.params, self.num_items, self.max_len, mesh, beams)
         params, tables = self._params_on(mesh)
-        schema = tuple(feature for feature in self.schema if feature.name in self.model.columns)
-        return SequenceRanker(self.model, params, self.max_len, mesh, tables, dims, schema)
+        options = {"tables": tables, "dims": dims, "num_beams": num_beams, "schema": self.schema}
+        return make_ranker(self.model, params, self.num_items, self.max_len, mesh, **options)
 
     def _params_on(self, mesh) -> tuple:
         """(parameters, tables that are not like any other or None), as the training evaluated them."""

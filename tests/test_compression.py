@@ -43,7 +43,7 @@ def made(parent, tmp_path, **overrides) -> Experiment:
 
 
 def ndcg(run) -> float:
-    return run.evaluate(run.best_scorer(), "test", quick=True)["ndcg@10"]
+    return run.evaluate(run.trained.ranker(run.mesh), "test", quick=True)["ndcg@10"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -110,7 +110,7 @@ def test_one_run_trains_in_bf16_prunes_quantizes_and_stores_integers(parent, tmp
     ]
     assert {x.dtype for x in codes} == {np.dtype("int8")}
     assert all((x == 0).sum() >= np.round(0.7 * x.size) for x in codes)
-    aware = run.evaluate(run.scorer(run.fit().best_params), "test", quick=True)["ndcg@10"]
+    aware = run.evaluate(run.ranker(run.fit().best_params), "test", quick=True)["ndcg@10"]
     assert abs(ndcg(run) / aware - 1) < 0.02  # bf16 here, integers there
     again = made(parent, tmp_path, **asked)  # a finished run is not trained again
     assert ndcg(again) == ndcg(run)

@@ -14,6 +14,7 @@ from rec_jax.data.queries import Queries
 from rec_jax.data.schema import TIME, Schema
 from rec_jax.mesh import place_whole_batch, replicate
 from rec_jax.models.base import Model
+from rec_jax.models.beam import BeamRanker
 from rec_jax.models.ranker import ScoreRanker
 from rec_jax.objectives.catalogue import Catalogue, Scores
 from rec_jax.tables.tables import Tables
@@ -44,9 +45,15 @@ def _item_vectors(model: Model, params, dims):
 def top_items(model: Model, params, batch, k: int):
     """The k best next items of each history: (scores f32[B, k], ids int32[B, k]), best first.
 
-    batch: one history a row, with padding after it.
+    batch: one history a row, with padding after it; at least one token of it for a model that is not causal.
     """
     last_B = jnp.sum(batch.segments > 0, axis=1) - 1
+    if not model.is_causal:  # the event to predict is a query token after the last one
+        last_B += 1
+        is_query_BS = jnp.arange(batch.segments.shape[1]) == last_B[:, None]
+        segments_BS = jnp.where(is_query_BS, 1, batch.segments)
+        positions_BS = jnp.where(is_query_BS, last_B[:, None], batch.positions)
+        batch = batch.replace(segments=segments_BS, positions=positions_BS, is_query=is_query_BS)
     module = model.bind(params)
     x_BD = module(batch, at=(jnp.arange(len(last_B)), last_B))
     return Catalogue(module.item_vectors()).scores(x_BD).top_k(k)
@@ -142,3 +149,33 @@ class SequenceRanker(ScoreRanker):
 def _without(tokens_BS, columns: dict) -> dict:
     """The columns, missing at some tokens."""
     return {name: np.where(tokens_BS, np.zeros((), x.dtype), x) for name, x in columns.items()}
+
+
+def make_ranker(
+    model: Model,
+    params,
+    num_items: int,
+    max_len: int,
+    mesh: Mesh,
+    *,
+    schema=(),
+    tables=None,
+    dims=0,
+    num_beams=0,
+) -> ScoreRanker:
+    """The ranker by a model of any kind.
+
+    schema: the features of the log. tables, dims: as of `SequenceRanker`. num_beams: of a search for semantic
+    ids; 0 = as the model's config says.
+
+    Raises ValueError for more dims than there are.
+    """
+    config = model.config
+    if model.generates:
+        if dims:
+            raise ValueError(f"dims={dims}: model.type={config.type!r} scores no vectors")
+        return BeamRanker(model, params, num_items, max_len, mesh, num_beams or config.num_beams)
+    if dims > config.table_dim:
+        raise ValueError(f"dims={dims}: the vectors have {config.table_dim} ({type(config).__name__})")
+    schema = tuple(feature for feature in schema if feature.name in model.columns)
+    return SequenceRanker(model, params, max_len, mesh, tables, dims, schema)

@@ -17,6 +17,7 @@ from rec_jax.mesh import MeshConfig, make_mesh, replicate
 from rec_jax.models.base import init_model
 from rec_jax.models.baselines import BASELINES
 from rec_jax.models.beam import BeamRanker
+from rec_jax.models.bert4rec import BERT4RecConfig
 from rec_jax.models.ranker import ScoreRanker
 from rec_jax.models.registry import model_builder
 from rec_jax.models.sasrec import SASRecConfig
@@ -170,5 +171,19 @@ def test_one_program_gives_the_best_items_of_whole_histories():
     best_BK, ids_BK = top_items(model, params, batch, 5)
     for row, history in enumerate(([3, 1, 7], [5])):
         scores, ids = sequence().top_k(Queries.one(history), 5)
+        np.testing.assert_array_equal(ids_BK[row], ids[0])
+        np.testing.assert_allclose(best_BK[row], scores[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_program_asks_a_query_token_where_the_model_is_not_causal():
+    config = BERT4RecConfig(width=8, ff_width=8)
+    model, params = init_model(model_builder(config, NUM_ITEMS, MAX_LEN), seed=0)
+    params = jax.tree.map(lambda x: x * 3, params)
+    items = np.array([[3, 1, 7, 0], [5, 0, 0, 0]], np.int32)
+    batch = Batch({"item": items}, (items > 0).astype(np.int32), np.arange(4) * (items > 0))
+    best_BK, ids_BK = top_items(model, params, batch, 5)
+    ranker = SequenceRanker(model, params, MAX_LEN, make_mesh(MeshConfig(data=1)))
+    for row, history in enumerate(([3, 1, 7], [5])):
+        scores, ids = ranker.top_k(Queries.one(history), 5)
         np.testing.assert_array_equal(ids_BK[row], ids[0])
         np.testing.assert_allclose(best_BK[row], scores[0], rtol=1e-4, atol=1e-5)

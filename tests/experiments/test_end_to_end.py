@@ -41,7 +41,7 @@ def test_every_config_has_a_smoke_run(name, tmp_path):
     cfg.mesh.data, cfg.eval.baselines = 2, ("popularity",)
     cfg.train.checkpoint_every_steps = 0  # where it evaluates is enough
     experiment = Experiment(build(ExperimentConfig, cfg), tmp_path)
-    test = experiment.evaluate(experiment.scorer(experiment.fit().best_params), "test")
+    test = experiment.evaluate(experiment.ranker(experiment.fit().best_params), "test")
     baselines = experiment.evaluate_baselines("test")
     popularity, oracle = (baselines[name]["unfiltered/ndcg@10"] for name in ("popularity", "oracle"))
     assert popularity < test["unfiltered/ndcg@10"] < oracle

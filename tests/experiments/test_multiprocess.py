@@ -30,7 +30,7 @@ OVERRIDES = {
 
 
 def evaluated(experiment: Experiment) -> dict:
-    return experiment.evaluate(experiment.best_scorer(), "test")
+    return experiment.evaluate(experiment.trained.ranker(experiment.mesh), "test")
 
 
 def alone(name, workdir, overrides) -> dict:
