@@ -27,9 +27,8 @@ def build(cls, cfg: Mapping, name: str = ""):
       cfg: a ConfigDict, or any mapping (a config read back from JSON).
       name: where `cfg` sits in the whole config (`train`), for messages.
 
-    Raises:
-      ValueError: an unknown key, with the nearest known one; a value of the wrong type; whatever the
-        dataclass itself refuses.
+    Raises ValueError for an unknown key, with the nearest known one; for a value of the wrong type; and for
+    whatever the dataclass itself refuses.
     """
     hints = _hints(cls)
     values = {}

@@ -30,8 +30,7 @@ def clean(
         the second can bring an item below the first again.
       k_core: the fewest events of both users and items, repeated until both hold. 0 is off.
 
-    Raises:
-      ValueError: a rule that is unknown, lacks its column, or leaves nothing.
+    Raises ValueError for a rule that is unknown, lacks its column, or leaves nothing.
     """
     if duplicates not in ("keep", "first", "last"):
         raise ValueError(f"duplicates={duplicates!r} is not one of keep, first, last")

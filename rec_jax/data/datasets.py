@@ -115,11 +115,8 @@ def load_dataset(config: DataConfig, directory: Path | str, *, is_used: bool = F
     A directory made from another config, or from a file that has changed since, is prepared anew. Prints
     the report of what is new, and a line of what was there.
 
-    Args:
-      is_used: a run has been trained on what is in `directory`, which must then stay what it is.
-
-    Raises:
-      ValueError: whatever is wrong with the files or the config, with the way out.
+    is_used: a run has been trained on what is in `directory`, which must then stay what it is.
+    Raises ValueError for whatever is wrong with the files or the config, with the way out.
     """
     dataset, is_new = prepare_dataset(config, directory, is_used=is_used)
     if is_new:
@@ -136,9 +133,7 @@ def load_dataset(config: DataConfig, directory: Path | str, *, is_used: bool = F
 
 def load_prepared(config: DataConfig, directory: Path | str) -> Dataset:
     """The data set that a run has prepared in `directory`, or the prepared directory that its config names:
-    never anything that would have to be prepared anew.
-
-    Raises ValueError if it is missing or damaged.
+    never anything that would have to be prepared anew. Raises ValueError if it is missing or damaged.
     """
     directory = Path(directory)
     if (about := _read_about(directory)) is not None:

@@ -71,15 +71,14 @@ def read_log(
 
     Args:
       path: a file, or for format "tfds" the name of a data set (`movielens/1m-ratings`).
-      format: movielens, tfds, sasrec, sequences, recbole, csv, parquet, or auto (by name and content).
+      format: one of FORMATS; auto tells by name and content.
       user, item, time, rating, features: columns, for files with a header. Without a time, the order of
         the file is the order of events.
       delimiter: what separates fields, where it is not the usual one; `\\t` is a tab.
       time_unit: of numeric times: s, ms, us or ns.
 
-    Raises:
-      ValueError: a malformed line (with its number and text), an unknown column, an empty file, an
-        implausible time; says what was expected and what to set.
+    Raises ValueError for a malformed line (with its number and text), an unknown column, an empty file or an
+    implausible time; says what was expected and what to set.
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is not one of {', '.join(FORMATS)}")

@@ -17,8 +17,7 @@ def read_titles(path: Path, ids_path: Path | None = None, *, with_genres: bool =
       ids_path: a file of `id id_in_path` lines, for logs whose items were renumbered.
       with_genres: a title of MovieLens ends in ` genres`.
 
-    Raises:
-      ValueError: a malformed line, or columns that cannot be told.
+    Raises ValueError for a malformed line, or columns that cannot be told.
     """
     _, first = next(numbered_lines(path), (0, ""))
     titles = _read_dat(path, with_genres) if "::" in first else _read_table(path)

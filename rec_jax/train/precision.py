@@ -33,9 +33,6 @@ class PrecisionConfig:
         return DTYPES[self.output or self.compute]
 
 
-F32 = PrecisionConfig()
-
-
 def kept_as(inner: optax.GradientTransformation, state_dtype: str) -> optax.GradientTransformation:
     """The optimizer with its arrays kept in another type between steps. It computes in f32, whatever the
     type of parameters and gradients."""

@@ -34,15 +34,11 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-    """micro_rows: rows of a device that are worked on at a time. params: the type that parameters are kept
-    in. reduce: the type in which gradients are summed over devices. clip_norm: global norm that the gradient
-    is scaled down to; 0 = off."""
-
-    micro_rows: int
+    micro_rows: int  # rows of a device that are worked on at a time
     seed: int = 0
-    clip_norm: float = 0.0
-    params: str = "f32"
-    reduce: str = "f32"
+    clip_norm: float = 0.0  # global norm that the gradient is scaled down to; 0 = off
+    params: str = "f32"  # the type that parameters are kept in
+    reduce: str = "f32"  # the type in which gradients are summed over devices
 
 
 class TrainStep:

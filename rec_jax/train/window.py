@@ -22,7 +22,7 @@ class Window:
             self._start = time.perf_counter()
 
     def add(self, metrics: dict, step: int) -> None:
-        self._sums = _start(metrics, step) if self._sums is None else _add(self._sums, metrics, step)
+        self._sums = _add(self._sums, metrics, step)
         self._in_flight.append(self._sums["first_bad"])
         if len(self._in_flight) > _MAX_STEPS_AHEAD:
             self._in_flight.popleft().block_until_ready()
@@ -37,16 +37,11 @@ class Window:
 
 
 @jax.jit
-def _start(metrics: dict, step) -> dict:
-    is_bad = ~jnp.isfinite(jnp.stack(jax.tree.leaves(metrics))).all()
-    return {"metrics": metrics, "first_bad": jnp.where(is_bad, step, -1)}
-
-
-@jax.jit
-def _add(sums: dict, metrics: dict, step) -> dict:
+def _add(sums: dict | None, metrics: dict, step) -> dict:
     """Adds the (total, count) pairs of a step; keeps the first step with a value not finite."""
-    new = _start(metrics, step)
-    return {
-        "metrics": jax.tree.map(jnp.add, sums["metrics"], metrics),
-        "first_bad": jnp.where(sums["first_bad"] >= 0, sums["first_bad"], new["first_bad"]),
-    }
+    is_bad = ~jnp.isfinite(jnp.stack(jax.tree.leaves(metrics))).all()
+    first_bad = jnp.where(is_bad, step, -1)
+    if sums is not None:
+        metrics = jax.tree.map(jnp.add, sums["metrics"], metrics)
+        first_bad = jnp.where(sums["first_bad"] >= 0, sums["first_bad"], first_bad)
+    return {"metrics": metrics, "first_bad": first_bad}

@@ -20,7 +20,7 @@ from rec_jax.run_config import ExperimentConfig
 from rec_jax.tables.config import TableConfig
 from rec_jax.train.loop import TrainConfig
 from rec_jax.train.optim import OptimConfig
-from rec_jax.train.precision import F32
+from rec_jax.train.precision import PrecisionConfig
 from rec_jax.training import make_step
 
 NUM_ITEMS, ROWS, LENGTH = 40, 8, 12
@@ -53,6 +53,7 @@ LOSSES = {
 
 MODEL = SASRecConfig(width=8, ff_width=8, num_layers=1, dropout=0.3)
 NO_LAYERS = (("num_layers", 0),)  # faster to compile, for tests of losses
+F32 = PrecisionConfig()
 OPTIM = OptimConfig(type="sgd", learning_rate=0.5)
 COUNTS = np.arange(NUM_ITEMS + 1)
 

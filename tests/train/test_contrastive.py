@@ -20,7 +20,7 @@ from rec_jax.objectives.negatives import make_prior
 from rec_jax.objectives.objective import Fixed, Objective, StepContext
 from rec_jax.objectives.token_loss import BCEConfig, SoftmaxConfig
 from rec_jax.run_config import ExperimentConfig
-from rec_jax.train.precision import F32
+from rec_jax.train.precision import PrecisionConfig
 
 ROWS = 4
 MODEL, PARAMS = init_model(
@@ -85,7 +85,7 @@ def test_views_by_dropout(same_target):
 
 def test_views_by_change():
     config = ContrastiveConfig(weight=1.0, view="augment")
-    objective = Objective(MODEL, SoftmaxConfig(), F32, contrastive=config)
+    objective = Objective(MODEL, SoftmaxConfig(), PrecisionConfig(), contrastive=config)
     context = StepContext(jnp.int32(0), SEED, Fixed(make_prior(SoftmaxConfig(), np.ones(9))))
     batch = jax.jit(objective.prepare)(BATCH, context)
     np.testing.assert_array_equal(batch.items, BATCH.items)  # of the model's own loss

@@ -18,7 +18,7 @@ from rec_jax.models.sasrec import SASRecConfig
 from rec_jax.objectives.negatives import make_prior
 from rec_jax.objectives.objective import Fixed, Objective, StepContext
 from rec_jax.objectives.token_loss import SampledSoftmaxConfig, SoftmaxConfig
-from rec_jax.train.precision import F32
+from rec_jax.train.precision import PrecisionConfig
 from rec_jax.tree import with_leaf
 
 D = 8
@@ -51,7 +51,7 @@ def slow_loss(queries_BSD, table_VD, ahead=0):
 
 def fast_loss(config, model, params, x_BSD):
     context = StepContext(jnp.int32(0), jnp.uint32(0), Fixed(make_prior(config, np.ones(NUM_ITEMS + 1))))
-    score = Objective(model, config, F32).score
+    score = Objective(model, config, PrecisionConfig()).score
     return jax.jit(lambda params, x: score(params, x, [], BATCH, None, context))(params, x_BSD)
 
 

@@ -27,7 +27,7 @@ from rec_jax.models.sasrec import SASRecConfig
 from rec_jax.nn.parallel import partition
 from rec_jax.objectives.negatives import make_prior
 from rec_jax.objectives.objective import Fixed, Objective, StepContext
-from rec_jax.train.precision import F32
+from rec_jax.train.precision import PrecisionConfig
 
 FIELDS = {"num_experts": 4, "num_heads": 4}
 
@@ -55,7 +55,7 @@ def test_the_balance_is_added_to_the_loss_of_a_training():
     def compute(params):
         penalties = []
         models[0.3].bind(params)(batch, row_keys(jnp.uint32(3), batch.row_ids), penalties=penalties)
-        objectives = [Objective(model, LOSSES["softmax"], F32) for model in models.values()]
+        objectives = [Objective(model, LOSSES["softmax"], PrecisionConfig()) for model in models.values()]
         return [objective(params, None, batch, None, context) for objective in objectives], penalties
 
     ((plain, _), (loss, tokens)), (penalty_B,) = compute(params)
