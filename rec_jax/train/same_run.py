@@ -8,6 +8,7 @@ from flax.traverse_util import flatten_dict
 # They steer when a run stops, what it writes down and how its work is divided; another mesh only rounds
 # differently.
 _FREE = (
+    "config.data.path",  # the split and the vocabulary are compared themselves
     "config.train.epochs",  # where no setting is a share of the whole training
     "config.train.patience",
     "config.train.checkpoint_every_steps",
