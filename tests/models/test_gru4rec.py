@@ -15,6 +15,7 @@ from rec_jax.hashing import row_keys
 from rec_jax.models.base import init_model
 from rec_jax.models.gru4rec import GRU, GRU4RecConfig
 from rec_jax.models.registry import model_builder
+from rec_jax.nn.context import Context
 from rec_jax.nn.dropout import dropout
 from rec_jax.run_config import ExperimentConfig
 
@@ -133,10 +134,10 @@ def test_dropout_of_the_inputs_of_each_layer_by_key():
 def test_a_state_that_hardly_moves_is_kept_in_f32():
     """With z = sigmoid(-5) and candidates of 1 the state is 1 - (1 - z)^t; in bf16 it would stop near 0.7."""
     length, z = 600, 1 / (1 + np.exp(5))
-    layer = GRU(1, 1, rngs=nnx.Rngs(0))
+    layer = GRU(1, 1, 0.0, ("width", "hidden"), rngs=nnx.Rngs(0))
     layer.inputs.kernel = layer.state.kernel = nnx.Param(jnp.zeros((1, 3), jnp.bfloat16))
     layer.inputs.bias = nnx.Param(jnp.array([-5, 0, 20], jnp.bfloat16))
-    h_BSH = layer(jnp.zeros((1, length, 1), jnp.bfloat16), np.arange(length)[None] == 0)
+    h_BSH, _ = layer(jnp.zeros((1, length, 1), jnp.bfloat16), Context(np.arange(length)[None]))
     assert h_BSH.dtype == jnp.bfloat16
     expected = 1 - (1 - z) ** np.arange(1, length + 1)
     np.testing.assert_allclose(h_BSH[0, :, 0].astype(jnp.float32), expected, rtol=2**-8)
