@@ -41,23 +41,3 @@ class Embedding(nnx.Module):
         if not isinstance(table_VD, jax.Array):  # of a compressed model
             return table_VD.rows(ids)
         return table_VD.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-
-
-def reset_rows(table_VD: jax.Array, state, rows_U: jax.Array, key: jax.Array, init, optimizer=None) -> tuple:
-    """Returns (table_VD, state) with those rows drawn anew, as if nothing had ever touched them.
-
-    state: of the optimizer; of its arrays with V rows, these rows become 0, or with `optimizer` (an optax
-    transformation) what its init gives: Adagrad's sums start above 0. rows_U: int32[U], distinct; those
-    outside [0, V) are dropped, so that U can be fixed. init: as of `Embedding`.
-    """
-    num_rows, dim = table_VD.shape
-    new_UD = init(key, (rows_U.size, dim), table_VD.dtype)
-
-    fresh = jax.tree.map(lambda _: 0, state) if optimizer is None else optimizer.init(new_UD)
-
-    def reset(leaf, new):
-        if leaf.ndim == 0 or leaf.shape[0] != num_rows:
-            return leaf
-        return leaf.at[rows_U].set(new, mode="drop", wrap_negative_indices=False)
-
-    return reset(table_VD, new_UD), jax.tree.map(reset, state, fresh)

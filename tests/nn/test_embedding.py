@@ -6,12 +6,10 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from rec_jax.tables import embedding
-from rec_jax.tables.embedding import Embedding, reset_rows
-from rec_jax.tables.sparse import scale_by_rowwise_rss
+from rec_jax.tables.embedding import Embedding
 
 V, D = 7, 3
 NORMAL = nnx.initializers.normal(0.02)
@@ -74,50 +72,3 @@ def test_an_id_that_is_no_row_reads_as_nan_and_changes_no_row(num_rows):
 
 
 # Resetting rows
-
-OPTIMIZERS = {
-    "adam": optax.adam(0.1),
-    "adagrad": optax.adagrad(0.1),
-    "rowwise_adagrad": scale_by_rowwise_rss(),
-}
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_reset_rows_are_as_good_as_new_and_others_untouched(name):
-    optimizer, key = OPTIMIZERS[name], jax.random.key(1)
-    rows = np.array([5, 2, V, V + 9, -1])
-    kept = np.array([0, 1, 3, 4, 6])
-
-    @jax.jit
-    def run(table):
-        fresh = optimizer.init(table)
-        state = fresh
-        for _ in range(2):
-            _, state = optimizer.update(jnp.ones_like(table), state, table)
-        drawn = NORMAL(key, (5, D), jnp.float32)
-        return (table, state), reset_rows(table, state, rows, key, NORMAL, optimizer), (drawn, fresh)
-
-    old, new, (drawn, fresh) = jax.tree.map(np.asarray, run(np.arange(1.0, 1 + V * D).reshape(V, D)))
-    np.testing.assert_allclose(new[0][rows[:2]], drawn[:2], rtol=1e-6)
-    np.testing.assert_array_equal(new[0][kept], old[0][kept])
-
-    def check(new, old, fresh):
-        if not new.ndim:
-            assert new == old  # a count of steps goes on
-            return
-        np.testing.assert_array_equal(new[kept], old[kept])
-        np.testing.assert_array_equal(new[rows[:2]], fresh[rows[:2]])
-
-    jax.tree.map(check, new[1], old[1], fresh)
-
-
-def test_reset_without_an_optimizer_zeros_its_state():
-    table, state = np.ones((V, D)), {"sums": np.ones((V, D)), "count": np.array(3), "v": np.ones(V)}
-    reset = jax.jit(lambda *args: reset_rows(*args, jax.random.key(0), NORMAL))
-    _, new = jax.tree.map(np.asarray, reset(table, state, np.array([1, V])))
-    expected = (np.arange(V) != 1).astype(float)
-    np.testing.assert_array_equal(new["sums"], expected[:, None] * np.ones(D))
-    np.testing.assert_array_equal(new["v"], expected)
-    assert new["count"] == 3
-    for rows in (np.zeros(0, np.int32), np.array([V, -1])):
-        np.testing.assert_array_equal(reset(table, state, rows)[0], table)

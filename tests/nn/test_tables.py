@@ -2,7 +2,6 @@
 
 import functools
 
-import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 from experiments.speed.collectives import collective_bytes
 from rec_jax.hashing import mix
 from rec_jax.mesh import MeshConfig, make_mesh, replicate
-from rec_jax.tables.embedding import reset_rows
 from rec_jax.tables.layouts import DimSharded, Replicated, RowSharded, shardings
 from rec_jax.tables.sparse import scale_by_rowwise_rss
 from rec_jax.tables.tables import Table, Tables
@@ -259,51 +257,6 @@ def test_nothing_of_a_tables_size_is_made_or_sent():
     assert memory.temp_size_in_bytes < 0.1 * smallest
     assert memory.alias_size_in_bytes >= bytes_of((arrays, states))
     assert sum(collective_bytes(compiled.as_text(), mesh.size).values()) < 0.1 * smallest
-
-
-def test_a_reset_row_starts_anew_with_a_fresh_state():
-    mesh, rate = make_mesh(MeshConfig(data=2)), 0.5
-    layout = RowSharded(3, mesh)
-    optimizer = optax.chain(scale_by_rowwise_rss(), optax.scale(-rate))
-    tables = Tables({"users": Table("users", layout, optimizer)})
-    arrays = tables.place({"users": jnp.zeros((3, 4))})
-    states = tables.init(arrays)
-    specs = (tables.specs, tables.state_specs(states))
-
-    @functools.partial(jax.jit, out_shardings=shardings(mesh, specs))
-    def day(arrays, states, rows_B, new_U, key):
-        """Draws the new rows, then makes a step down the sum of all that the batch looks up."""
-        physical_U = layout.placement.to_physical(new_U)
-        users = reset_rows(
-            arrays["users"], states["users"], physical_U, key, nnx.initializers.normal(), optimizer
-        )
-
-        def step(arrays, states, rows_B):
-            reads = tables.read(arrays, states, {"users": rows_B})
-            grads = jax.grad(lambda rows: jnp.sum(rows["users"][reads.places["users"]]))(reads.rows)
-            return tables.update(arrays, states, *tables.sum_grads(reads, grads, {}))[:2]
-
-        on_mesh = jax.shard_map(
-            step, mesh=mesh, in_specs=(*specs, P("data")), out_specs=specs, check_vma=False
-        )
-        return on_mesh({"users": users[0]}, {"users": users[1]}, rows_B)
-
-    def drawn(key):
-        return np.asarray(nnx.initializers.normal()(key, (2, 4)))
-
-    keys = jax.random.split(jax.random.key(0))
-    rows_B = np.array([1, 2])
-    arrays, states = day(arrays, states, rows_B, np.array([1, 2]), keys[0])
-    after = tables.unplace(arrays)["users"]
-    np.testing.assert_allclose(after[1:], drawn(keys[0]) - rate, rtol=1e-5)
-
-    arrays, states = day(arrays, states, rows_B, np.array([1, -1]), keys[1])  # -1 is no row
-    before, after = after, tables.unplace(arrays)["users"]
-    np.testing.assert_allclose(after[1], drawn(keys[1])[0] - rate, rtol=1e-5)  # a first step
-    np.testing.assert_allclose(after[2], before[2] - rate / np.sqrt(2), rtol=1e-5)  # a second step
-    sums = layout.placement.unplace(states["users"][0].sum_V)
-    np.testing.assert_allclose(sums[1:], [1, 2], rtol=1e-6)
-    np.testing.assert_array_equal(after[0], 0)
 
 
 def test_mistakes():
