@@ -218,7 +218,7 @@ class Experiment:
             total_steps=total_steps,
             teachers=teachers or (),
             base=self._base,
-            neighbours_VK=self._neighbours(),
+            neighbours_VK=self._neighbours,
         )
 
     def first_params(self):
@@ -236,6 +236,7 @@ class Experiment:
         }
         return info if self.codes is None else info | {"codes": self.codes.digest}
 
+    @functools.cached_property
     def _neighbours(self):
         """The nearest items of each, where training substitutes them."""
         config = self.config
