@@ -1,4 +1,4 @@
-"""A catalogue of ten million items on one machine: the table of items is updated by touched rows.
+"""A catalogue of ten million items on one machine: the item embedding table is updated sparsely.
 
 A simulated world (data/simulator.py): Zipf popularity, sequences of 100 events, 2 million events. Sampled
 softmax, row-wise Adagrad for the table of 10 million x 64 numbers, Adam for the rest. Most items occur once

@@ -16,7 +16,7 @@ negative, Adam, 128 users a batch; on the history lengths of MovieLens-1M (cut t
 ml-1m/ml-1m.txt and beauty/Beauty.txt, else drawn from a log-normal with the same mean; the JSON says which.
 Suite "softmax": loss and gradients of 1,024 tokens of 64 dims against catalogues of 4 thousand to a
 million items: exact cross-entropy with all logits at once, exact and streamed, streamed where only a fifth
-of the tokens is asked for, and sampled (256 negatives a row). What would need more than 3 GiB of temporary
+of the tokens have a target, and sampled (256 negatives a row). What would need more than 3 GiB of temporary
 memory is not run.
 Suite "embedding": one update of a table of 100 thousand to 10 million rows by the gradients of 25,600
 lookups: dense optax Adam and Adagrad, which sweep the table, against optimizers that touch the looked-up

@@ -10,12 +10,12 @@ The config is that of the trained run, under it the recipe, above both the flags
 
 1. The architecture shrinks (compress.shrink), or a student takes its place (a smaller model.*, with
    compress.distill.teachers).
-2. Training goes on where masks, teachers, adapters or quantization-aware training are asked for
+2. Training continues where masks, teachers, adapters or quantization-aware training are requested
    (compress.prune, distill, lora, quant.aware); train.*, optim.* and precision.* say how.
 3. The result is stored in --output/model, in integers where compress.quant names them.
 
 The output is a run like any other: experiments.evaluate and experiments.recommend take it as --workdir. The
-same command goes on where it was stopped.
+same command resumes where it was stopped.
 
 --suite=pareto makes all standard recipes and writes pareto.json, pareto.md and pareto.png. Of each recipe:
 ndcg_kept and hr_kept, test NDCG@10 and HR@10 over the parent's, with 95 % intervals of paired resamples of

@@ -1,4 +1,4 @@
-"""Where the table of items would lie on a mesh, what that takes of each device and sends in each step.
+"""Plans the item embedding table on a mesh: memory per device and communication of each layout.
 
     python -m experiments.plan --config=configs/large_tables.py --config.mesh.data=4 --config.mesh.model=2
     python -m experiments.plan --config=configs/large_tables.py:1b --compile

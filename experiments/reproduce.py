@@ -2,7 +2,7 @@
 
     python -m experiments.reproduce --table=ml1m --models=sasrec,bert4rec --seeds=3 --output=runs/ml1m_table
 
-Runs are kept in OUTPUT/runs/MODEL-SEED; the same command again goes on where it was stopped and trains only
+Runs are kept in OUTPUT/runs/MODEL-SEED; the same command again resumes where it was stopped and trains only
 what is missing. Writes table.md, table.json and table.png after every run, of what there is by then.
 """
 

@@ -116,14 +116,14 @@ class Experiment:
         return num_params(self.model.abstract_params)
 
     def describe(self) -> str:
-        """The mesh and how the table of items lies on it and learns."""
+        """The mesh, and how the item embedding table is placed on it and learns."""
         mesh, table = self.mesh, self.config.table
         platform = mesh.devices.flat[0].platform
-        lies = f"mesh: data={mesh.shape['data']}, model={mesh.shape['model']} ({platform})"
+        placed = f"mesh: data={mesh.shape['data']}, model={mesh.shape['model']} ({platform})"
         if self.codes:
-            return f"{lies}\n{self.codes.report}"
+            return f"{placed}\n{self.codes.report}"
         return (
-            f"{lies}; table of items: {self.histories.num_items + 1:,} rows x {self.config.model.table_dim}, "
+            f"{placed}; item embedding table: {self.histories.num_items + 1:,} rows x {self.config.model.table_dim}, "
             f"layout {table.layout}, optimizer {table.optimizer}"
         )
 

@@ -128,7 +128,7 @@ def recipe_config(parent: Experiment, overrides: dict) -> ExperimentConfig:
     config = build(ExperimentConfig, cfg)
     if not recipe and config.compress == CompressConfig() and config.model == parent.config.model:
         raise ValueError(
-            "nothing is asked for: give --config.compress.recipe, other keys of compress, or a smaller "
+            "no compression requested: set --config.compress.recipe, other keys of compress, or a smaller "
             f"model.*; recipes are {', '.join(RECIPES)} (CompressConfig)"
         )
     if config.data != parent.config.data:
@@ -137,7 +137,7 @@ def recipe_config(parent: Experiment, overrides: dict) -> ExperimentConfig:
     if unused and not will_train(parent, config):
         raise ValueError(
             f"{', '.join(unused)}: nothing will be trained, for neither masks nor teachers, adapters or "
-            "quantization-aware training are asked for (CompressConfig)"
+            "quantization-aware training are requested (CompressConfig)"
         )
     return config
 
@@ -258,7 +258,7 @@ def plain_params(run: Experiment):
 
 
 def _check_output(output, config: ExperimentConfig) -> None:
-    """Raises ValueError where another run lies. What a run may change when it goes on does not count."""
+    """Raises ValueError where there is another run. What a run may change when it resumes does not count."""
     path = pathlib.Path(output) / "config.json"
     if not path.exists():
         return

@@ -172,7 +172,7 @@ def test_mistakes_are_named(parent, tmp_path):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        ({}, "nothing is asked for"),
+        ({}, "no compression requested"),
         ({"compress.recipe": "int8", "train.epochs": 3}, "train.epochs: nothing will be trained"),
         ({"compress.recipe": "int8", "data.max_len": 8}, "data.* must be that of the trained run"),
     ],

@@ -1,4 +1,4 @@
-"""One update of an embedding table by the gradients of many lookups: dense optax against touched rows."""
+"""One update of an embedding table by the gradients of many lookups: dense optax against sparse updates."""
 
 from functools import partial
 

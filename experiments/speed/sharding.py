@@ -1,4 +1,4 @@
-"""A lookup in a table spread over eight devices: what goes over the wires, and how long it takes."""
+"""A lookup in a table sharded over eight devices: communication and time."""
 
 from functools import partial
 

@@ -23,7 +23,7 @@ MAX_TEMP_BYTES = 3 * 2**30  # what needs more is not run
 def measure_softmax(repeats: int, catalogues=NUM_ITEMS) -> dict:
     """{"items_4096": {"full": figures, "streaming": ..., "a_fifth": ..., "sampled": ...}, ...}.
 
-    On one device. a_fifth: streamed, and only every fifth token is asked for, as by masks.
+    On one device. a_fifth: streamed, and only every fifth token has a target, as with masks.
     """
     return {f"items_{num_items}": _measure(num_items, repeats) for num_items in catalogues}
 

@@ -37,7 +37,7 @@ def _main_directions(table_VD, num: int, field: str) -> np.ndarray:
 
 
 def factorise_model(config: SequenceConfig, params, dim: int) -> tuple[SequenceConfig, dict]:
-    """(config, params) of the model with its table of items as near as item_dim = dim comes to it."""
+    """(config, params) of the model with its item embedding table factorised to item_dim = dim."""
     if config.item_dim:
         raise ValueError(
             f"item_dim={config.item_dim}: the table is factorised already; start from the model that it came "

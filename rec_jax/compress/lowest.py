@@ -1,4 +1,4 @@
-"""Masks of the weights with the lowest scores, of parameters that may be spread over a mesh.
+"""Masks of the weights with the lowest scores, of parameters that may be sharded over a mesh.
 
 The k-th lowest score is found by bisection over its bits. Each of 32 rounds counts what lies below a bound
 and sums the counts of all devices: nothing is sorted or gathered, and every device finds the same.
@@ -108,7 +108,7 @@ def _of_units(config, leaf: Leaf, score):
 
 
 def _unit(config, leaf: Leaf) -> tuple[int, list]:
-    """(the number of weights that are pruned as one, the mesh axes over which such units are spread)."""
+    """(the number of weights that are pruned as one, the mesh axes over which such units are sharded)."""
     dims = _summed_dims(config, leaf)
     return math.prod(leaf.shape[d] for d in dims), [a for d, a in enumerate(leaf.axes) if d not in dims]
 
@@ -130,7 +130,7 @@ def ordered_bits(x: jax.Array) -> jax.Array:
 def kth_lowest(units, wanted: jax.Array) -> jax.Array:
     """The lowest key such that keys up to it count `wanted` or more, 0 if that is 0; uint32 scalar.
 
-    units: [(uint32 keys, how much each counts, the mesh axes that they are spread over), ...].
+    units: [(uint32 keys, how much each counts, the mesh axes that they are sharded over), ...].
     """
 
     def count_below(bound):

@@ -4,7 +4,7 @@
 
 At some of the steps the weights with the lowest scores, as the gradient of the step sees them, are masked;
 what is masked stays so. Its update takes a masked weight to exactly 0, so the parameters need no masks when a
-model is used. They may be spread over a mesh: see `rec_jax/compress/lowest.py`.
+model is used. They may be sharded over a mesh: see `rec_jax/compress/lowest.py`.
 """
 
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ class PruneConfig:
             raise ValueError(f"proximal_strength={self.proximal_strength} must not be negative (PruneConfig)")
         if (self.proximal == "none") != (self.proximal_strength == 0):
             raise ValueError(
-                f"proximal={self.proximal!r} does not go with proximal_strength={self.proximal_strength}: "
+                f"proximal={self.proximal!r} is not supported with proximal_strength={self.proximal_strength}: "
                 "set both or neither (PruneConfig)"
             )
 

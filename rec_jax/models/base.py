@@ -28,7 +28,7 @@ class SequenceConfig:
     l2_normalize: bool = False  # score by cosine: both sides normalised to length 1
     temperature: float = 1.0  # scores are divided by it
     full_width: int = 0  # the width before dims were removed, which norms and scales still count; 0 = width
-    num_future: int = 1  # items that training foretells at each token: the next and those after it
+    num_future: int = 1  # items that training predicts at each token: the next and those after it
 
     def __post_init__(self):
         self.at_least(width=1, num_layers=0, num_future=1)

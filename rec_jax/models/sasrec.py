@@ -25,7 +25,7 @@ class SASRecConfig(SequenceConfig):
     activation: Literal["relu", "gelu", "silu"] = "relu"
     norm: Literal["pre", "post", "original"] = "post"
     position: Literal["learned", "rotary"] = "learned"
-    item_dim: int = 0  # of the table of items, which a kernel projects to width and back; 0 = width
+    item_dim: int = 0  # of the item embedding table, which a kernel projects to width and back; 0 = width
     share_layers: bool = False  # one block, applied num_layers times
     head_width: int = 0  # 0 = width / num_heads; set where heads or dims were removed from a model
     num_experts: int = 0  # feed-forwards of each layer, of which a router picks a few; 0 = a plain one
@@ -49,7 +49,7 @@ class SASRecConfig(SequenceConfig):
             )
         if self.item_dim and self.l2_normalize:
             raise ValueError(
-                f"item_dim={self.item_dim} does not go with l2_normalize, for the projection changes "
+                f"item_dim={self.item_dim} is not supported with l2_normalize: the projection changes "
                 "lengths: turn either off (SASRecConfig)"
             )
         if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
@@ -107,7 +107,7 @@ class SASRec(SequenceModel):
     Source: Kang & McAuley, ICDM'18 (arXiv 1808.09781); item_dim and share_layers: ALBERT, Lan et al., ICLR'20
     (arXiv 1909.11942), section 3.1.
     Differs: positions count from the start of the (truncated) history instead of from its end; no
-    dropout on attention weights; norm="post", which scored best, unless the original order is asked for.
+    dropout on attention weights; norm="post", which scored best, unless the original order is chosen.
     """
 
     def __init__(self, config: SASRecConfig, num_items: int, max_len: int, *, rngs: nnx.Rngs):

@@ -37,7 +37,7 @@ class TigerConfig(SequenceConfig):
         if self.width % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide width={self.width} (TigerConfig)")
         if self.l2_normalize:
-            raise ValueError("l2_normalize=True needs a table of items, which there is none of (TigerConfig)")
+            raise ValueError("l2_normalize=True needs item vectors, and this model has none (TigerConfig)")
 
     @property
     def fixed_layers(self) -> str:
@@ -59,7 +59,7 @@ class TigerConfig(SequenceConfig):
 class Tiger(SequenceModel):
     """Every item is Q tokens: its codes but for the last, and then the whole item, the sum of all its codes.
 
-    So from the token of a whole item on, Q tokens foretell the Q codes of the next item: the item itself, and
+    So from the token of a whole item on, Q tokens predict the Q codes of the next item: the item itself, and
     the next item's codes but for the last. The transformer sees S * Q tokens, of which those at s * Q stand
     for whole items; `__call__` returns these.
 

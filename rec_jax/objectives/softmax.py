@@ -9,7 +9,7 @@ the tests.
   of tokens without a weight are skipped: most of them, where a model asks for few masked tokens.
 * Large catalogue: all tokens x tiles of items with a running maximum and sum, recomputed in the
   backward pass: 8*N*V*D, two exponentials a logit, and temporary memory that does not grow with V.
-  The same where the rows of the table are spread over a mesh.
+  The same where the rows of the table are sharded over a mesh.
 """
 
 import jax
@@ -195,7 +195,7 @@ _item_tiles.defvjp(_item_tiles_fwd, _item_tiles_bwd)
 
 @jax.custom_vjp
 def sharded_softmax_cross_entropy(h_TD, table_vD, real_v, targets_T, weights_T) -> jax.Array:
-    """The same sum over the tokens of one device, where the rows of the table are spread over a mesh.
+    """The same sum over the tokens of one device, where the rows of the table are sharded over a mesh.
 
     Runs inside a shard_map over "data" and "model", tokens split over "data" only. Each device scores the
     tokens of all against its own rows: what travels is tokens and three numbers a token, never a table. The

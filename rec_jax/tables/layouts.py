@@ -137,7 +137,7 @@ class RowSharded(Replicated):
     def __post_init__(self):
         if NUM_GROUPS % self.mesh.size:
             raise ValueError(
-                f"rows are spread over mesh.data * mesh.model = {self.mesh.size} devices, which must divide "
+                f"rows are sharded over mesh.data * mesh.model = {self.mesh.size} devices, which must divide "
                 f"{NUM_GROUPS}: use a power of two, or another table.layout"
             )
 

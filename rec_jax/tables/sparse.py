@@ -133,7 +133,7 @@ def read_rows(optimizer, table_VD, state, rows_U) -> jax.Array:
 
 
 def update_rows(optimizer, table_VD, state, rows_U, grads_UD) -> tuple:
-    """Returns (table_VD, state) after one step of an optax transformation on the touched rows.
+    """Returns (table_VD, state) after one step of an optax transformation on the rows that a batch reads.
 
     state: `optimizer.init(table_VD)`. grads_UD: with respect to the rows. A CPU takes rows with moments a
     chunk at a time, so that they stay in its caches and no step asks the system for memory.
@@ -214,7 +214,7 @@ class CatchUpAdamState(NamedTuple):
 
 
 def catch_up_adam(learning_rate: optax.Schedule, b1=0.9, b2=0.999, eps: float = 1e-8) -> RowOptimizer:
-    """Adam for touched rows that moves a row, when it is next read, as far as dense Adam would have
+    """Adam for sparse updates that moves a row, when it is next read, as far as dense Adam would have
     meanwhile.
 
     While nothing touches a row, both moments decay and dense Adam makes the steps

@@ -311,8 +311,8 @@ def test_more_weights_than_can_be_counted_are_refused():
         ({"num_updates": 0}, "num_updates=0 must be at least 1"),
         ({"structure": "2:4"}, "share=0.7 must be 0.5 where structure='2:4'"),
         ({"proximal": "l1", "proximal_strength": -1.0}, "proximal_strength=-1.0 must not be negative"),
-        ({"proximal": "l1"}, "proximal='l1' does not go with proximal_strength=0.0"),
-        ({"proximal_strength": 0.1}, "proximal='none' does not go with proximal_strength=0.1"),
+        ({"proximal": "l1"}, "proximal='l1' is not supported with proximal_strength=0.0"),
+        ({"proximal_strength": 0.1}, "proximal='none' is not supported with proximal_strength=0.1"),
     ],
 )
 def test_bad_configs_are_refused(fields, message):

@@ -1,4 +1,4 @@
-"""Steps whose table of items is read and updated by touched rows, or spread over a mesh."""
+"""Steps whose item embedding table is updated sparsely, or sharded over a mesh."""
 
 import dataclasses
 
