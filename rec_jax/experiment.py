@@ -123,8 +123,8 @@ class Experiment:
         if self.codes:
             return f"{placed}\n{self.codes.report}"
         return (
-            f"{placed}; item embedding table: {self.histories.num_items + 1:,} rows x {self.config.model.table_dim}, "
-            f"layout {table.layout}, optimizer {table.optimizer}"
+            f"{placed}; item embedding table: {self.histories.num_items + 1:,} rows x "
+            f"{self.config.model.table_dim}, layout {table.layout}, optimizer {table.optimizer}"
         )
 
     @property

@@ -79,8 +79,8 @@ class PruneConfig:
             raise ValueError(f"proximal_strength={self.proximal_strength} must not be negative (PruneConfig)")
         if (self.proximal == "none") != (self.proximal_strength == 0):
             raise ValueError(
-                f"proximal={self.proximal!r} is not supported with proximal_strength={self.proximal_strength}: "
-                "set both or neither (PruneConfig)"
+                f"proximal={self.proximal!r} is not supported with proximal_strength="
+                f"{self.proximal_strength}: set both or neither (PruneConfig)"
             )
 
 

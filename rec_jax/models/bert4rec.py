@@ -30,8 +30,8 @@ class BERT4Rec(SASRec):
     """The transformer of SASRec, which here sees both sides, over histories with masked items.
 
     Source: Sun et al., CIKM'19 (arXiv 1904.06690), sections 3.5 and 3.6.
-    Differs: scores are dot products with the item embedding table, without the projection and the bias per item
-    of their equation 7; an item is masked anew in every epoch.
+    Differs: scores are dot products with the item embedding table, without the projection and the bias per
+    item of their equation 7; an item is masked anew in every epoch.
     """
 
     is_causal = False
