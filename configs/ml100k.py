@@ -2,8 +2,9 @@
 
 Protocol: the last tenth of all events is the test part, the tenth before it validation; all training events
 are earlier than theirs, across users. Every held-out event of a user with a history is ranked against the
-whole catalogue (1,682 items), seen items filtered, ties in expectation; the model of the best validation NDCG@10
-is tested. Most of the held-out users are new, with few events: the numbers are far below those of leave-one-out.
+whole catalogue (1,682 items), seen items filtered, ties in expectation; the model of the best validation
+NDCG@10 is tested. Most of the held-out users are new, with few events: the numbers are far below those of
+leave-one-out.
 Data: a RecBole .inter file, with times, which HSTU's bias reads.
 
     python -m experiments.train --config=configs/ml100k.py:hstu --workdir=runs/hstu --config.seed=0
