@@ -38,7 +38,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from experiments.launch import launch, switch_types
+from experiments.launch import known_keys, launch, switch_types
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a trained run.")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory of the compressed run; made if it is not there.")
@@ -130,7 +130,8 @@ def _diagnose(parent, output):
 def _define_config():
     """Every key of the trained run's config is a flag."""
     config = switch_types(_config_of_run())
-    return config_flags.DEFINE_config_dict("config", config, "Changes to the config of the trained run.")
+    with known_keys():
+        return config_flags.DEFINE_config_dict("config", config, "Changes to the config of the trained run.")
 
 
 def _config_of_run():

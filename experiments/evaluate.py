@@ -9,7 +9,7 @@ python -m experiments.evaluate --workdir=runs/ml1m --config.eval.sampled_negativ
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments.launch import launch
+from experiments.launch import known_keys, launch
 
 _WORKDIR = flags.DEFINE_list("workdir", None, "Directory of a trained run, or several, separated by commas.")
 _SPLIT = flags.DEFINE_enum("split", "test", ["val", "test"], "Which held-out part to score.")
@@ -77,7 +77,8 @@ def _define_config():
     from rec_jax.eval.evaluator import EvalConfig
 
     cfg = ConfigDict({"eval": to_config_dict(EvalConfig())})
-    return config_flags.DEFINE_config_dict("config", cfg, "Changes to the eval section of the run's config.")
+    with known_keys():
+        return config_flags.DEFINE_config_dict("config", cfg, "Keys of the run's eval section alone.")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What every entry point does first and last."""
 
+import contextlib
 import itertools
 import os
 import re
@@ -83,13 +84,21 @@ def define_config(help_string: str, flag_values=flags.FLAGS):
 
 def _parse(argv):
     """An unknown key of a config, which names the nearest, is a mistake like any other."""
-    try:
+    with known_keys(argv):
         return app.parse_flags_with_usage(argv)
+
+
+@contextlib.contextmanager
+def known_keys(argv=None):
+    """Exits with one line where a flag names a key that the config has not."""
+    try:
+        yield
     except (AttributeError, KeyError) as error:
         if "REC_JAX_TRACEBACK" in os.environ:
             raise
-        text = str(error).replace("\\n", ": ").replace("\\'", "").strip("'")  # it comes quoted twice
-        sys.exit(f"error: unknown key of the config, {text}{_models_with(argv, text)}")
+        text = str(error).replace("\\n", ": ").replace("\\'", "").strip("'\"")  # it comes quoted twice
+        text = text.replace("\n", ": ").replace("'", "")
+        sys.exit(f"error: unknown key of the config, {text}{_models_with(argv or sys.argv, text)}")
 
 
 def _models_with(argv, text: str) -> str:

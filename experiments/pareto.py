@@ -111,7 +111,8 @@ def _batch(parent, size: int) -> Batch:
         history = parent.histories.items[max(start, end - length) : end]
         inside = row, slice(len(history))
         items[inside], segments[inside], positions[inside] = history, 1, np.arange(len(history))
-    return jax.device_put(Batch({"item": items}, segments, positions), jax.devices()[0])
+    features = {f.name: np.zeros(items.shape, f.dtype) for f in parent.dataset.schema}  # all missing
+    return jax.device_put(Batch({"item": items} | features, segments, positions), jax.devices()[0])
 
 
 HEAD = (

@@ -17,6 +17,7 @@ from absl import flags
 from experiments.launch import define_config, launch
 
 _CONFIG = define_config("Config file, with an optional :variant.")
+flags.declare_key_flag("config")
 _NUM_ITEMS = flags.DEFINE_integer(
     "num_items", 0, "Items of the catalogue; by default those of a simulated world.", lower_bound=0
 )

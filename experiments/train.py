@@ -19,6 +19,7 @@ from absl import flags
 from experiments.launch import define_config, launch
 
 _CONFIG = define_config("Config file, with an optional :variant.")
+flags.declare_key_flag("config")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if it is not there.")
 _KEEP_USERS = flags.DEFINE_bool(
     "keep_users", True, "Keep users' ids and last events in the trained model, to recommend to them by id."

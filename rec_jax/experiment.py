@@ -61,12 +61,16 @@ class Experiment:
         self.codes = codes
         if codes is None and MODELS[type(config.model)].generates:
             self.codes = load_codes(config.codes, config.data, self.dataset, self.workdir, config.seed)
+        self._check_columns(MODELS[type(config.model)].columns)  # a constructor may need them
         self.model = define_model(self.builder(config))
-        if missing := set(self.model.columns) - {feature.name for feature in self.dataset.schema}:
+        self._check_columns(self.model.columns)
+
+    def _check_columns(self, columns: tuple[str, ...]) -> None:
+        if missing := set(columns) - {feature.name for feature in self.dataset.schema}:
             fields = " and ".join(sorted({"data.time" if x == "time" else "data.features" for x in missing}))
             raise ValueError(
-                f"model.type={config.model.type!r} reads {', '.join(sorted(missing))} of each event, and "
-                f"this log has none: name the column by {fields}, or see how the model's config does without"
+                f"model.type={self.config.model.type!r} reads {', '.join(sorted(missing))} of each event, "
+                f"and this log has none: name the column by {fields}, or see how its config does without"
             )
 
     def builder(self, config: ExperimentConfig):
@@ -233,6 +237,7 @@ class Experiment:
             "config": dataclasses.asdict(self.config),
             "split": self.split.checksum,
             "vocabulary": self.histories.vocabulary,
+            "columns": self.histories.column_digests,
         }
         return info if self.codes is None else info | {"codes": self.codes.digest}
 

@@ -73,6 +73,7 @@ def save(workdir, params, step: int, config: dict, dataset, codes=None, with_use
     made_of = {
         "split": dataset.split.checksum,
         "vocabulary": dataset.histories.vocabulary,
+        "columns": dataset.histories.column_digests,
         "codes": None if codes is None else codes.digest,
         "max_len": config["data"]["max_len"],
         "context": [feature.name for feature in dataset.schema if not feature.is_outcome],
@@ -272,12 +273,16 @@ class TrainedModel:
         return dataset
 
     def check_data(self, dataset) -> None:
-        """Raises ValueError unless this is the split, with the item ids, that the model was trained on."""
+        """Raises ValueError unless this is the split, with the item ids, that the model was trained on, and
+        the columns that it reads are those of then."""
         histories = dataset.histories
         pairs = {
             "split checksum": (self.split, dataset.split.checksum),
             "vocabulary": (self.vocabulary, histories.vocabulary),
         }
+        columns, theirs = self.about["made_of"]["columns"], histories.column_digests
+        for name in self.model.columns:
+            pairs[f"column {name}"] = columns[name], theirs[name] if name in theirs else "(missing)"
         for name, (ours, theirs) in pairs.items():
             if ours != theirs:
                 raise ValueError(

@@ -53,7 +53,8 @@ class DataConfig:
     time: str = ""
     rating: str = ""
     features: tuple[str, ...] = ()
-    context: tuple[str, ...] = ()  # features that are known when a recommendation is requested
+    # Features that are known when a recommendation is requested; there they count as missing so far.
+    context: tuple[str, ...] = ()
     delimiter: str = ""
     time_unit: Literal["s", "ms", "us", "ns"] = "s"
     titles: str = ""  # a file of titles: movies.dat, a RecBole .item file, csv, tsv
@@ -184,7 +185,10 @@ def _source(config: DataConfig) -> str:
     """The resolved path, the TFDS name, or "" for the simulator."""
     if config.format == "simulator":
         if config.path:
-            raise ValueError(f"path={config.path!r} has no use with format='simulator' (DataConfig)")
+            raise ValueError(
+                f"path={config.path!r} has no use with format='simulator': set data.format=auto to read it "
+                "(DataConfig)"
+            )
         return ""
     if not config.path:
         raise ValueError("path is empty: give a file, or set format='simulator' (DataConfig)")
@@ -285,12 +289,15 @@ def _check_unchanged(about, dataset: Dataset, fingerprint, histories, split, dir
             "events": histories.num_events,
             "item vocabulary": histories.vocabulary[:12],
             "split checksum": split.checksum[:12],
+            **{f"column {name}": digest[:12] for name, digest in histories.column_digests.items()},
         }
 
     then = facts(dataset.histories, dataset.split, about["fingerprint"])
     now = facts(histories, split, fingerprint)
     changed = [f"{x} ({then.get(x, 'nothing')} then, {now[x]} now)" for x in now if then.get(x) != now[x]]
-    if dataset.split.checksum != split.checksum or dataset.histories.vocabulary != histories.vocabulary:
+    before = dataset.histories
+    same = [(before.vocabulary, histories.vocabulary), (before.column_digests, histories.column_digests)]
+    if any(old != new for old, new in [(dataset.split.checksum, split.checksum), *same]):
         raise ValueError(
             f"the data are not those that the run in {directory.parent} was trained on, which stay in "
             f"{directory}: {', '.join(changed)}. Bring back the log and the settings of then to resume, or "

@@ -1,6 +1,7 @@
 """Histories: every user's events in time order, as memory-mapped CSR files, and their splits."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import shutil
@@ -52,6 +53,16 @@ class Histories:
     def vocabulary(self) -> str:
         """sha256 of the item ids in their order: models of equal vocabularies mean the same by a row."""
         return hashlib.sha256("\0".join(map(str, self.item_ids)).encode()).hexdigest()
+
+    @functools.cached_property
+    def column_digests(self) -> dict[str, str]:
+        """sha256 of each column but the items (a split's checksum covers them) and of what its codes mean."""
+        digests = {}
+        for name, column in self.columns.items():
+            digest = hashlib.sha256("\0".join(self.feature_values.get(name, ())).encode())
+            digest.update(np.ascontiguousarray(column))
+            digests[name] = digest.hexdigest()
+        return {name: digest for name, digest in digests.items() if name != "item"}
 
     @property
     def columns(self) -> dict[str, np.ndarray]:

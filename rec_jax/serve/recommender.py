@@ -132,7 +132,10 @@ class Recommender:
             notes.append(f"{len(unknown)} unknown ids of the history were skipped: {_few(unknown)}")
         if not len(items):
             raise ValueError("the history is empty: give at least one item that the model knows")
-        reads_times = any("time" in model.model.columns for model in self.models)
+        columns = {name for model in self.models for name in model.model.columns}
+        if features := sorted(columns - {"time"}):
+            notes.append(f"this model reads {', '.join(features)}, missing at all events of a given history")
+        reads_times = "time" in columns
         if times is None:
             if reads_times:
                 notes.append(

@@ -51,7 +51,7 @@ def test_a_softmax_over_the_items_that_exist_and_one_trace_while_they_grow(field
         spare = slice(num_items + 1, None)
         np.testing.assert_array_equal(after["items"]["embedding"][spare], before["items"]["embedding"][spare])
         assert np.isfinite(metrics["loss"][0])
-    assert step.num_traces == 1
+    assert step._jitted._cache_size() == 1
 
 
 def test_the_loss_is_that_of_a_table_without_spare_entries():
