@@ -134,3 +134,17 @@ def test_a_relative_path_of_the_log(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert recommended(tmp_path, capsys) == before
     assert scored(tmp_path) == result(tmp_path)
+
+
+def test_other_times_are_other_data_though_the_split_is_the_same(run):
+    """Every event an hour later: what a model of times would read has changed, the items and the split have
+    not."""
+    folder, lines = run
+    later = [f"{user},{item},{int(time) + 3600}" for user, item, time in (line.split(",") for line in lines)]
+    write(folder / "log.csv", later)
+    prepared = (folder / "run/data/histories/times.npy").read_bytes()
+    score = scored(folder)
+    with pytest.raises(ValueError, match="the data are not those.*column time"):
+        train(folder / "run", folder / "log.csv")
+    assert (folder / "run/data/histories/times.npy").read_bytes() == prepared
+    assert scored(folder) == score
