@@ -95,11 +95,6 @@ class Objective:
         return self._extras.merged(params) if self._extras else params
 
     @property
-    def couples_rows(self) -> bool:
-        """Does the loss of a row depend on which other rows are in the batch?"""
-        return self._contrastive.weight > 0 or (self._shares and self._loss.sampler == "in_batch")
-
-    @property
     def reads_catalogue(self) -> bool:
         """Does it score all items, or only the targets and some negatives?"""
         return not is_sampled(self._loss)
