@@ -36,12 +36,16 @@ def get_config(variant=None):
     if name == "bert4rec":  # positions and masks of configs/bert4rec_ml1m.py
         cfg.model.position, cfg.model.mask_share = "rotary", 0.4
     if name == "tiger":
-        cfg.model.prefixes, cfg.model.num_beams = True, 150
-        cfg.codes.content = "ml-100k/ml-100k.item"  # words of titles and genres
-        cfg.codes.num_levels, cfg.codes.num_codes = 2, 128
+        cfg.model.prefix_embeddings, cfg.model.num_beams = True, 150
+        cfg.semantic_ids.content = "ml-100k/ml-100k.item"  # words of titles and genres
+        cfg.semantic_ids.num_levels, cfg.semantic_ids.codebook_size = 2, 128
         if smoke:
-            cfg.codes.content, cfg.codes.num_codes, cfg.codes.content_dims = "", 8, 16
-            cfg.codes.max_shared = 1.0
+            cfg.semantic_ids.content, cfg.semantic_ids.codebook_size, cfg.semantic_ids.content_dims = (
+                "",
+                8,
+                16,
+            )
+            cfg.semantic_ids.max_shared = 1.0
     cfg.optim.schedule, cfg.optim.warmup_steps = "cosine", 50
     cfg.train.epochs = 20
     cfg.train.eval_every_epochs = 5.0 if name == "tiger" else 2.0  # searches take longer than training

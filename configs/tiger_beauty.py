@@ -4,7 +4,7 @@ Paper: Rajput et al., NeurIPS'23 (arXiv 2305.05065); 0.0648 (Recall@10) and 0.03
 Differs: codes are made of the brand and category of an item alone (`Beauty_item2attributes.json`; the paper
 embeds title, price, brand and category by Sentence-T5), in two levels by residual k-means; that leaves 92 %
 of the items with the codes of others, up to 202, which the last level counts, the most frequent in training
-first. So that these can be told apart, each beginning of codes has a vector of its own (`model.prefixes`),
+first. So that these can be told apart, each beginning of codes has a vector of its own (`model.prefix_embeddings`),
 read and scored, the last of them one of the item. A causal transformer; see rec_jax/models/tiger.py.
 Protocol: leave-one-out, full-catalogue ranking (12,101 items) of the 30 items that a beam search finds, seen
 items filtered, picked on validation NDCG@10. Data: `user item item ...` lines.
@@ -34,16 +34,16 @@ from rec_jax.models.tiger import TigerConfig
 def get_config(variant=None):
     cfg = common.base()
     cfg.data.path, cfg.data.max_len = "beauty/Beauty.txt", 50
-    cfg.codes.content, cfg.codes.max_shared = "beauty/Beauty_item2attributes.json", 0.95
-    cfg.codes.method, cfg.codes.num_levels = "kmeans", 2
+    cfg.semantic_ids.content, cfg.semantic_ids.max_shared = "beauty/Beauty_item2attributes.json", 0.95
+    cfg.semantic_ids.method, cfg.semantic_ids.num_levels = "kmeans", 2
     cfg.model = to_config_dict(
-        TigerConfig(width=128, ff_width=256, num_heads=4, dropout=0.2, prefixes=True, num_beams=30)
+        TigerConfig(width=128, ff_width=256, num_heads=4, dropout=0.2, prefix_embeddings=True, num_beams=30)
     )
     cfg.optim.learning_rate, cfg.optim.schedule, cfg.optim.warmup_steps = 2e-3, "cosine", 100
     cfg.train.epochs, cfg.train.eval_every_epochs = 12, 3.0
     cfg.train.batch_rows, cfg.train.micro_rows = 32, 2
     if variant == "smoke":  # of a simulated item, its interests are known
-        cfg.codes.content, cfg.codes.method, cfg.codes.num_codes = "", "rqvae", 8
-        cfg.codes.content_dims = cfg.codes.width = cfg.codes.latent = 16
-        cfg.codes.max_shared, cfg.codes.epochs, cfg.model.num_layers = 1.0, 30, 1
+        cfg.semantic_ids.content, cfg.semantic_ids.method, cfg.semantic_ids.codebook_size = "", "rqvae", 8
+        cfg.semantic_ids.content_dims = cfg.semantic_ids.width = cfg.semantic_ids.latent = 16
+        cfg.semantic_ids.max_shared, cfg.semantic_ids.epochs, cfg.model.num_layers = 1.0, 30, 1
     return common.apply_variant(cfg, variant)

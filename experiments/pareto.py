@@ -91,7 +91,7 @@ def _latencies(runs: dict, params: dict, parent) -> dict[str, dict]:
 
 def _answer(run, params, batch):
     """The program that finds the best items of a batch of histories, lowered."""
-    if not run.model.generates:
+    if not run.model.is_generative:
         return top_items.lower(run.model, params, batch, _TOP_K)
     last_N = (batch.segments > 0).sum(1) - 1
     beams = run.config.model.num_beams

@@ -26,7 +26,7 @@ from rec_jax.models.baselines import BASELINES, nearest_items
 from rec_jax.models.ranker import Ranker, ScoreRanker
 from rec_jax.models.registry import MODELS, model_builder
 from rec_jax.models.scoring import make_ranker
-from rec_jax.models.semantic_ids import load_codes
+from rec_jax.models.semantic_ids import load_semantic_ids
 from rec_jax.objectives.distill import DistillConfig
 from rec_jax.run_config import ExperimentConfig
 from rec_jax.tables.tables import Tables
@@ -44,11 +44,11 @@ from rec_jax.workdir import training_lock
 class Experiment:
     """A config and its working directory, `workdir`, which holds all that the run reads and writes.
 
-    base: parameters of a trained run, for a run that starts from them. dataset, codes: if they are loaded
+    base: parameters of a trained run, for a run that starts from them. dataset, semantic_ids: if they are loaded
     already.
     """
 
-    def __init__(self, config: ExperimentConfig, workdir, base=None, dataset=None, codes=None):
+    def __init__(self, config: ExperimentConfig, workdir, base=None, dataset=None, semantic_ids=None):
         self.config, self.workdir, self._base = config, pathlib.Path(workdir), base
         self.workdir.mkdir(parents=True, exist_ok=True)
         self.mesh = mesh_lib.make_mesh(config.mesh)
@@ -58,9 +58,11 @@ class Experiment:
             self.dataset = dataset or load_dataset(config.data, self.workdir / "data", is_used=is_used)
         self.histories, self.split = self.dataset.histories, self.dataset.split
         self.config = config = self._with_layout(config)
-        self.codes = codes
-        if codes is None and MODELS[type(config.model)].generates:
-            self.codes = load_codes(config.codes, config.data, self.dataset, self.workdir, config.seed)
+        self.semantic_ids = semantic_ids
+        if semantic_ids is None and MODELS[type(config.model)].is_generative:
+            self.semantic_ids = load_semantic_ids(
+                config.semantic_ids, config.data, self.dataset, self.workdir, config.seed
+            )
         self._check_columns(MODELS[type(config.model)].columns)  # a constructor may need them
         self.model = define_model(self.builder(config))
         self._check_columns(self.model.columns)
@@ -76,7 +78,7 @@ class Experiment:
     def builder(self, config: ExperimentConfig):
         """rngs -> the module of a config on this data set."""
         num_items, max_len = self.histories.num_items, config.data.max_len
-        return model_builder(config.model, num_items, max_len, self.codes, self.dataset.schema)
+        return model_builder(config.model, num_items, max_len, self.semantic_ids, self.dataset.schema)
 
     def _with_layout(self, config: ExperimentConfig) -> ExperimentConfig:
         """The config with the layout of the table that this run began with, or that the plan chooses: another
@@ -108,7 +110,7 @@ class Experiment:
         if config.mesh.data * config.mesh.model > jax.device_count():
             print(f"mesh: the run had {config.mesh}, here are {jax.device_count()} devices", flush=True)
             config = dataclasses.replace(config, mesh=mesh_lib.MeshConfig())
-        return cls(config, workdir, dataset=trained.dataset(), codes=trained.codes)
+        return cls(config, workdir, dataset=trained.dataset(), semantic_ids=trained.semantic_ids)
 
     @property
     def trained(self) -> TrainedModel:
@@ -124,8 +126,8 @@ class Experiment:
         mesh, table = self.mesh, self.config.table
         platform = mesh.devices.flat[0].platform
         placed = f"mesh: data={mesh.shape['data']}, model={mesh.shape['model']} ({platform})"
-        if self.codes:
-            return f"{placed}\n{self.codes.report}"
+        if self.semantic_ids:
+            return f"{placed}\n{self.semantic_ids.report}"
         return (
             f"{placed}; item embedding table: {self.histories.num_items + 1:,} rows x "
             f"{self.config.model.table_dim}, layout {table.layout}, optimizer {table.optimizer}"
@@ -206,7 +208,7 @@ class Experiment:
     def save_model(self, params, step: int, with_users: bool = True) -> None:
         """Puts a new version of the trained model in force."""
         config = dataclasses.asdict(self.config)
-        save_trained(self.workdir, params, step, config, self.dataset, self.codes, with_users)
+        save_trained(self.workdir, params, step, config, self.dataset, self.semantic_ids, with_users)
 
     def step(self, total_steps: int = 1, teachers=None) -> TrainStep:
         """teachers: needed to train, where the config has some."""
@@ -239,7 +241,7 @@ class Experiment:
             "vocabulary": self.histories.vocabulary,
             "columns": self.histories.column_digests,
         }
-        return info if self.codes is None else info | {"codes": self.codes.digest}
+        return info if self.semantic_ids is None else info | {"semantic_ids": self.semantic_ids.digest}
 
     @functools.cached_property
     def _neighbours(self):
@@ -268,7 +270,7 @@ class Experiment:
                     f"teachers={workdir}: it reads data.max_len={teacher.max_len} events, this run "
                     f"{self.config.data.max_len}: set data.max_len to as many at most (DistillConfig)"
                 )
-            if teacher.model.is_causal != self.model.is_causal or teacher.model.generates:
+            if teacher.model.is_causal != self.model.is_causal or teacher.model.is_generative:
                 raise ValueError(
                     f"teachers={workdir}: a model that predicts the next item learns from another such, one "
                     f"that predicts masked items from another such, and one without item vectors from none "

@@ -36,7 +36,7 @@ WEIGHTS = r"(?!.*router).*(kernel|embedding)"
 def _taught(cfg, parent: Experiment) -> None:
     """Learns mostly from the parent, whose soft answers regularise; less dropout is needed beside them. A
     model without item vectors has no teacher."""
-    if parent.model.generates:
+    if parent.model.is_generative:
         return
     cfg.compress.distill.teachers, cfg.compress.distill.weight = (str(parent.workdir),), 0.9
     cfg.model.dropout = parent.config.model.dropout / 4
@@ -222,7 +222,7 @@ def compress(parent: Experiment, config: ExperimentConfig, output) -> Experiment
         compress=dataclasses.replace(asked, shrink=ShrinkConfig()),  # it is done
     )
     _check_output(output, config)
-    run = Experiment(config, output, base=params, dataset=parent.dataset, codes=parent.codes)
+    run = Experiment(config, output, base=params, dataset=parent.dataset, semantic_ids=parent.semantic_ids)
     _share_data(parent, run)
     step = parent.trained.step
     if params is None or _trains(asked):

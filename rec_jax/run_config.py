@@ -11,7 +11,7 @@ from rec_jax.mesh import MeshConfig
 from rec_jax.models.baselines import BASELINES
 from rec_jax.models.registry import MODELS, ModelConfig
 from rec_jax.models.sasrec import SASRecConfig
-from rec_jax.models.semantic_ids import CodesConfig
+from rec_jax.models.semantic_ids import SemanticIdsConfig
 from rec_jax.objectives.augment import AugmentConfig
 from rec_jax.objectives.contrastive import ContrastiveConfig
 from rec_jax.objectives.token_loss import LossConfig, SoftmaxConfig, is_sampled
@@ -28,7 +28,7 @@ class ExperimentConfig:
     seed: int = 0
     data: DataConfig = DataConfig()
     model: ModelConfig = SASRecConfig()
-    codes: CodesConfig = CodesConfig()
+    semantic_ids: SemanticIdsConfig = SemanticIdsConfig()
     loss: LossConfig = SoftmaxConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()

@@ -45,7 +45,9 @@ class ShardedTable:
             yield np.asarray(gather(self.array, self.placement.to_physical(ids)))[: num_rows - first]
 
 
-def save(workdir, params, step: int, config: dict, dataset, codes=None, with_users: bool = True) -> None:
+def save(
+    workdir, params, step: int, config: dict, dataset, semantic_ids=None, with_users: bool = True
+) -> None:
     """Writes a version and puts it in force; of several processes all must call it.
 
     Args:
@@ -54,7 +56,7 @@ def save(workdir, params, step: int, config: dict, dataset, codes=None, with_use
       step: training step of the parameters.
       config: of the run, JSON-able.
       dataset: `data.datasets.Dataset`, for ids, titles, training counts and histories.
-      codes: semantic ids, of a model that has them.
+      semantic_ids: of a model that has them.
       with_users: keep the users' ids and last events, so that the model can recommend to them by id.
     """
     from rec_jax.compress.quant import pack_leaf
@@ -74,7 +76,7 @@ def save(workdir, params, step: int, config: dict, dataset, codes=None, with_use
         "split": dataset.split.checksum,
         "vocabulary": dataset.histories.vocabulary,
         "columns": dataset.histories.column_digests,
-        "codes": None if codes is None else codes.digest,
+        "semantic_ids": None if semantic_ids is None else semantic_ids.digest,
         "max_len": config["data"]["max_len"],
         "context": [feature.name for feature in dataset.schema if not feature.is_outcome],
         "with_users": with_users,
@@ -83,14 +85,14 @@ def save(workdir, params, step: int, config: dict, dataset, codes=None, with_use
         catalogue = before[1]["catalogue"]
         writer.link(catalogue, *before)
     else:
-        catalogue = _write_catalogue(writer, dataset, codes)
+        catalogue = _write_catalogue(writer, dataset, semantic_ids)
         if with_users:
             catalogue["users"] = _write_users(writer, last_events(dataset.histories, made_of["max_len"]))
     about = {"step": step, "config": config, "made_of": made_of, "params": stored, "catalogue": catalogue}
     writer.publish(about)
 
 
-def _write_catalogue(writer: versions.Writer, dataset, codes) -> dict:
+def _write_catalogue(writer: versions.Writer, dataset, semantic_ids) -> dict:
     histories, titles = dataset.histories, dataset.histories.titles
     entries = {
         "item_ids": writer.strings("item_ids", histories.item_ids),
@@ -98,9 +100,9 @@ def _write_catalogue(writer: versions.Writer, dataset, codes) -> dict:
         "train_counts": writer.array("train_counts", dataset.split.train_item_counts(histories)),
         "schema": [dataclasses.asdict(feature) for feature in dataset.schema],
     }
-    if codes is not None:
-        entries["codes"] = writer.array("codes", codes.codes_VQ)
-        entries |= {"num_codes": codes.num_codes, "codes_report": codes.report}
+    if semantic_ids is not None:
+        entries["semantic_ids"] = writer.array("semantic_ids", semantic_ids.codes_VQ)
+        entries |= {"codebook_size": semantic_ids.codebook_size, "semantic_ids_report": semantic_ids.report}
     return entries
 
 
@@ -199,7 +201,7 @@ class TrainedModel:
         from rec_jax.models.registry import model_builder
 
         sizes = self.num_items, self.max_len
-        return define_model(model_builder(self.model_config, *sizes, self.codes, self.schema))
+        return define_model(model_builder(self.model_config, *sizes, self.semantic_ids, self.schema))
 
     @cached_property
     def params(self) -> dict:
@@ -239,14 +241,16 @@ class TrainedModel:
         return tuple(Feature(**section | {"values": tuple(section["values"])}) for section in sections)
 
     @cached_property
-    def codes(self):
+    def semantic_ids(self):
         """`models.semantic_ids.Codes`, or None."""
         entries = self.about["catalogue"]
-        if "codes" not in entries:
+        if "semantic_ids" not in entries:
             return None
-        from rec_jax.models.semantic_ids import Codes
+        from rec_jax.models.semantic_ids import SemanticIds
 
-        return Codes(self._array(entries["codes"]), entries["num_codes"], entries["codes_report"])
+        return SemanticIds(
+            self._array(entries["semantic_ids"]), entries["codebook_size"], entries["semantic_ids_report"]
+        )
 
     @cached_property
     def users(self) -> UserHistories:
@@ -330,7 +334,7 @@ def check_same_split(models: list[TrainedModel]) -> None:
     other's test part, or of a kind that does not score every item."""
     first, *others = models
     for model in models if others else ():
-        if model.model.generates:
+        if model.model.is_generative:
             raise ValueError(
                 f"--workdir: {model.workdir} (model.type={model.model_config.type!r}) scores only what its "
                 "search finds, which has no mean with others: leave it out"

@@ -64,9 +64,9 @@ def make_step(
     """
     config = with_layout(config, len(item_counts) - 1, mesh)
     optim, table = config.optim, config.table
-    extras = None
+    compression = None
     if config.compress != CompressConfig():  # else a step does nothing for it
-        extras = Compression(
+        compression = Compression(
             config.compress, model, total_steps, config.seed, teachers, replicate(base, mesh)
         )
     shapes = leaf_names(model.abstract_params)
@@ -85,22 +85,22 @@ def make_step(
         augment=config.augment,
         contrastive=config.contrastive,
         placement=tables.placement,
-        extras=extras,
+        compression=compression,
     )
     dense, _ = tables.split(objective.abstract_params)
     specs = partition(dense, model.dims, mesh, fully_sharded=config.mesh.fully_sharded)
     optimizer = make_optimizer(optim, dense, total_steps)
     if config.precision.params != "f32" or config.precision.optimizer != "f32":
         optimizer = kept_as(optimizer, config.precision.optimizer)
-    if extras:
-        optimizer = extras.optimizer(optimizer, dense, specs)
+    if compression:
+        optimizer = compression.optimizer(optimizer, dense, specs)
     settings = StepSettings(
         config.train.micro_rows, config.seed, optim.clip_norm, config.precision.params, config.mesh.reduce
     )
 
     def make_fixed():  # samplers of millions of items take seconds
         neighbours = None if neighbours_VK is None else jnp.asarray(neighbours_VK)
-        return Fixed(make_prior(config.loss, item_counts), neighbours, extras and extras.frozen)
+        return Fixed(make_prior(config.loss, item_counts), neighbours, compression and compression.frozen)
 
     return TrainStep(model, objective, tables, optimizer, specs, mesh, settings, make_fixed)
 

@@ -37,8 +37,8 @@ BASE = {
     "data.format": "simulator", "data.max_len": 12, "data.sim.num_items": 50, "data.sim.num_users": 120,
     "data.sim.num_interests": 4, "data.sim.mean_len": 10,
     "model.width": 16, "model.ff_width": 16, "model.num_heads": 2, "model.num_layers": 2,
-    "model.dropout": 0.3, "codes.method": "kmeans", "codes.num_codes": 8, "codes.min_used": 0.0,
-    "codes.max_shared": 1.0,
+    "model.dropout": 0.3, "semantic_ids.method": "kmeans", "semantic_ids.codebook_size": 8, "semantic_ids.min_used": 0.0,
+    "semantic_ids.max_shared": 1.0,
     "optim.learning_rate": 1e-2, "train.batch_rows": 16, "train.micro_rows": 4,
     "mesh.data": 1, "table.layout": "replicated",
 }  # fmt: skip
@@ -135,7 +135,7 @@ for _type in ("esasrec", "bert4rec", "hstu", "gru4rec", "lru", "tiger"):
             "model.type": _type, "table.optimizer": "adagrad", "model.num_future": 2
         }  # fmt: skip
 MATRIX |= {
-    "tiger_prefixes": {"model.type": "tiger", "model.prefixes": True},
+    "tiger_prefixes": {"model.type": "tiger", "model.prefix_embeddings": True},
     "hstu_no_time": {"model.type": "hstu", "model.time_bias": False},
     "gru4rec_hidden": {"model.type": "gru4rec", "model.hidden_width": 24},
     "esasrec_experts": {"model.type": "esasrec", "model.num_experts": 4},

@@ -10,12 +10,12 @@ from experiments.speed.timing import interleaved
 from rec_jax.data.batch import Batch
 from rec_jax.models.base import init_model
 from rec_jax.models.beam import generate
-from rec_jax.models.semantic_ids import Codes
+from rec_jax.models.semantic_ids import SemanticIds
 from rec_jax.models.tiger import Tiger, TigerConfig
 
 NUM_CODES, NUM_LEVELS = 256, 4
 LENGTH = 50  # events of the history
-MODEL = TigerConfig(width=128, ff_width=256, num_heads=4, num_layers=3, prefixes=True)
+MODEL = TigerConfig(width=128, ff_width=256, num_heads=4, num_layers=3, prefix_embeddings=True)
 BEAMS = (10, 50)
 
 
@@ -25,15 +25,17 @@ def measure_beam(repeats: int, num_items: int = 10_000) -> dict:
     codes_VQ = np.zeros((num_items + 1, NUM_LEVELS), np.int32)
     paths = rng.choice(NUM_CODES ** (NUM_LEVELS - 1), num_items, replace=False)
     codes_VQ[1:, :-1] = np.stack(np.unravel_index(paths, (NUM_CODES,) * (NUM_LEVELS - 1)), axis=1)
-    codes = Codes(codes_VQ, NUM_CODES)
-    model, params = init_model(lambda rngs: Tiger(MODEL, num_items, LENGTH, codes=codes, rngs=rngs), seed=0)
+    semantic_ids = SemanticIds(codes_VQ, NUM_CODES)
+    model, params = init_model(
+        lambda rngs: Tiger(MODEL, num_items, LENGTH, semantic_ids=semantic_ids, rngs=rngs), seed=0
+    )
     batch = Batch(
         events={"item": jnp.asarray(rng.integers(1, num_items + 1, (1, LENGTH)), jnp.int32)},
         segments=jnp.ones((1, LENGTH), jnp.int32),
         positions=jnp.arange(LENGTH, dtype=jnp.int32)[None],
     )
     last_N = jnp.array([LENGTH - 1])
-    read = jax.jit(lambda params: model.bind(params)(batch, at=(jnp.array([0]), last_N)))
+    read = jax.jit(lambda params: model.bind(params)(batch, query_positions=(jnp.array([0]), last_N)))
 
     def search(num_beams):
         jax.block_until_ready(generate(model, params, batch, last_N, num_beams))

@@ -66,7 +66,7 @@ def _dense_step(optimizer, table_VD, state, ids_N, grads_ND):
 def _touched_step(optimizer, table_VD, state, ids_N, grads_ND):
     """Like the dense step without the lookup itself."""
     touched = find_rows(ids_N, table_VD.shape[0])
-    grads_UD = jnp.zeros_like(grads_ND).at[touched.place_N].add(grads_ND)
+    grads_UD = jnp.zeros_like(grads_ND).at[touched.local_ids_N].add(grads_ND)
     return update_rows(optimizer, table_VD, state, touched.rows_U, grads_UD)
 
 

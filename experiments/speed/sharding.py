@@ -89,7 +89,7 @@ def _read(placement, table_vD, ids_n):
 def _exchange(placement, table_vD, ids_n):
     """Distinct ids only, to and from their owners."""
     touched, rows_UD, _ = _read(placement, table_vD, ids_n)
-    return rows_UD[touched.place_N]
+    return rows_UD[touched.local_ids_N]
 
 
 def _rounds(placement, table_vD, ids_n):

@@ -33,7 +33,7 @@ def answer_multiply_adds(model: Model, num_tokens: int) -> int:
     batch = Batch(columns, segments=ids + 1, positions=ids, is_query=ids > 0)
 
     def encode(params):
-        return model.bind(params)(batch, at=(jnp.array([0]), jnp.array([num_tokens - 1])))
+        return model.bind(params)(batch, query_positions=(jnp.array([0]), jnp.array([num_tokens - 1])))
 
     work = multiply_adds(jax.make_jaxpr(encode)(model.abstract_params).jaxpr)
     if "items" not in model.tables:

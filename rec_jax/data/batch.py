@@ -17,7 +17,7 @@ _TOKEN_ALIGNED = ("events", "next", "users", "labels", "segments", "positions", 
 class Batch:
     """B rows of S tokens. A row holds the events of several histories, one segment each, then padding.
 
-    Every array but row_ids, places and views is [B, S], so whatever moves, drops or hides tokens treats them
+    Every array but row_ids, local_ids and views is [B, S], so whatever moves, drops or hides tokens treats them
     alike; a new column needs no code here.
 
     events: columns of the event at each token: "item", int32 ids (0 = padding, or hidden), and the features
@@ -29,7 +29,7 @@ class Batch:
     is_query: bool, the tokens that stand for an event to predict, of models that see both sides; else None.
     weights: f32 of the targets; None = 1.
     row_ids: int32[B], the number of each row in the batch of all devices; random numbers follow from it.
-    places: {table: {use: int32}} for tables of which only some entries were read: where each id of a use is
+    local_ids: {table: {use: int32}} for tables of which only some entries were read: where each id of a use is
       among them. The ids themselves stay.
     views: augmented copies, for a contrastive loss.
     """
@@ -43,7 +43,7 @@ class Batch:
     is_query: jax.Array | None = None
     weights: jax.Array | None = None
     row_ids: jax.Array | None = None
-    places: dict[str, dict[str, Any]] = field(default_factory=dict)
+    local_ids: dict[str, dict[str, Any]] = field(default_factory=dict)
     views: tuple["Batch", ...] = ()
     schema: Schema = field(default=(), metadata={"static": True})
 
@@ -55,10 +55,10 @@ class Batch:
     def targets(self) -> jax.Array:
         return self.next["item"]
 
-    def place(self, table: str, use: str, ids):
+    def lookup_ids(self, table: str, use: str, ids):
         """Where the ids of a use are among the entries of a table that were read; the ids themselves where
         the whole table is at hand."""
-        return self.places[table][use] if table in self.places else ids
+        return self.local_ids[table][use] if table in self.local_ids else ids
 
     def replace(self, **changes) -> "Batch":
         return dataclasses.replace(self, **changes)
@@ -98,13 +98,13 @@ class Batch:
         is_same_BS = (self.segments > 0) & (later(self.segments) == self.segments)
         moved = {name: jnp.where(is_same_BS, later(x), 0) for name, x in self.next.items()}
         weights = None if self.weights is None else jnp.where(is_same_BS, later(self.weights), 0)
-        places = {
+        local_ids = {
             table: {
                 use: jnp.where(is_same_BS, later(x), 0) if use == "targets" else x for use, x in uses.items()
             }
-            for table, uses in self.places.items()
+            for table, uses in self.local_ids.items()
         }
-        return self.replace(next=moved, weights=weights, places=places)
+        return self.replace(next=moved, weights=weights, local_ids=local_ids)
 
 
 def select(choice_BS, batches: list[Batch]) -> Batch:

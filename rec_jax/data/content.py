@@ -11,7 +11,9 @@ import numpy as np
 from rec_jax.data.datasets import Dataset, resolve_path
 from rec_jax.data.titles import read_titles
 
-_WAY_OUT = "point codes.content to vectors (.npy, .npz), attributes (.json) or titles (CodesConfig)"
+_WAY_OUT = (
+    "point semantic_ids.content to vectors (.npy, .npz), attributes (.json) or titles (SemanticIdsConfig)"
+)
 
 
 def content_vectors(content: str, dims: int, dataset: Dataset, titles_ids: str = "") -> tuple:
@@ -33,7 +35,7 @@ def content_vectors(content: str, dims: int, dataset: Dataset, titles_ids: str =
       ValueError: another number of rows, unreadable contents, not a single item known.
     """
     ids = [str(name) for name in dataset.histories.item_ids[1:]]
-    path = resolve_path(content, "codes.content") if content else None
+    path = resolve_path(content, "semantic_ids.content") if content else None
     if path and path.suffix in (".npy", ".npz"):
         vectors = _read_vectors(path, ids)
     else:
@@ -46,7 +48,7 @@ def content_vectors(content: str, dims: int, dataset: Dataset, titles_ids: str =
     num_unknown = int((norms == 0).sum())
     if num_unknown == len(ids):
         raise ValueError(
-            f"codes.content={content!r}: nothing is known of any item, for instance {ids[0]}: {_WAY_OUT}"
+            f"semantic_ids.content={content!r}: nothing is known of any item, for instance {ids[0]}: {_WAY_OUT}"
         )
     vectors = np.pad(vectors / np.where(norms == 0, 1, norms), ((1, 0), (0, 0))).astype(np.float32)
     kinds = len(np.unique(vectors[1:], axis=0))
@@ -58,7 +60,7 @@ def content_vectors(content: str, dims: int, dataset: Dataset, titles_ids: str =
 def content_digest(content: str, dataset: Dataset) -> str:
     """A digest of what `content_vectors` would read."""
     if content:
-        return hashlib.sha256(resolve_path(content, "codes.content").read_bytes()).hexdigest()
+        return hashlib.sha256(resolve_path(content, "semantic_ids.content").read_bytes()).hexdigest()
     return hashlib.sha256(json.dumps(dataset.histories.titles, sort_keys=True).encode()).hexdigest()
 
 
@@ -103,9 +105,11 @@ def _read_attributes(path: Path) -> dict[str, list[str]]:
     try:
         read = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"codes.content={str(path)!r} is no JSON ({error}): {_WAY_OUT}") from error
+        raise ValueError(f"semantic_ids.content={str(path)!r} is no JSON ({error}): {_WAY_OUT}") from error
     if not isinstance(read, dict) or not all(isinstance(bag, list) for bag in read.values()):
-        raise ValueError(f"codes.content={str(path)!r} must be one object {{item id: list}}: {_WAY_OUT}")
+        raise ValueError(
+            f"semantic_ids.content={str(path)!r} must be one object {{item id: list}}: {_WAY_OUT}"
+        )
     return {item: [str(token) for token in bag] for item, bag in read.items()}
 
 
@@ -114,7 +118,7 @@ def _read_vectors(path: Path, ids: list[str]) -> np.ndarray:
     if path.suffix == ".npz":
         if not {"ids", "vectors"} <= set(read.files):
             raise ValueError(
-                f"codes.content={str(path)!r} holds {', '.join(read.files)}, not `ids` and `vectors`: "
+                f"semantic_ids.content={str(path)!r} holds {', '.join(read.files)}, not `ids` and `vectors`: "
                 f"{_WAY_OUT}"
             )
         vectors, rows = read["vectors"], {str(name): row for row, name in enumerate(read["ids"])}
@@ -123,10 +127,10 @@ def _read_vectors(path: Path, ids: list[str]) -> np.ndarray:
         read = vectors[[rows[name] if name in rows else unknown for name in ids]]
     if read.ndim != 2 or len(read) != len(ids):
         raise ValueError(
-            f"codes.content={str(path)!r} has shape {list(read.shape)}, but there are {len(ids)} items, in "
+            f"semantic_ids.content={str(path)!r} has shape {list(read.shape)}, but there are {len(ids)} items, in "
             "the order of vocabulary.json of the prepared data: give one row each, or an .npz with `ids` "
-            "(CodesConfig)"
+            "(SemanticIdsConfig)"
         )
     if not np.isfinite(read).all():
-        raise ValueError(f"codes.content={str(path)!r} holds NaN or infinite numbers: {_WAY_OUT}")
+        raise ValueError(f"semantic_ids.content={str(path)!r} holds NaN or infinite numbers: {_WAY_OUT}")
     return read.astype(np.float32)

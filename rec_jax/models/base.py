@@ -80,7 +80,7 @@ class SequenceModel(nnx.Module):
     # Features of the events that the model reads beside the items; a log must have them.
     columns: tuple[str, ...] = ()
     # Has no item embedding table, but `codes`, a `loss(batch, key_B)` and a beam search instead.
-    generates = False
+    is_generative = False
 
     positions: Embedding | None = None
     final_norm: LayerNorm | None = None
@@ -88,22 +88,27 @@ class SequenceModel(nnx.Module):
     tables: dict[str, str] = {"items": "items/embedding"}
 
     def __call__(
-        self, batch, key_B=None, at=None, hidden: list | None = None, penalties: list | None = None
+        self,
+        batch,
+        key_B=None,
+        query_positions=None,
+        hidden: list | None = None,
+        penalties: list | None = None,
     ) -> jax.Array:
-        """x_BSD, or x_QD for `at`, scaled by `queries`.
+        """x_BSD, or x_QD for `query_positions`, scaled by `queries`.
 
         batch: with the features in `columns`.
         key_B: uint32[B] from `hashing.row_keys`, or None for no dropout. at: (rows int[Q], columns int[Q]) of
         the only tokens to return, without dropout; or None. hidden: a list to which the output of each layer
-        is appended; with `at` the last of them is x_QD. penalties: a list to which layers, given a key_B,
+        is appended; with `query_positions` the last of them is x_QD. penalties: a list to which layers, given a key_B,
         append what they add to the training loss, f32[B], weighted and summed over the real tokens of a row.
         """
-        x = self.run(self.inputs(batch), self.context(batch, key_B), at, hidden, penalties)
+        x = self.run(self.inputs(batch), self.context(batch, key_B), query_positions, hidden, penalties)
         return self.read_out(x)
 
     def look_up(self, batch):
         """The vectors of the events, [..., table_dim]."""
-        return self.items(batch.place("items", "events", batch.items))
+        return self.items(batch.lookup_ids("items", "events", batch.items))
 
     def inputs(self, batch):
         """What the first block sees, before dropout."""
@@ -119,35 +124,42 @@ class SequenceModel(nnx.Module):
         """The block of each layer; a shared one several times."""
         return list(self.blocks)
 
-    def run(self, x_BSD, ctx: Context, at=None, hidden: list | None = None, penalties: list | None = None):
+    def run(
+        self,
+        x_BSD,
+        ctx: Context,
+        query_positions=None,
+        hidden: list | None = None,
+        penalties: list | None = None,
+    ):
         """The output of the last block. Arguments as of `__call__`."""
         x, stack = ctx.dropout(x_BSD, Site.INPUT, self.config.dropout), self.stack
         for layer, block in enumerate(stack):
-            x, penalty_B = block(x, ctx.of_layer(layer, at if layer == len(stack) - 1 else None))
+            x, penalty_B = block(x, ctx.of_layer(layer, query_positions if layer == len(stack) - 1 else None))
             if hidden is not None:
                 hidden.append(x)
             if penalties is not None and penalty_B is not None:
                 penalties.append(penalty_B)
-        return x if at is None or stack else x[at]
+        return x if query_positions is None or stack else x[query_positions]
 
     def read_out(self, x):
         """Queries from outputs of the last block."""
         return self.queries(x if self.final_norm is None else self.final_norm(x))
 
-    def prefill(self, batch, at, room: int) -> tuple[jax.Array, Cache]:
+    def prefill(self, batch, query_positions, room: int) -> tuple[jax.Array, Cache]:
         """(x_ND at the last events of N histories, a cache to which each of their continuations may add
         `room` events). Causal models only. at: (rows int[N], columns int[N])."""
-        x, cache = self.fill(self.inputs(batch), self.context(batch), at, room)
+        x, cache = self.fill(self.inputs(batch), self.context(batch), query_positions, room)
         return self.read_out(x), cache
 
-    def fill(self, x_BSD, ctx: Context, at, room: int) -> tuple[jax.Array, Cache]:
+    def fill(self, x_BSD, ctx: Context, query_positions, room: int) -> tuple[jax.Array, Cache]:
         """`run` without dropout, and the cache; room: in tokens."""
         x, stack, layers = x_BSD, self.stack, []
         for layer, block in enumerate(stack):
-            own = ctx.of_layer(layer, at if layer == len(stack) - 1 else None)
-            x, cache = block.prefill(x, dataclasses.replace(own, room=room), at)
+            layer_ctx = ctx.of_layer(layer, query_positions if layer == len(stack) - 1 else None)
+            x, cache = block.prefill(x, dataclasses.replace(layer_ctx, room=room), query_positions)
             layers.append(cache)
-        return x if stack else x[at], Cache.of(layers, ctx.positions[at] + 1, room)
+        return x if stack else x[query_positions], Cache.of(layers, ctx.positions[query_positions] + 1, room)
 
     def step(self, events: dict[str, jax.Array], cache: Cache) -> tuple[jax.Array, Cache]:
         """(x_BKD, cache): one more event for each of K continuations of the cache's B histories.
@@ -161,17 +173,17 @@ class SequenceModel(nnx.Module):
 
     def advance(self, x_BKD, ctx: Context, cache: Cache) -> tuple[jax.Array, Cache]:
         """`run` for one new token of each continuation."""
-        ctx, own = dataclasses.replace(ctx, count=cache.count), []
+        ctx, suffix = dataclasses.replace(ctx, count=cache.count), []
         for layer, block in enumerate(self.stack):
-            x_BKD, new = block.step(x_BKD, cache.prefix[layer], cache.own[layer], ctx.of_layer(layer))
-            own.append(new)
+            x_BKD, new = block.step(x_BKD, cache.prefix[layer], cache.suffix[layer], ctx.of_layer(layer))
+            suffix.append(new)
         x_BKD = jnp.where(jnp.reshape(cache.count, (-1, 1, 1)) < cache.room, x_BKD, jnp.nan)
-        return x_BKD, cache.after(own)
+        return x_BKD, cache.after(suffix)
 
     def table_ids(self, batch, item_ids: dict) -> dict[str, dict]:
         """{table: {use: int32 ids}}: the entries that a batch reads, where only these are at hand.
 
-        item_ids: {use: ids} of the items whose vectors the loss scores. `batch.places` then says under the
+        item_ids: {use: ids} of the items whose vectors the loss scores. `batch.local_ids` then says under the
         same names where they are.
         """
         return {"items": {"events": batch.items} | item_ids}
@@ -229,7 +241,7 @@ class Model:
     abstract_params: Any
     is_causal: bool = True  # these as of the module's class
     columns: tuple[str, ...] = ()
-    generates: bool = False
+    is_generative: bool = False
     tables: dict[str, str] = field(default_factory=dict)
     config: SequenceConfig | None = None
     dims: dict[str, tuple] = field(default_factory=dict)  # of each parameter, see `nn.dims`
@@ -249,7 +261,7 @@ def define_model(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
         abstract_params,
         module.is_causal,
         module.columns,
-        module.generates,
+        module.is_generative,
         module.tables,
         module.config,
         dims,

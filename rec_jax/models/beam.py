@@ -18,7 +18,7 @@ from rec_jax.objectives.catalogue import Scores
 _HISTORIES = 32  # searched for at once, over all devices
 
 
-def beam_search(module, batch, at, num_beams: int) -> tuple[jax.Array, jax.Array]:
+def beam_search(module, batch, query_positions, num_beams: int) -> tuple[jax.Array, jax.Array]:
     """The likeliest next items of N histories, best first: (items int32[N, K], log-probabilities f32[N, K]).
 
     Every path is one of an item, and every item comes once; K is num_beams, or the catalogue if that is
@@ -26,19 +26,19 @@ def beam_search(module, batch, at, num_beams: int) -> tuple[jax.Array, jax.Array
 
     batch: packed rows as for the model; at: (rows int[N], columns int[N]) of the last event of each history.
     """
-    codes, trie = module.codes, module.codes.trie
-    x_ND, cache = module.prefill(batch, at, room=1)
+    semantic_ids, trie = module.semantic_ids, module.semantic_ids.trie
+    x_ND, cache = module.prefill(batch, query_positions, room=1)
     x_NKD = x_ND[:, None]
     node_NK = jnp.zeros((len(x_ND), 1), jnp.int32)  # the root
     log_prob_NK = jnp.zeros((len(x_ND), 1))
-    for level in range(codes.num_levels):
+    for level in range(semantic_ids.num_levels):
         first, code_of = jnp.asarray(trie.first[level]), jnp.asarray(trie.codes[level])
         log_prob_NKM = log_prob_NK[..., None] + module.log_probs(x_NKD, node_NK, level)
         width = min(num_beams, len(code_of))
         log_prob_NK, best_NK = jax.lax.top_k(log_prob_NKM.reshape(len(x_ND), -1), width)
         parent_NK, place_NK = best_NK // trie.most[level], best_NK % trie.most[level]
         node_NK = first[jnp.take_along_axis(node_NK, parent_NK, axis=1)] + place_NK
-        if level < codes.num_levels - 1:
+        if level < semantic_ids.num_levels - 1:
             x_NKD, cache = module.decode(code_of[node_NK], node_NK, level, cache.fork(parent_NK))
     return jnp.asarray(trie.items)[node_NK], log_prob_NK
 

@@ -69,15 +69,15 @@ class Gates:
     def __call__(self, x_BSG, ctx: Context):
         return self.states(x_BSG, ctx, x_BSG.dtype)
 
-    def prefill(self, x_BSG, ctx: Context, at):
+    def prefill(self, x_BSG, ctx: Context, query_positions):
         h_BSH = self.states(x_BSG, ctx, jnp.float32)
-        return h_BSH.astype(x_BSG.dtype), None, h_BSH[at][:, None]
+        return h_BSH.astype(x_BSG.dtype), None, h_BSH[query_positions][:, None]
 
-    def step(self, x_BKG, prefix, own, ctx: Context):
-        own = jnp.broadcast_to(own, (*x_BKG.shape[:2], own.shape[-1]))
+    def step(self, x_BKG, prefix, suffix, ctx: Context):
+        suffix = jnp.broadcast_to(suffix, (*x_BKG.shape[:2], suffix.shape[-1]))
         is_first_T = ctx.positions.reshape(-1) == 0
-        h_TH = self.next(own.reshape(-1, own.shape[-1]), x_BKG.reshape(-1, x_BKG.shape[-1]), is_first_T)
-        h_BKH = h_TH.reshape(own.shape)
+        h_TH = self.next(suffix.reshape(-1, suffix.shape[-1]), x_BKG.reshape(-1, x_BKG.shape[-1]), is_first_T)
+        h_BKH = h_TH.reshape(suffix.shape)
         return h_BKH.astype(x_BKG.dtype), h_BKH
 
 

@@ -11,14 +11,16 @@ _COMMITMENT = 0.25
 _SETTLE = 0.3  # share of the epochs, the last ones, in which no code is moved by hand
 
 
-def kmeans(x_NF: np.ndarray, num_codes: int, rng: np.random.Generator, iterations: int = 20) -> np.ndarray:
-    """f32[num_codes, F]: Lloyd's centres from a k-means++ start; one that loses its vectors moves to the one
+def kmeans(
+    x_NF: np.ndarray, codebook_size: int, rng: np.random.Generator, iterations: int = 20
+) -> np.ndarray:
+    """f32[codebook_size, F]: Lloyd's centres from a k-means++ start; one that loses its vectors moves to the one
     that is farthest from its own. Source: Arthur & Vassilvitskii, SODA'07, for the start."""
-    centres = np.empty((num_codes, x_NF.shape[1]), np.float32)
+    centres = np.empty((codebook_size, x_NF.shape[1]), np.float32)
     squares_N = np.sum(x_NF**2, axis=1)
     distance_N = np.full(len(x_NF), np.inf, np.float32)
     chosen = rng.integers(len(x_NF))
-    for code in range(num_codes):
+    for code in range(codebook_size):
         centres[code] = x_NF[chosen]
         fresh_N = squares_N + squares_N[chosen] - 2 * x_NF @ x_NF[chosen]
         distance_N = np.minimum(distance_N, np.maximum(fresh_N, 0))
@@ -29,7 +31,7 @@ def kmeans(x_NF: np.ndarray, num_codes: int, rng: np.random.Generator, iteration
         order = np.argsort(codes_N, kind="stable")
         used, starts, counts = np.unique(codes_N[order], return_index=True, return_counts=True)
         centres[used] = np.add.reduceat(x_NF[order], starts) / counts[:, None]
-        lost = np.setdiff1d(np.arange(num_codes), used)
+        lost = np.setdiff1d(np.arange(codebook_size), used)
         far = np.argsort(-distance_N, kind="stable")[: len(lost)]  # fewer, where there are fewer vectors
         centres[lost[: len(far)]] = x_NF[far]
     return centres
@@ -46,19 +48,19 @@ def _nearest(x_NF, centres_CF) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(codes), np.concatenate(distances)
 
 
-def residual_kmeans(x_NF: np.ndarray, num_levels: int, num_codes: int, seed: int) -> tuple:
+def residual_kmeans(x_NF: np.ndarray, num_levels: int, codebook_size: int, seed: int) -> tuple:
     """(codes int32[N, Q], centres f32[Q, C, F]): each level is a k-means of what earlier ones leave."""
     rng, rest_NF = np.random.default_rng(seed), x_NF.copy()
     codes, centres = [], []
     for _ in range(num_levels):
-        centres.append(kmeans(rest_NF, num_codes, rng))
+        centres.append(kmeans(rest_NF, codebook_size, rng))
         codes.append(_nearest(rest_NF, centres[-1])[0])
         rest_NF = rest_NF - centres[-1][codes[-1]]
     return np.stack(codes, axis=1).astype(np.int32), np.stack(centres)
 
 
 def rqvae(
-    x_NF: np.ndarray, num_levels: int, num_codes: int, seed: int, *, epochs: int, width: int, latent: int
+    x_NF: np.ndarray, num_levels: int, codebook_size: int, seed: int, *, epochs: int, width: int, latent: int
 ) -> np.ndarray:
     """int32[N, Q]: codes of the latents of an autoencoder that has learnt to do with them.
 
@@ -78,7 +80,7 @@ def rqvae(
     }  # fmt: skip
     x_NF = jnp.asarray(x_NF)
     latents = np.asarray(jax.jit(_encode)(params, x_NF))
-    params["codebooks"] = residual_kmeans(latents, num_levels, num_codes, seed)[1]
+    params["codebooks"] = residual_kmeans(latents, num_levels, codebook_size, seed)[1]
     params = jax.tree.map(jnp.asarray, params)
     optimizer = optax.adam(1e-3)
     opt_state = optimizer.init(params)

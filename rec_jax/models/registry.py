@@ -13,7 +13,7 @@ from rec_jax.models.gru4rec import GRU4Rec, GRU4RecConfig
 from rec_jax.models.hstu import HSTU, HSTUConfig
 from rec_jax.models.lru import LRUConfig, LRURec
 from rec_jax.models.sasrec import SASRec, SASRecConfig
-from rec_jax.models.semantic_ids import Codes, CodesConfig, numbered_codes
+from rec_jax.models.semantic_ids import SemanticIds, SemanticIdsConfig, numbered_semantic_ids
 from rec_jax.models.tiger import Tiger, TigerConfig
 from rec_jax.nn.dims import named
 
@@ -30,22 +30,26 @@ ModelConfig = functools.reduce(operator.or_, MODELS)
 
 
 def model_builder(
-    config: ModelConfig, num_items: int, max_len: int, codes: Codes | None = None, schema: Schema = ()
+    config: ModelConfig,
+    num_items: int,
+    max_len: int,
+    semantic_ids: SemanticIds | None = None,
+    schema: Schema = (),
 ):
     """rngs -> the module.
 
-    codes: of a model that generates; None = digits of their numbers. schema: the features of the log, for a
+    semantic_ids: of a generative model; None = digits of their numbers. schema: the features of the log, for a
     model whose constructor takes one, as one that embeds the ids of a feature does.
     """
     build_module = MODELS[type(config)]
-    more = {}
-    if build_module.generates:
-        more["codes"] = codes or numbered_codes(num_items, CodesConfig())
+    extra = {}
+    if build_module.is_generative:
+        extra["semantic_ids"] = semantic_ids or numbered_semantic_ids(num_items, SemanticIdsConfig())
     if "schema" in inspect.signature(build_module.__init__).parameters:
-        more["schema"] = schema
+        extra["schema"] = schema
 
     def build(rngs):
-        module = build_module(config, num_items, max_len, rngs=rngs, **more)
+        module = build_module(config, num_items, max_len, rngs=rngs, **extra)
         if config.num_future > 1:  # made last, so that all others start as without
             heads = [_future_head(config, rngs) for _ in range(1, config.num_future)]
             module.future = nnx.List(heads)

@@ -26,7 +26,7 @@ _ENCODE_TOKENS = 3_200
 @partial(jax.jit, static_argnums=(0, 3, 4))
 def _encode(model: Model, params, batch, whole, dims, row_Q, column_Q):
     module = model.bind(params)
-    x_QD = module(batch, at=(row_Q, column_Q))
+    x_QD = module(batch, query_positions=(row_Q, column_Q))
     x_QD = module.cut_queries(x_QD, dims) if dims else x_QD
     return jax.lax.with_sharding_constraint(x_QD, whole)
 
@@ -55,7 +55,7 @@ def top_items(model: Model, params, batch, k: int):
         positions_BS = jnp.where(is_query_BS, last_B[:, None], batch.positions)
         batch = batch.replace(segments=segments_BS, positions=positions_BS, is_query=is_query_BS)
     module = model.bind(params)
-    x_BD = module(batch, at=(jnp.arange(len(last_B)), last_B))
+    x_BD = module(batch, query_positions=(jnp.arange(len(last_B)), last_B))
     return Catalogue(module.item_vectors()).scores(x_BD).top_k(k)
 
 
@@ -138,10 +138,10 @@ class SequenceRanker(ScoreRanker):
             users_Q = slot_users[plan.row_starts[rows[0]] : plan.row_starts[rows[-1] + 1]]
             size = 1 << int(len(row_Q) - 1).bit_length()  # few shapes to compile
             pad = (0, size - len(row_Q))
-            batch = batch.replace(places=self._places(batch))
+            batch = batch.replace(local_ids=self._places(batch))
             placed = place_whole_batch(batch, self._mesh)
-            at = np.pad(row_Q, pad), np.pad(column_Q, pad)
-            x_QD = _encode(self._model, self._params, placed, self._whole, self._dims, *at)
+            query_positions = np.pad(row_Q, pad), np.pad(column_Q, pad)
+            x_QD = _encode(self._model, self._params, placed, self._whole, self._dims, *query_positions)
             x_BD[users_Q] = np.asarray(x_QD)[: len(row_Q)]
         return x_BD
 
@@ -171,7 +171,7 @@ def make_ranker(
     Raises ValueError for more dims than there are.
     """
     config = model.config
-    if model.generates:
+    if model.is_generative:
         if dims:
             raise ValueError(f"dims={dims}: model.type={config.type!r} scores no vectors")
         return BeamRanker(model, params, num_items, max_len, mesh, num_beams or config.num_beams)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rec_jax.models.base import SequenceConfig, SequenceModel
-from rec_jax.models.semantic_ids import Codes
+from rec_jax.models.semantic_ids import SemanticIds
 from rec_jax.nn.blocks import TransformerBlock, TransformerShape
 from rec_jax.nn.context import Context
 from rec_jax.nn.dims import named
@@ -28,7 +28,9 @@ class TigerConfig(SequenceConfig):
     ff_width: int = 256
     activation: Literal["relu", "gelu", "silu"] = "gelu"
     norm: Literal["pre", "post", "original"] = "pre"
-    prefixes: bool = False  # a vector for each beginning of codes that items have, besides those of its codes
+    prefix_embeddings: bool = (
+        False  # a vector for each beginning of codes that items have, besides those of its codes
+    )
     num_beams: int = 50  # items found for a history, seen ones among them; all others score -inf
 
     def __post_init__(self):
@@ -70,39 +72,45 @@ class Tiger(SequenceModel):
     of them is a vector of the item.
     """
 
-    generates = True
+    is_generative = True
     tables = {}
 
-    def __init__(self, config: TigerConfig, num_items: int, max_len: int, *, codes: Codes, rngs: nnx.Rngs):
-        self.config, self.codes = config, codes
-        if len(codes.codes_VQ) != num_items + 1:
-            raise ValueError(f"there are codes of {len(codes.codes_VQ) - 1} items, and {num_items} items")
-        num_places = codes.num_levels * codes.num_codes  # row 0 of both tables stands for no item
+    def __init__(
+        self, config: TigerConfig, num_items: int, max_len: int, *, semantic_ids: SemanticIds, rngs: nnx.Rngs
+    ):
+        self.config, self.semantic_ids = config, semantic_ids
+        if len(semantic_ids.codes_VQ) != num_items + 1:
+            raise ValueError(
+                f"there are codes of {len(semantic_ids.codes_VQ) - 1} items, and {num_items} items"
+            )
+        num_places = (
+            semantic_ids.num_levels * semantic_ids.codebook_size
+        )  # row 0 of both tables stands for no item
         self.code_table = named(Embedding(1 + num_places, config.width, rngs=rngs), "codes", "width")
-        if config.prefixes:
-            num_nodes = [len(codes_of) for codes_of in codes.trie.codes]
-            self.first_nodes = tuple(1 + sum(num_nodes[:level]) for level in range(codes.num_levels))
+        if config.prefix_embeddings:
+            num_nodes = [len(codes_of) for codes_of in semantic_ids.trie.codes]
+            self.first_nodes = tuple(1 + sum(num_nodes[:level]) for level in range(semantic_ids.num_levels))
             self.nodes = named(Embedding(1 + sum(num_nodes), config.width, rngs=rngs), "nodes", "width")
         self.positions = named(Embedding(max_len, config.width, rngs=rngs), "positions", "width")
-        self.slots = named(Embedding(codes.num_levels, config.width, rngs=rngs), "levels", "width")
+        self.slots = named(Embedding(semantic_ids.num_levels, config.width, rngs=rngs), "levels", "width")
         self.blocks = nnx.List(
             [TransformerBlock(config.block_shape(), rngs=rngs) for _ in range(config.num_layers)]
         )
         self.final_norm = LayerNorm(config.width, config.full_width)
 
-    def __call__(self, batch, key_B=None, at=None, hidden=None):
+    def __call__(self, batch, key_B=None, query_positions=None, hidden=None):
         """See SequenceModel; the outputs at whole items."""
-        num_levels = self.codes.num_levels
-        if at is not None:
-            at = at[0], at[1] * num_levels
-        x = self.read_out(self.run(self.inputs(batch), self.context(batch, key_B), at, hidden))
-        return x if at is not None else x[:, ::num_levels]
+        num_levels = self.semantic_ids.num_levels
+        if query_positions is not None:
+            query_positions = query_positions[0], query_positions[1] * num_levels
+        x = self.read_out(self.run(self.inputs(batch), self.context(batch, key_B), query_positions, hidden))
+        return x if query_positions is not None else x[:, ::num_levels]
 
     def inputs(self, batch):
         return self._embed(batch, _following(batch))
 
     def context(self, batch, key_B=None) -> Context:
-        num_levels, segments_BS = self.codes.num_levels, batch.segments
+        num_levels, segments_BS = self.semantic_ids.num_levels, batch.segments
         positions_BSQ = batch.positions[..., None] * num_levels + jnp.arange(num_levels)
         segments_BT = jnp.repeat(segments_BS, num_levels, axis=1)
         return Context(positions_BSQ.reshape(segments_BT.shape), segments_BT, key_B=key_B)
@@ -117,14 +125,14 @@ class Tiger(SequenceModel):
         ahead_BS = jnp.where(targets_BS > 0, targets_BS, _following(batch))
         x_BTD = self.run(self._embed(batch, ahead_BS), self.context(batch, key_B))
         x_BTD = self.read_out(x_BTD)
-        x_BSQD = x_BTD.reshape(*targets_BS.shape, self.codes.num_levels, -1)
-        paths_BSQ = jnp.asarray(self.codes.trie.paths_VQ)[targets_BS]
+        x_BSQD = x_BTD.reshape(*targets_BS.shape, self.semantic_ids.num_levels, -1)
+        paths_BSQ = jnp.asarray(self.semantic_ids.trie.paths_VQ)[targets_BS]
         real_BS = targets_BS > 0
         loss, node_BS = 0.0, jnp.zeros_like(targets_BS)
-        for level in range(self.codes.num_levels):
+        for level in range(self.semantic_ids.num_levels):
             log_probs_BSM = self.log_probs(x_BSQD[:, :, level], node_BS, level)
             child_BS = paths_BSQ[..., level]
-            place_BS = child_BS - jnp.asarray(self.codes.trie.first[level])[node_BS]
+            place_BS = child_BS - jnp.asarray(self.semantic_ids.trie.first[level])[node_BS]
             chosen_BS = jnp.take_along_axis(log_probs_BSM, place_BS[..., None], axis=-1)[..., 0]
             loss -= jnp.sum(jnp.where(real_BS, chosen_BS, 0))
             node_BS = child_BS
@@ -137,7 +145,7 @@ class Tiger(SequenceModel):
         own, if prefixes have vectors; the sum is over the codes that may follow, so over all items
         probabilities sum to 1.
         """
-        trie, first = self.codes.trie, jnp.asarray(self.codes.trie.first[level])
+        trie, first = self.semantic_ids.trie, jnp.asarray(self.semantic_ids.trie.first[level])
         children = first[nodes][..., None] + jnp.arange(trie.most[level])
         is_child = children < first[nodes + 1][..., None]
         children = jnp.where(is_child, children, 0)
@@ -146,10 +154,10 @@ class Tiger(SequenceModel):
         def scores(vectors_XD):
             return jnp.matmul(x, vectors_XD.T.astype(x.dtype), preferred_element_type=jnp.float32)
 
-        start = 1 + level * self.codes.num_codes
-        of_codes = scores(_entries(self.code_table, start, self.codes.num_codes))
+        start = 1 + level * self.semantic_ids.codebook_size
+        of_codes = scores(_entries(self.code_table, start, self.semantic_ids.codebook_size))
         logits = jnp.take_along_axis(of_codes, jnp.asarray(trie.codes[level])[children], axis=-1)
-        if self.config.prefixes:
+        if self.config.prefix_embeddings:
             start, num_nodes = self.first_nodes[level], len(trie.codes[level])
             vectors_XD = _entries(self.nodes, start, num_nodes)
             if num_nodes <= _PRODUCTS * trie.most[level]:
@@ -159,19 +167,19 @@ class Tiger(SequenceModel):
                 logits += jnp.einsum("...d,...md->...m", x, of_children, preferred_element_type=jnp.float32)
         return jax.nn.log_softmax(jnp.where(is_child, logits, -jnp.inf), axis=-1)
 
-    def prefill(self, batch, at, room: int):
-        num_levels = self.codes.num_levels
-        at = at[0], at[1] * num_levels
-        x, cache = self.fill(self.inputs(batch), self.context(batch), at, room * num_levels)
+    def prefill(self, batch, query_positions, room: int):
+        num_levels = self.semantic_ids.num_levels
+        query_positions = query_positions[0], query_positions[1] * num_levels
+        x, cache = self.fill(self.inputs(batch), self.context(batch), query_positions, room * num_levels)
         return self.read_out(x), cache
 
     def step(self, events, cache):
         items_BK = events["item"]
         paths, codes = (
-            jnp.asarray(self.codes.trie.paths_VQ)[items_BK],
-            jnp.asarray(self.codes.codes_VQ)[items_BK],
+            jnp.asarray(self.semantic_ids.trie.paths_VQ)[items_BK],
+            jnp.asarray(self.semantic_ids.codes_VQ)[items_BK],
         )
-        for level in range(self.codes.num_levels - 1):
+        for level in range(self.semantic_ids.num_levels - 1):
             cache = self.decode(codes[..., level], paths[..., level], level, cache)[1]
         return self._advance(jnp.sum(self._vectors(items_BK), axis=-2), cache)
 
@@ -179,13 +187,13 @@ class Tiger(SequenceModel):
         """(x_NKD, cache): one more token, the next item's code of `level`, for each of K continuations.
 
         nodes_NK: of the trie, where the codes so far lead."""
-        x_NKD = self.code_table(1 + level * self.codes.num_codes + codes_NK)
-        if self.config.prefixes:
+        x_NKD = self.code_table(1 + level * self.semantic_ids.codebook_size + codes_NK)
+        if self.config.prefix_embeddings:
             x_NKD += self.nodes(self.first_nodes[level] + nodes_NK)
         return self._advance(x_NKD, cache)
 
     def _advance(self, x_NKD, cache):
-        tokens_NK, num_levels = cache.positions(x_NKD.shape[1]), self.codes.num_levels
+        tokens_NK, num_levels = cache.positions(x_NKD.shape[1]), self.semantic_ids.num_levels
         x_NKD = self._placed(x_NKD, tokens_NK // num_levels, tokens_NK % num_levels)
         x_NKD, cache = self.advance(x_NKD, Context(tokens_NK), cache)
         return self.read_out(x_NKD), cache
@@ -202,16 +210,22 @@ class Tiger(SequenceModel):
             rows_VQ[0] = 0
             return jnp.asarray(rows_VQ)[items]
 
-        codes = self.codes
-        x = self.code_table(rows(1 + np.arange(codes.num_levels) * codes.num_codes, codes.codes_VQ))
-        return x + self.nodes(rows(self.first_nodes, codes.trie.paths_VQ)) if self.config.prefixes else x
+        semantic_ids = self.semantic_ids
+        x = self.code_table(
+            rows(1 + np.arange(semantic_ids.num_levels) * semantic_ids.codebook_size, semantic_ids.codes_VQ)
+        )
+        return (
+            x + self.nodes(rows(self.first_nodes, semantic_ids.trie.paths_VQ))
+            if self.config.prefix_embeddings
+            else x
+        )
 
     def _embed(self, batch, ahead_BS):
         """x_BTD, T = S * Q tokens. ahead_BS: the next items, 0 where they are not known."""
         whole_BSD = jnp.sum(self._vectors(batch.items), axis=2)
         ahead_BSQD = self._vectors(ahead_BS)[:, :, :-1]
         x_BSQD = jnp.concatenate([whole_BSD[:, :, None], ahead_BSQD], axis=2)
-        x_BSQD = self._placed(x_BSQD, batch.positions[..., None], jnp.arange(self.codes.num_levels))
+        x_BSQD = self._placed(x_BSQD, batch.positions[..., None], jnp.arange(self.semantic_ids.num_levels))
         return x_BSQD.reshape(x_BSQD.shape[0], -1, x_BSQD.shape[-1])
 
 

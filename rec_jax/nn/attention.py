@@ -109,23 +109,25 @@ class SoftmaxAttention:
     def __call__(self, q_BSNH, k_BSNH, v_BSNH, ctx: Context):
         return segment_attention(q_BSNH, k_BSNH, v_BSNH, ctx.segments, QUERY_BLOCK, self.is_causal)
 
-    def prefill(self, q_BSNH, k_BSNH, v_BSNH, ctx: Context, at):
-        prefix = k_BSNH[at[0]], v_BSNH[at[0]], ctx.seen(at)
-        own = [ctx.empty(x, len(at[0])) for x in (k_BSNH, v_BSNH)]
-        return self(q_BSNH, k_BSNH, v_BSNH, ctx), prefix, own
+    def prefill(self, q_BSNH, k_BSNH, v_BSNH, ctx: Context, query_positions):
+        prefix = k_BSNH[query_positions[0]], v_BSNH[query_positions[0]], ctx.seen(query_positions)
+        suffix = [ctx.empty(x, len(query_positions[0])) for x in (k_BSNH, v_BSNH)]
+        return self(q_BSNH, k_BSNH, v_BSNH, ctx), prefix, suffix
 
-    def step(self, q_BKNH, k_BKNH, v_BKNH, prefix, own, ctx: Context):
+    def step(self, q_BKNH, k_BKNH, v_BKNH, prefix, suffix, ctx: Context):
         k_BSNH, v_BSNH, seen_BS = prefix
-        own = k_BKCNH, v_BKCNH = [ctx.added(*x) for x in zip(own, (k_BKNH, v_BKNH), strict=True)]
+        suffix = k_BKCNH, v_BKCNH = [ctx.added(*x) for x in zip(suffix, (k_BKNH, v_BKNH), strict=True)]
         q_BKNH = q_BKNH * q_BKNH.shape[-1] ** -0.5
         to_prefix = jnp.einsum("bknh,bsnh->bnks", q_BKNH, k_BSNH, preferred_element_type=jnp.float32)
         to_prefix = jnp.where(seen_BS[:, None, None], to_prefix, -jnp.inf)
-        to_own = jnp.einsum("bknh,bkcnh->bnkc", q_BKNH, k_BKCNH, preferred_element_type=jnp.float32)
-        to_own = jnp.where(ctx.is_added(to_own.shape[-1])[:, None], to_own, -jnp.inf)
-        weights = jax.nn.softmax(jnp.concatenate([to_prefix, to_own], axis=-1), axis=-1).astype(v_BKNH.dtype)
+        to_suffix = jnp.einsum("bknh,bkcnh->bnkc", q_BKNH, k_BKCNH, preferred_element_type=jnp.float32)
+        to_suffix = jnp.where(ctx.is_added(to_suffix.shape[-1])[:, None], to_suffix, -jnp.inf)
+        weights = jax.nn.softmax(jnp.concatenate([to_prefix, to_suffix], axis=-1), axis=-1).astype(
+            v_BKNH.dtype
+        )
         num = k_BSNH.shape[1]
         out_BKNH = jnp.einsum("bnks,bsnh->bknh", weights[..., :num], v_BSNH)
-        return out_BKNH + jnp.einsum("bnkc,bkcnh->bknh", weights[..., num:], v_BKCNH), own
+        return out_BKNH + jnp.einsum("bnkc,bkcnh->bknh", weights[..., num:], v_BKCNH), suffix
 
 
 class SelfAttention(nnx.Module):

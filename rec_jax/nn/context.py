@@ -5,7 +5,7 @@ A block writes its computation once, in `apply`. What looks at other tokens is a
 
     mixer(*inputs, ctx) -> y_BS...                              all tokens
     mixer.prefill(*inputs, ctx, at) -> (y_BS..., prefix, own)   the same, and the cache of the N histories at
-                                                                `at`
+                                                                `query_positions`
     mixer.step(*inputs, prefix, own, ctx) -> (y_BK..., own)     one new token for each of K continuations of B
                                                                 histories
 
@@ -41,7 +41,7 @@ class Context:
     columns: dict[str, jax.Array] = field(default_factory=dict)
     key_B: jax.Array | None = None
     layer: int = 0
-    at: tuple | None = None
+    query_positions: tuple | None = None
     room: int = 0
     count: Any = 0
 
@@ -49,8 +49,8 @@ class Context:
     def is_training(self) -> bool:
         return self.key_B is not None
 
-    def of_layer(self, layer: int, at: tuple | None = None) -> "Context":
-        return dataclasses.replace(self, layer=layer, at=at)
+    def of_layer(self, layer: int, query_positions: tuple | None = None) -> "Context":
+        return dataclasses.replace(self, layer=layer, query_positions=query_positions)
 
     def site(self, place: int, of: int) -> int:
         """Of one of the dropouts 1..`of` of this layer, see `hashing.dropout_site`."""
@@ -62,11 +62,11 @@ class Context:
 
     def only(self, x):
         """x_BSD at the tokens that are to be returned: what follows looks at one token at a time."""
-        return x if self.at is None else x[self.at]
+        return x if self.query_positions is None else x[self.query_positions]
 
-    def seen(self, at) -> jax.Array:
-        """bool[N, S]: the tokens of each row that its history at `at` sees: itself and its segment's past."""
-        rows_N, columns_N = at
+    def seen(self, query_positions) -> jax.Array:
+        """bool[N, S]: the tokens of each row that its history at `query_positions` sees: itself and its segment's past."""
+        rows_N, columns_N = query_positions
         segments_NS = self.segments[rows_N]
         is_past_NS = jnp.arange(segments_NS.shape[1]) <= columns_N[:, None]
         return is_past_NS & (segments_NS == self.segments[rows_N, columns_N][:, None])
@@ -75,11 +75,11 @@ class Context:
         """Room for what the continuations of `num` histories will add of x: zeros [num, 1, room, ...]."""
         return jnp.zeros((num, 1, self.room, *x_BSX.shape[2:]), x_BSX.dtype)
 
-    def added(self, own_BKCX, x_BKX):
+    def added(self, suffix_BKCX, x_BKX):
         """own with the new token x in its place."""
-        is_new = jnp.arange(own_BKCX.shape[2]) == jnp.reshape(self.count, (-1, 1, 1))
+        is_new = jnp.arange(suffix_BKCX.shape[2]) == jnp.reshape(self.count, (-1, 1, 1))
         is_new = is_new.reshape(*is_new.shape, *[1] * (x_BKX.ndim - 2))
-        return jnp.where(is_new, x_BKX[:, :, None], own_BKCX)
+        return jnp.where(is_new, x_BKX[:, :, None], suffix_BKCX)
 
     def is_added(self, room: int) -> jax.Array:
         """bool[B or 1, 1, room]: the places of own that are filled, the new token's among them."""
@@ -96,27 +96,27 @@ class Cache:
     """
 
     prefix: list
-    own: list
+    suffix: list
     position_N: jax.Array
     count: Any
     room: int = field(metadata={"static": True})
 
     @classmethod
     def of(cls, layers: list, position_N, room: int) -> "Cache":
-        return cls([prefix for prefix, _ in layers], [own for _, own in layers], position_N, 0, room)
+        return cls([prefix for prefix, _ in layers], [suffix for _, suffix in layers], position_N, 0, room)
 
     def positions(self, num: int) -> jax.Array:
         """int32[N, num], of the next token of so many continuations."""
         return jnp.broadcast_to(self.position_N[:, None], (len(self.position_N), num))
 
-    def after(self, own: list) -> "Cache":
+    def after(self, suffix: list) -> "Cache":
         """The cache after one more token."""
-        return dataclasses.replace(self, own=own, position_N=self.position_N + 1, count=self.count + 1)
+        return dataclasses.replace(self, suffix=suffix, position_N=self.position_N + 1, count=self.count + 1)
 
     def fork(self, parent_NK) -> "Cache":
         """K continuations that go on from these ones: int[N, K]."""
         row_N1 = jnp.arange(len(parent_NK))[:, None]
-        return dataclasses.replace(self, own=jax.tree.map(lambda x: x[row_N1, parent_NK], self.own))
+        return dataclasses.replace(self, suffix=jax.tree.map(lambda x: x[row_N1, parent_NK], self.suffix))
 
 
 class Block(nnx.Module):
@@ -128,28 +128,28 @@ class Block(nnx.Module):
         raise NotImplementedError
 
     def __call__(self, x_BSD, ctx: Context):
-        """(x_BSD, or x_QD for ctx.at; penalty f32[B] or None)."""
+        """(x_BSD, or x_QD for ctx.query_positions; penalty f32[B] or None)."""
         return self.apply(x_BSD, ctx, lambda mixer, *inputs: mixer(*inputs, ctx))
 
-    def prefill(self, x_BSD, ctx: Context, at):
-        """(x_BSD, or x_QD for ctx.at; cache of the N histories whose last tokens are at `at`), where the
+    def prefill(self, x_BSD, ctx: Context, query_positions):
+        """(x_BSD, or x_QD for ctx.query_positions; cache of the N histories whose last tokens are at `query_positions`), where the
         cache is (prefix, own)."""
-        prefix, own = [], []
+        prefix, suffix = [], []
 
         def mix(mixer, *inputs):
-            y, shared, added = mixer.prefill(*inputs, ctx, at)
+            y, shared, added = mixer.prefill(*inputs, ctx, query_positions)
             prefix.append(shared)
-            own.append(added)
+            suffix.append(added)
             return y
 
-        return self.apply(x_BSD, ctx, mix)[0], (prefix, own)
+        return self.apply(x_BSD, ctx, mix)[0], (prefix, suffix)
 
-    def step(self, x_BKD, prefix, own, ctx: Context):
+    def step(self, x_BKD, prefix, suffix, ctx: Context):
         """(x_BKD, own) of one new token for each of K continuations of B histories."""
         new = []
 
         def mix(mixer, *inputs):
-            y, added = mixer.step(*inputs, prefix[len(new)], own[len(new)], ctx)
+            y, added = mixer.step(*inputs, prefix[len(new)], suffix[len(new)], ctx)
             new.append(added)
             return y
 

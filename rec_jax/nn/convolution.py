@@ -28,16 +28,16 @@ class CausalConv(nnx.Module):
             y_BSD += jnp.where(ctx.positions[..., None] >= back, earlier, 0) * taps_WD[back]
         return y_BSD
 
-    def prefill(self, x_BSD, ctx: Context, at):
+    def prefill(self, x_BSD, ctx: Context, query_positions):
         """own: the last inputs [N, 1, W - 1, D], the latest first, 0 where the history has none."""
-        rows_N, columns_N = at
+        rows_N, columns_N = query_positions
         back_W = jnp.arange(self.taps.shape[0] - 1)
         last_NWD = x_BSD[rows_N[:, None], jnp.maximum(columns_N[:, None] - back_W, 0)]
-        is_inside_NW = ctx.positions[at][:, None] >= back_W
+        is_inside_NW = ctx.positions[query_positions][:, None] >= back_W
         return self(x_BSD, ctx), None, jnp.where(is_inside_NW[..., None], last_NWD, 0)[:, None]
 
-    def step(self, x_BKD, prefix, own, ctx: Context):
+    def step(self, x_BKD, prefix, suffix, ctx: Context):
         last_BKWD = jnp.concatenate(
-            [x_BKD[:, :, None], jnp.broadcast_to(own, (*x_BKD.shape[:2], *own.shape[2:]))], axis=2
+            [x_BKD[:, :, None], jnp.broadcast_to(suffix, (*x_BKD.shape[:2], *suffix.shape[2:]))], axis=2
         )
         return jnp.sum(last_BKWD * self.taps[...], axis=2) + self.bias[...], last_BKWD[:, :, :-1]

@@ -86,19 +86,21 @@ class PointwiseAttention:
         memory = {"k": k, "v": v, "position": ctx.positions}
         return memory if self.time_bias_M is None else memory | {"time": ctx.columns["time"]}
 
-    def prefill(self, q_BSNH, k_BSNH, v_BSNE, ctx: Context, at):
+    def prefill(self, q_BSNH, k_BSNH, v_BSNE, ctx: Context, query_positions):
         memory = self._memory(k_BSNH, v_BSNE, ctx)
-        prefix = {name: x[at[0]] for name, x in memory.items()} | {"seen": ctx.seen(at)}
-        own = {name: ctx.empty(x, len(at[0])) for name, x in memory.items()}
-        return self(q_BSNH, k_BSNH, v_BSNE, ctx), prefix, own
+        prefix = {name: x[query_positions[0]] for name, x in memory.items()} | {
+            "seen": ctx.seen(query_positions)
+        }
+        suffix = {name: ctx.empty(x, len(query_positions[0])) for name, x in memory.items()}
+        return self(q_BSNH, k_BSNH, v_BSNE, ctx), prefix, suffix
 
-    def step(self, q_BKNH, k_BKNH, v_BKNE, prefix, own, ctx: Context):
+    def step(self, q_BKNH, k_BKNH, v_BKNE, prefix, suffix, ctx: Context):
         new = self._memory(k_BKNH, v_BKNE, ctx)
-        own = {name: ctx.added(own[name], x) for name, x in new.items()}
+        suffix = {name: ctx.added(suffix[name], x) for name, x in new.items()}
         total, count = 0.0, 0
-        seen_own = ctx.is_added(own["k"].shape[2])
+        seen_suffix = ctx.is_added(suffix["k"].shape[2])
         # Keys X of the history, the same for all K, and those that each continuation has added.
-        for dims, keys, seen in (("bx", prefix, prefix["seen"][:, None]), ("bkx", own, seen_own)):
+        for dims, keys, seen in (("bx", prefix, prefix["seen"][:, None]), ("bkx", suffix, seen_suffix)):
             since = {name: new[name][..., None] - _per_beam(keys[name]) for name in new if name not in "kv"}
             logits_BKNX = jnp.einsum(
                 f"bknh,{dims}nh->bknx", q_BKNH, keys["k"], preferred_element_type=jnp.float32
@@ -111,7 +113,7 @@ class PointwiseAttention:
             weights, v = weights.astype(v_BKNE.dtype), keys["v"]
             total += jnp.einsum(f"bknx,{dims}ne->bkne", weights, v, preferred_element_type=jnp.float32)
             count += jnp.sum(seen, axis=-1)
-        return (total / count[..., None, None]).astype(v_BKNE.dtype), own
+        return (total / count[..., None, None]).astype(v_BKNE.dtype), suffix
 
 
 def _per_beam(x):

@@ -66,12 +66,12 @@ class LinearRecurrence:
     def __call__(self, a_BSD, x_BSD, ctx: Context):
         return linear_scan(a_BSD, x_BSD)
 
-    def prefill(self, a_BSD, x_BSD, ctx: Context, at):
+    def prefill(self, a_BSD, x_BSD, ctx: Context, query_positions):
         h_BSD = linear_scan(a_BSD, x_BSD)
-        return h_BSD, None, h_BSD[at][:, None]
+        return h_BSD, None, h_BSD[query_positions][:, None]
 
-    def step(self, a_BKD, x_BKD, prefix, own, ctx: Context):
-        h_BKD = a_BKD * own + x_BKD
+    def step(self, a_BKD, x_BKD, prefix, suffix, ctx: Context):
+        h_BKD = a_BKD * suffix + x_BKD
         return h_BKD, h_BKD
 
 

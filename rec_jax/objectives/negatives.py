@@ -160,12 +160,12 @@ def _counts(item_counts: np.ndarray) -> np.ndarray:
 class Negatives:
     """Drawn item ids and their log-probabilities, [1, 1, K], [B, 1, K] or [B, S, K].
 
-    places_BSK: where the ids are among the entries of the item embedding table that were read.
+    local_ids_BSK: where the ids are among the entries of the item embedding table that were read.
     """
 
     ids_BSK: jax.Array
     log_prob_BSK: jax.Array
-    places_BSK: jax.Array
+    local_ids_BSK: jax.Array
 
     @classmethod
     def of(cls, ids_BSK, sampler) -> "Negatives":

@@ -70,9 +70,9 @@ class Objective:
         augment: AugmentConfig = _NO_CHANGE,
         contrastive: ContrastiveConfig = _NO_VIEWS,
         placement=None,
-        extras=None,
+        compression=None,
     ):
-        self._model, self._loss, self._precision, self._extras = model, loss, precision, extras
+        self._model, self._loss, self._precision, self._compression = model, loss, precision, compression
         self._augment, self._contrastive, self._placement = augment, contrastive, placement
         self._token_loss = make_token_loss(loss)
         self._shares = is_sampled(loss) and loss.sharing == "batch"
@@ -80,19 +80,19 @@ class Objective:
     @property
     def abstract_params(self):
         """Of what is trained."""
-        return (self._extras or self._model).abstract_params
+        return (self._compression or self._model).abstract_params
 
     def trained(self, params):
         """What is trained, from the parameters of the model: these, or adapters."""
-        return self._extras.init(params) if self._extras else params
+        return self._compression.init(params) if self._compression else params
 
     def final(self, params):
         """The parameters that the model is evaluated with, from those that are trained."""
-        return self._extras.final(params) if self._extras else params
+        return self._compression.final(params) if self._compression else params
 
     def merged(self, params):
         """The same without what only quantization-aware training does to them: to be stored."""
-        return self._extras.merged(params) if self._extras else params
+        return self._compression.merged(params) if self._compression else params
 
     @property
     def reads_catalogue(self) -> bool:
@@ -128,8 +128,8 @@ class Objective:
         the same for the item vectors, where the loss scores a row-sharded table: with this device's rows of
         it; else None. negatives: of the rows, None = shared, or still to be drawn.
         """
-        if self._extras:
-            params = self._extras.adapt(params, context.fixed.frozen, context.step)
+        if self._compression:
+            params = self._compression.adapt(params, context.fixed.frozen, context.step)
         module = self._model.bind(cast_floats(params, self._precision.compute_dtype))
         key_B = row_keys(context.seed, micro.row_ids)
         micro = module.training_batch(micro, key_B)
@@ -169,7 +169,7 @@ class Objective:
         for steps in range(1, module.config.num_future):
             later = over_prefixes(module.ahead(x_BSD, steps), micro.shift_targets(steps))
             loss += config.future_weight * later
-        if self._extras and self._extras.distils:
+        if self._compression and self._compression.distils:
             student = x_BSD, catalogue.vectors, hidden
-            loss = self._extras.distil(loss, student, micro, negatives, context.fixed.frozen)
+            loss = self._compression.distil(loss, student, micro, negatives, context.fixed.frozen)
         return loss

@@ -109,7 +109,7 @@ class TokenLoss(Protocol):
         """The sum over tokens with a target, a f32 scalar.
 
         x_BSD: query vectors. catalogue: all items; or, for a loss of sampled negatives, vectors of those that
-        were read, among which batch.places and negatives.places_BSK say where targets and negatives are.
+        were read, among which batch.local_ids and negatives.local_ids_BSK say where targets and negatives are.
         """
 
 
@@ -154,8 +154,8 @@ class Sampled:
 
     def __call__(self, x_BSD, catalogue, batch, negatives, prior):
         config, targets_BS, neg_BSK = self.config, batch.targets, negatives.ids_BSK
-        neg_scores_BSK = item_scores(x_BSD, catalogue.vectors, negatives.places_BSK)
-        pos_BSD = catalogue.vectors[batch.place("items", "targets", targets_BS)]
+        neg_scores_BSK = item_scores(x_BSD, catalogue.vectors, negatives.local_ids_BSK)
+        pos_BSD = catalogue.vectors[batch.lookup_ids("items", "targets", targets_BS)]
         pos_BS = jnp.sum(x_BSD * pos_BSD, axis=-1, dtype=jnp.float32)
         if config.popularity_discount:
             neg_scores_BSK += prior.bias_V[neg_BSK]

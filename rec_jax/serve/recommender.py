@@ -222,7 +222,7 @@ class Recommender:
     def _top_k(self, queries: Queries, k: int, exclude, candidates: Candidates):
         """(scores f32[B, k], items int32[B, k], beams or 0), best first; -inf where no more are left."""
         beams = 0
-        if self.model.model.generates:
+        if self.model.model.is_generative:
             num_seen = 0 if exclude is None else int(np.bincount(exclude[0], minlength=1).max())
             beams = self._beams(k + num_seen + int((~candidates.is_allowed_V[1:]).sum()))
         if beams not in self._rankers:

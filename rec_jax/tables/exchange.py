@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rec_jax.tables.sparse import (
-    Touched,
+    DistinctIds,
     add_rows,
     dedupe,
     find_rows,
@@ -75,7 +75,7 @@ def shard_index():
     return jax.lax.axis_index("model") * jax.lax.axis_size("data") + jax.lax.axis_index("data")
 
 
-def dedupe_physical(placement: Placement, ids_N) -> Touched:
+def dedupe_physical(placement: Placement, ids_N) -> DistinctIds:
     return dedupe(placement.to_physical(ids_N), placement.size)
 
 
@@ -148,9 +148,9 @@ def _sum_by_owner(rows_U, grads_UD, local_rows: int, capacity: int, carry, use):
 
     def one_round(carry, place_EC, asked_EC):
         grads_ECD = _swap(grads_UD.at[place_EC].get(mode="fill", fill_value=0))
-        touched = find_rows(asked_EC.reshape(-1), local_rows)
+        distinct = find_rows(asked_EC.reshape(-1), local_rows)
         zeros_MD = jnp.zeros((asked_EC.size, dim), grads_UD.dtype)
-        return use(carry, touched.rows_U, zeros_MD.at[touched.place_N].add(grads_ECD.reshape(-1, dim)))
+        return use(carry, distinct.rows_U, zeros_MD.at[distinct.local_ids_N].add(grads_ECD.reshape(-1, dim)))
 
     return _exchange(rows_U, local_rows, capacity, carry, one_round)[0]
 

@@ -10,9 +10,9 @@ A batch is split over "data" and whole on every device of "model". Three layouts
 what one device has. An update has two halves, so that a caller can scale the gradients in between:
 
     read = layout.read(optimizer, arrays, state, ids_N)
-    read.rows_UD[read.place_N]                                       the lookup
-    touched, grads = layout.sum_grads(read.touched, grads_UD)        of read.rows_UD
-    arrays, state, squares = layout.update(optimizer, arrays, state, touched, grads)
+    read.rows_UD[read.local_ids_N]                                       the lookup
+    entry_ids, grads = layout.sum_grads(read.entry_ids, grads_UD)        of read.rows_UD
+    arrays, state, squares = layout.update(optimizer, arrays, state, entry_ids, grads)
 """
 
 import math
@@ -34,8 +34,8 @@ class Read(NamedTuple):
     """What one device has read. Id 0, padding, must be among the ids; its place is 0."""
 
     rows_UD: jax.Array
-    place_N: jax.Array  # int32[N]: rows_UD[place_N] are the rows of the ids
-    touched: Any  # which rows these are, for `sum_grads`
+    local_ids_N: jax.Array  # int32[N]: rows_UD[local_ids_N] are the rows of the ids
+    entry_ids: Any  # which rows these are, for `sum_grads`
     rounds: jax.Array  # int32 scalar: exchanges with other devices, more than 1 where ids exceeded a capacity
 
 
@@ -77,9 +77,9 @@ class Replicated:
         return arrays + updates, state
 
     def read(self, optimizer, table_VD, state, ids_N) -> Read:
-        touched = find_rows(ids_N, self.num_rows)
-        rows_UD = read_rows(optimizer, table_VD, state, touched.rows_U)
-        return Read(rows_UD, touched.place_N, touched.rows_U, jnp.ones((), jnp.int32))
+        distinct = find_rows(ids_N, self.num_rows)
+        rows_UD = read_rows(optimizer, table_VD, state, distinct.rows_U)
+        return Read(rows_UD, distinct.local_ids_N, distinct.rows_U, jnp.ones((), jnp.int32))
 
     def sum_grads(self, rows_U, grads_UD) -> tuple:
         """Sums over all devices: distinct rows, and their gradients."""
@@ -88,8 +88,8 @@ class Replicated:
         rows_N = jax.lax.all_gather(rows_U, "data", tiled=True)
         grads_ND = jax.lax.all_gather(grads_UD, "data", tiled=True)
         # The free places of all devices become one and the same id that is no row.
-        touched = find_rows(jnp.minimum(rows_N, self.num_rows), self.num_rows)
-        return touched.rows_U, jnp.zeros_like(grads_ND).at[touched.place_N].add(grads_ND)
+        distinct = find_rows(jnp.minimum(rows_N, self.num_rows), self.num_rows)
+        return distinct.rows_U, jnp.zeros_like(grads_ND).at[distinct.local_ids_N].add(grads_ND)
 
     def sum_squares(self, rows_U, grads_UD) -> jax.Array:
         return jnp.sum(grads_UD**2)
@@ -163,11 +163,11 @@ class RowSharded(Replicated):
         return max(1, math.ceil(self.capacity_factor * num_ids / self.mesh.size))
 
     def read(self, optimizer, table_vD, state, ids_N) -> Read:
-        touched = exchange.dedupe_physical(self.placement, ids_N)
+        distinct = exchange.dedupe_physical(self.placement, ids_N)
         rows_UD, rounds = exchange.read_sharded(
-            optimizer, table_vD, state, touched.rows_U, self._capacity(ids_N.size)
+            optimizer, table_vD, state, distinct.rows_U, self._capacity(ids_N.size)
         )
-        return Read(rows_UD, touched.place_N, touched.rows_U, rounds)
+        return Read(rows_UD, distinct.local_ids_N, distinct.rows_U, rounds)
 
     def sum_grads(self, rows_U, grads_UD) -> tuple:
         """As they are: it is the owners of rows who sum."""

@@ -50,7 +50,7 @@ def layout_costs(
     }
     state_row = 4 * numbers.get(kind, 2 * dim)
     row, num_devices = 4 * dim, data * model
-    touched = num_ids * (4 + row)  # ids and their gradients
+    lookup_bytes = num_ids * (4 + row)  # ids and their gradients
     over_data, over_model = (data - 1) / data, (model - 1) / model
 
     def cost(layout, parts, sent):
@@ -60,13 +60,13 @@ def layout_costs(
     if config.optimizer == "dense":
         costs = [cost("replicated", 1, 2 * over_data * num_rows * row)]
     else:
-        costs = [cost("replicated", 1, (data - 1) * touched)]
+        costs = [cost("replicated", 1, (data - 1) * lookup_bytes)]
     if num_devices == 1:
         return costs
     if config.optimizer != "dense" and model > 1 and dim % model == 0:
         gathered = over_model * num_ids * row
         costs.append(cost("dims", model, gathered + (data - 1) * num_ids * (4 + row / model)))
-    exchanged = over_data * config.capacity_factor * touched / model
+    exchanged = over_data * config.capacity_factor * lookup_bytes / model
     summed = 2 * over_model * num_ids * row
     costs.append(cost("rows", num_devices, 2 * exchanged + summed))
     return costs

@@ -1,9 +1,9 @@
 """Updates of only those rows of a table that a batch has read.
 
-    touched = find_rows(ids_N, num_rows)                   distinct ids
-    rows_UD = gather_rows(table_VD, touched.rows_U)        what the model sees instead of the table
-    rows_UD[touched.place_N]                               the lookup
-    table_VD, state = update_rows(optimizer, table_VD, state, touched.rows_U, grads_UD)
+    distinct = find_rows(ids_N, num_rows)                   distinct ids
+    rows_UD = gather_rows(table_VD, distinct.rows_U)        what the model sees instead of the table
+    rows_UD[distinct.place_N]                               the lookup
+    table_VD, state = update_rows(optimizer, table_VD, state, distinct.rows_U, grads_UD)
 
 Any optax transformation that works element by element or row by row will do: its state is gathered with the
 rows and written back once, without duplicates, so that a donated table is changed in place. Cost follows the
@@ -26,14 +26,14 @@ from rec_jax.hashing import mix
 CHUNK_ELEMENTS = 2**18  # of an array of rows that a CPU updates at once: 1 MiB of f32
 
 
-class Touched(NamedTuple):
+class DistinctIds(NamedTuple):
     """Distinct ids, and where each of N ids is among them."""
 
     rows_U: jax.Array  # int32[U], U = N: distinct; free places hold ids beyond the table
-    place_N: jax.Array  # int32[N]: rows_U[place_N] == ids_N
+    local_ids_N: jax.Array  # int32[N]: rows_U[place_N] == ids_N
 
 
-def find_rows(ids_N: jax.Array, num_rows: int) -> Touched:
+def find_rows(ids_N: jax.Array, num_rows: int) -> DistinctIds:
     """Distinct ids, in the order of their occurrence on a CPU, else sorted, for sorted writes: the fastest.
 
     ids_N: int32[N]. One outside [0, num_rows) reads as a row of NaN, so that the loss shows it.
@@ -45,7 +45,7 @@ def _is_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def dedupe(ids_N: jax.Array, num_rows: int) -> Touched:
+def dedupe(ids_N: jax.Array, num_rows: int) -> DistinctIds:
     """Distinct ids, sorted. Sorting and searching is 3.5 times faster on a CPU than `jnp.unique`, which sorts
     pairs."""
     ids_N = jnp.where((ids_N < 0) | (ids_N > num_rows), num_rows, ids_N).astype(jnp.int32)
@@ -53,10 +53,10 @@ def dedupe(ids_N: jax.Array, num_rows: int) -> Touched:
     is_first_N = jnp.concatenate([jnp.ones(1, bool), sorted_N[1:] != sorted_N[:-1]])
     free_U = num_rows + 1 + jnp.arange(ids_N.size, dtype=jnp.int32)
     rows_U = free_U.at[jnp.cumsum(is_first_N) - 1].set(sorted_N)
-    return Touched(rows_U, jnp.searchsorted(rows_U, ids_N).astype(jnp.int32))
+    return DistinctIds(rows_U, jnp.searchsorted(rows_U, ids_N).astype(jnp.int32))
 
 
-def dedupe_by_hash(ids_N: jax.Array, num_rows: int) -> Touched:
+def dedupe_by_hash(ids_N: jax.Array, num_rows: int) -> DistinctIds:
     """Distinct ids, each in the place of its first occurrence; on a CPU in a third of the time of a sort.
 
     All ids of a slot of a hash table learn who was first there; those who find another id than their own try
@@ -68,19 +68,19 @@ def dedupe_by_hash(ids_N: jax.Array, num_rows: int) -> Touched:
     bits = max(1, (4 * size - 1).bit_length())
 
     def one_round(state):
-        place_N, count = state
+        local_ids_N, count = state
         slot_N = (mix(ids_N, mix(count)) >> (32 - bits)).astype(jnp.int32)
-        slot_N = jnp.where(place_N == size, slot_N, 2**bits)  # who is settled takes no part
+        slot_N = jnp.where(local_ids_N == size, slot_N, 2**bits)  # who is settled takes no part
         first = jnp.full(2**bits, size, jnp.int32).at[slot_N].min(own_N, mode="drop")
         first_N = jnp.minimum(first.at[slot_N].get(mode="clip"), size - 1)
-        is_mine_N = (place_N == size) & (ids_N[first_N] == ids_N)
-        return jnp.where(is_mine_N, first_N, place_N), count + 1
+        is_mine_N = (local_ids_N == size) & (ids_N[first_N] == ids_N)
+        return jnp.where(is_mine_N, first_N, local_ids_N), count + 1
 
     def is_open(state):
         return jnp.any(state[0] == size)
 
-    place_N, _ = jax.lax.while_loop(is_open, one_round, (jnp.full(size, size, jnp.int32), jnp.uint32(0)))
-    return Touched(jnp.where(place_N == own_N, ids_N, num_rows + 1 + own_N), place_N)
+    local_ids_N, _ = jax.lax.while_loop(is_open, one_round, (jnp.full(size, size, jnp.int32), jnp.uint32(0)))
+    return DistinctIds(jnp.where(local_ids_N == own_N, ids_N, num_rows + 1 + own_N), local_ids_N)
 
 
 def gather_rows(table_VD: jax.Array, rows_U: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
     dense, arrays = tables.split(params)            # arrays: {name: table}; all other parameters stay
     reads = tables.read(arrays, states, ids)        # ids: {name: a pytree of int32 arrays, 0 = padding}
     params = tables.join(dense, reads.rows)         # what a loss is differentiated with respect to
-    ... rows[reads.places[...]] is a lookup ...
+    ... rows[reads.local_ids[...]] is a lookup ...
     reads, grads = tables.sum_grads(reads, grads)   # over devices
     arrays, states, squares = tables.update(arrays, states, reads, grads)
 
@@ -47,13 +47,13 @@ class Table:
 class Reads:
     """What a device has read of each table, by name.
 
-    rows: f32[U, D], the distinct entries. places: the pytrees of ids, as places in the rows. touched: which
+    rows: f32[U, D], the distinct entries. places: the pytrees of ids, as places in the rows. entry_ids: which
     entries these are. rounds: int32, see `layouts.Read`.
     """
 
     rows: dict[str, jax.Array]
-    places: dict[str, Any]
-    touched: dict[str, Any]
+    local_ids: dict[str, Any]
+    entry_ids: dict[str, Any]
     rounds: dict[str, jax.Array]
 
 
@@ -135,7 +135,7 @@ class Tables:
         """
         if ids.keys() != self.tables.keys():
             raise ValueError(f"ids of {sorted(ids)} must be of all tables: {sorted(self.tables)} (Tables)")
-        reads, places = {}, {}
+        reads, local_ids = {}, {}
         for name, table in self.tables.items():
             types = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(ids[name])})
             if types != ["int32"]:
@@ -144,12 +144,12 @@ class Tables:
             ids_N = jnp.concatenate([jnp.zeros(1, jnp.int32), flat_N])  # layouts want padding among the ids
             optimizer = None if table.is_dense else table.optimizer
             reads[name] = table.layout.read(optimizer, arrays[name], states[name], ids_N)
-            places[name] = unravel(reads[name].place_N[1:])
-        rows, touched, rounds = (
+            local_ids[name] = unravel(reads[name].local_ids_N[1:])
+        rows, entry_ids, rounds = (
             {name: getattr(read, field) for name, read in reads.items()}
-            for field in ("rows_UD", "touched", "rounds")
+            for field in ("rows_UD", "entry_ids", "rounds")
         )
-        return Reads(rows, places, touched, rounds)
+        return Reads(rows, local_ids, entry_ids, rounds)
 
     def shards(self, arrays: dict) -> dict:
         """This device's part of the tables that a loss reads as a whole."""
@@ -161,11 +161,11 @@ class Tables:
         grads: of `reads.rows`. shard_grads: of `shards`, complete on their device.
         """
 
-        summed = self._each(lambda table, *read: table.layout.sum_grads(*read), reads.touched, grads)
-        touched, grads = _unzip(summed, 2)
+        summed = self._each(lambda table, *read: table.layout.sum_grads(*read), reads.entry_ids, grads)
+        entry_ids, grads = _unzip(summed, 2)
         for name, grads_vD in shard_grads.items():
-            grads[name] = self[name].layout.scatter(touched[name], grads[name]) + grads_vD
-        return dataclasses.replace(reads, touched=touched), grads
+            grads[name] = self[name].layout.scatter(entry_ids[name], grads[name]) + grads_vD
+        return dataclasses.replace(reads, entry_ids=entry_ids), grads
 
     def sum_squares(self, reads: Reads, grads: dict) -> jax.Array | float:
         """f32 scalar: the sum of all squared gradients, at the price of an exchange where rows are sharded.
@@ -173,12 +173,12 @@ class Tables:
         reads, grads: from `sum_grads`.
         """
 
-        def squares(table, touched, grads):
+        def squares(table, entry_ids, grads):
             if table.is_dense:
                 return jax.lax.psum(jnp.sum(grads**2), AXES)
-            return table.layout.sum_squares(touched, grads)
+            return table.layout.sum_squares(entry_ids, grads)
 
-        return sum(self._each(squares, reads.touched, grads).values())
+        return sum(self._each(squares, reads.entry_ids, grads).values())
 
     def update(self, arrays: dict, states: dict, reads: Reads, grads: dict) -> tuple[dict, dict, jax.Array]:
         """(arrays, states, sum of all squared gradients) after one step; entry 0 is always among those read.
@@ -186,14 +186,14 @@ class Tables:
         reads, grads: from `sum_grads`.
         """
 
-        def updated(table, array, state, touched, grads):
+        def updated(table, array, state, entry_ids, grads):
             if not table.is_dense:
-                return table.layout.update(table.optimizer, array, state, touched, grads)
+                return table.layout.update(table.optimizer, array, state, entry_ids, grads)
             updates, state = table.optimizer.update(grads, state, array)
             squares = jax.lax.psum(jnp.sum(grads**2), AXES)
             return optax.apply_updates(array, updates), state, squares
 
-        new = self._each(updated, arrays, states, reads.touched, grads)
+        new = self._each(updated, arrays, states, reads.entry_ids, grads)
         arrays, states, squares = _unzip(new, 3)
         return arrays, states, sum(squares.values())
 

@@ -210,17 +210,20 @@ class TrainStep:
         reads = self.tables.read(
             arrays, states, {name: [x[name] for x in ids] for name in self.tables.tables}
         )
-        places, *views = ({name: x[i] for name, x in reads.places.items()} for i in range(len(ids)))
-        views = [view.replace(places=at) for view, at in zip(batch.views, views, strict=True)]
+        local_ids, *views = ({name: x[i] for name, x in reads.local_ids.items()} for i in range(len(ids)))
+        views = [
+            view.replace(local_ids=local_ids_BSK)
+            for view, local_ids_BSK in zip(batch.views, views, strict=True)
+        ]
         if item_ids:
-            at = places["items"].pop("negatives")
+            local_ids_BSK = local_ids["items"].pop("negatives")
             if negatives is None:
                 context = dataclasses.replace(
-                    context, shared=dataclasses.replace(context.shared, places_BSK=at)
+                    context, shared=dataclasses.replace(context.shared, local_ids_BSK=local_ids_BSK)
                 )
             else:
-                negatives = dataclasses.replace(negatives, places_BSK=at)
-        return reads, batch.replace(places=places, views=tuple(views)), negatives, context
+                negatives = dataclasses.replace(negatives, local_ids_BSK=local_ids_BSK)
+        return reads, batch.replace(local_ids=local_ids, views=tuple(views)), negatives, context
 
     def _sum_micro_batches(self, trained, batch: Batch, negatives, context: StepContext):
         """((loss, tokens), gradients of `trained`) of this device's rows."""

@@ -30,7 +30,7 @@ from rec_jax.models.hstu import HSTUConfig
 from rec_jax.models.lru import LRUConfig
 from rec_jax.models.registry import MODELS, model_builder
 from rec_jax.models.sasrec import SASRecConfig
-from rec_jax.models.semantic_ids import CodesConfig, numbered_codes
+from rec_jax.models.semantic_ids import SemanticIdsConfig, numbered_semantic_ids
 from rec_jax.models.tiger import TigerConfig
 from rec_jax.recipes import WEIGHTS
 from rec_jax.tree import leaf_names, num_params
@@ -47,7 +47,7 @@ CONFIGS = [
     GRU4RecConfig(width=16, num_layers=2, dropout=0.0),
     GRU4RecConfig(width=16, hidden_width=12, dropout=0.0),
     LRUConfig(width=16, ff_width=12, dropout=0.0),
-    TigerConfig(**SIZES, prefixes=True),
+    TigerConfig(**SIZES, prefix_embeddings=True),
 ]
 EVERY_MODEL = pytest.mark.parametrize("config", CONFIGS, ids=str)
 POSITIONS = np.array([[*range(4), *range(5), 0], range(10)])
@@ -63,8 +63,8 @@ BATCH = Batch(
 
 
 def define(config):
-    codes = numbered_codes(NUM_ITEMS, CodesConfig(num_codes=4, num_levels=2))
-    return define_model(model_builder(config, NUM_ITEMS, MAX_LEN, codes))
+    semantic_ids = numbered_semantic_ids(NUM_ITEMS, SemanticIdsConfig(codebook_size=4, num_levels=2))
+    return define_model(model_builder(config, NUM_ITEMS, MAX_LEN, semantic_ids))
 
 
 @cache
@@ -81,7 +81,7 @@ def scores(model, params):
     """Of the catalogue, or of the codes that an item may begin with, at the real tokens."""
     module = model.bind(params)
     x_TD = module(BATCH)[np.asarray(BATCH.segments) > 0]
-    if model.generates:
+    if model.is_generative:
         return module.log_probs(x_TD, jnp.zeros(len(x_TD), int), 0)
     table_VD = module.item_vectors()
     return x_TD @ (table_VD.dequantize() if hasattr(table_VD, "dequantize") else table_VD).T
@@ -185,7 +185,7 @@ def test_adapters_change_nothing_at_first_and_every_expert_has_its_own(config):
         (GRU4RecConfig(width=16, num_layers=2, dropout=0.0), {"width": 9}),
         (GRU4RecConfig(width=16, hidden_width=12, dropout=0.0), {"width": 9}),
         (LRUConfig(width=16, ff_width=12, dropout=0.0), {"width": 9, "ff_width": 4, "num_layers": 1}),
-        (TigerConfig(**SIZES, prefixes=True), {"ff_width": 5, "num_layers": 1}),
+        (TigerConfig(**SIZES, prefix_embeddings=True), {"ff_width": 5, "num_layers": 1}),
         (SASRecConfig(**SIZES, num_future=2), {"width": 9}),
     ],
     ids=str,

@@ -97,11 +97,11 @@ def test_hiding_an_item_hides_its_outcomes_and_no_context():
 
 
 def test_what_is_later_moves_within_its_segment():
-    places = {
+    local_ids = {
         "items": {"events": ints(1, 2, 3, 4, 5, 0), "targets": ints(2, 3, 6, 5, 7, 0)},
         "other": {"targets": ints(1, 1, 1, 1, 1, 0)},
     }
-    batch = make_batch(places=places)
+    batch = make_batch(local_ids=local_ids)
     assert_equal(batch.shift_targets(0), batch)
     once = batch.replace(
         next={
@@ -110,7 +110,7 @@ def test_what_is_later_moves_within_its_segment():
             "device": ints(1, 1, 0, 2, 0, 0),
         },
         weights=floats(0.2, 0.3, 0, 0.5, 0, 0),
-        places={
+        local_ids={
             "items": {"events": ints(1, 2, 3, 4, 5, 0), "targets": ints(3, 6, 0, 7, 0, 0)},
             "other": {"targets": ints(1, 1, 0, 1, 0, 0)},
         },
@@ -147,12 +147,12 @@ def test_tokens_move_with_weights_users_and_labels():
 
 
 def test_ids_are_their_own_places_where_the_whole_table_is_at_hand():
-    batch = make_batch(places={"items": {"events": ints(0, 1, 2, 3, 4, 0)}})
-    np.testing.assert_array_equal(batch.place("items", "events", batch.items), ints(0, 1, 2, 3, 4, 0))
-    assert batch.place("devices", "events", batch.items) is batch.items
-    assert make_batch().place("items", "events", batch.items) is batch.items
+    batch = make_batch(local_ids={"items": {"events": ints(0, 1, 2, 3, 4, 0)}})
+    np.testing.assert_array_equal(batch.lookup_ids("items", "events", batch.items), ints(0, 1, 2, 3, 4, 0))
+    assert batch.lookup_ids("devices", "events", batch.items) is batch.items
+    assert make_batch().lookup_ids("items", "events", batch.items) is batch.items
     with pytest.raises(KeyError, match="negatives"):  # a use whose entries were not read
-        batch.place("items", "negatives", batch.items)
+        batch.lookup_ids("items", "negatives", batch.items)
 
 
 def test_a_batch_passes_through_jit_whole():

@@ -71,7 +71,7 @@ def test_mistakes_in_content_are_named(tmp_path, name, write, message):
 
 
 def test_missing_content_is_named(tmp_path):
-    with pytest.raises(ValueError, match="codes.content='nowhere.json' does not exist"):
+    with pytest.raises(ValueError, match="semantic_ids.content='nowhere.json' does not exist"):
         content_vectors("nowhere.json", 64, dataset())
-    with pytest.raises(ValueError, match="point codes.content to"):
+    with pytest.raises(ValueError, match="point semantic_ids.content to"):
         content_vectors("", 64, dataset())

@@ -65,13 +65,13 @@ def test_a_masked_item_cannot_be_seen_and_both_sides_can():
     def encode(batch):
         return model.bind(params)(batch)[0]
 
-    def changed(at):
-        other = batch.with_items(np.where(np.arange(MAX_LEN) == at, 19, batch.items))
+    def changed(query_positions):
+        other = batch.with_items(np.where(np.arange(MAX_LEN) == query_positions, 19, batch.items))
         return np.any(np.asarray(encode(other)) != np.asarray(encode(batch)), axis=-1)
 
     assert not changed(2).any()
-    for at in (0, 4):
-        np.testing.assert_array_equal(changed(at)[:9], [True] * 5 + [False] * 4)
+    for query_positions in (0, 4):
+        np.testing.assert_array_equal(changed(query_positions)[:9], [True] * 5 + [False] * 4)
 
 
 @pytest.mark.parametrize("kwargs", [{"mask_share": 0.0}, {"mask_share": 1.1}, {"last_share": -0.1}])

@@ -18,7 +18,7 @@ from rec_jax.models.base import init_model
 from rec_jax.models.beam import BeamRanker
 from rec_jax.models.registry import MODELS, model_builder
 from rec_jax.models.scoring import SequenceRanker
-from rec_jax.models.semantic_ids import CodesConfig, numbered_codes
+from rec_jax.models.semantic_ids import SemanticIdsConfig, numbered_semantic_ids
 from rec_jax.run_config import ExperimentConfig
 from rec_jax.train.loop import TrainConfig
 from rec_jax.train.optim import OptimConfig
@@ -36,7 +36,9 @@ def small(config_class, **fields):
 
 
 def builder(config):
-    return model_builder(config, NUM_ITEMS, MAX_LEN, numbered_codes(NUM_ITEMS, CodesConfig(num_codes=3)))
+    return model_builder(
+        config, NUM_ITEMS, MAX_LEN, numbered_semantic_ids(NUM_ITEMS, SemanticIdsConfig(codebook_size=3))
+    )
 
 
 @functools.cache  # tests of one model share its compilation
@@ -52,7 +54,9 @@ def make(config_class):
 @functools.cache
 def encoder(config_class):
     model, params = make(config_class)
-    return jax.jit(lambda batch, key_B=None, at=None: model.bind(params)(batch, key_B, at))
+    return jax.jit(
+        lambda batch, key_B=None, query_positions=None: model.bind(params)(batch, key_B, query_positions)
+    )
 
 
 @functools.cache
@@ -102,8 +106,8 @@ def test_nothing_that_comes_later_is_seen(config_class):
         pytest.skip("sees both sides; what it is asked for is masked (test_bert4rec.py)")
     encode, batch = encoder(config_class), rows([2])
     before = np.asarray(encode(batch))
-    for at in (1, 5, 11):
-        later = np.arange(MAX_LEN) >= at
+    for query_positions in (1, 5, 11):
+        later = np.arange(MAX_LEN) >= query_positions
         events = {
             "item": np.where(later, 1 + batch.items % NUM_ITEMS, batch.items),
             "time": np.where(later, batch.events["time"] + 10**6, batch.events["time"]),
@@ -111,16 +115,21 @@ def test_nothing_that_comes_later_is_seen(config_class):
         changed, shorter = batch.replace(events=events), batch.keep(~later)
         for other in (changed, shorter):
             np.testing.assert_allclose(
-                np.asarray(encode(other))[0, :at], before[0, :at], rtol=1e-5, atol=1e-6
+                np.asarray(encode(other))[0, :query_positions],
+                before[0, :query_positions],
+                rtol=1e-5,
+                atol=1e-6,
             )
-        assert np.any(np.asarray(encode(changed))[0, at] != before[0, at])
+        assert np.any(np.asarray(encode(changed))[0, query_positions] != before[0, query_positions])
 
 
 @EVERY_MODEL
 def test_asked_tokens_are_those_of_the_whole(config_class):
     encode, batch = encoder(config_class), rows(range(len(LENGTHS)))
-    at = np.array([0, 1, 1, 0]), np.array([3, 0, 11, 7])
-    np.testing.assert_allclose(encode(batch, None, at), encode(batch)[at], rtol=1e-4, atol=1e-5)
+    query_positions = np.array([0, 1, 1, 0]), np.array([3, 0, 11, 7])
+    np.testing.assert_allclose(
+        encode(batch, None, query_positions), encode(batch)[query_positions], rtol=1e-4, atol=1e-5
+    )
 
 
 @EVERY_MODEL
@@ -138,7 +147,7 @@ def test_scores_of_many_are_those_of_one(config_class):
     h = histories()
     users = np.arange(len(LENGTHS))
     mesh = make_mesh(MeshConfig(data=2))
-    if model.generates:
+    if model.is_generative:
         ranker = BeamRanker(model, params, NUM_ITEMS, MAX_LEN, mesh, num_beams=5)
     else:
         ranker = SequenceRanker(model, params, MAX_LEN, mesh)

@@ -93,15 +93,15 @@ def test_packed_rows_equal_the_reference_of_each_history(kwargs):
 @pytest.mark.parametrize("kwargs", VARIANTS, ids=str)
 def test_some_tokens_alone_and_the_hidden_states_of_every_layer(kwargs):
     config, model, params = make(**kwargs)
-    at = np.array([0, 1, 0]), np.array([3, 7, 9])
+    query_positions = np.array([0, 1, 0]), np.array([3, 7, 9])
 
     @jax.jit
     def run(params, batch):
         hidden = []
-        return model.bind(params)(batch, at=at, hidden=hidden), hidden
+        return model.bind(params)(batch, query_positions=query_positions, hidden=hidden), hidden
 
     x_QD, hidden = run(params, pack(ROWS))
-    np.testing.assert_allclose(x_QD, encode(model, params, ROWS)[at], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(x_QD, encode(model, params, ROWS)[query_positions], rtol=1e-5, atol=1e-6)
     expected = []
     reference(config, params, ROWS[1][0], expected)
     assert len(hidden) == len(expected) == config.num_layers

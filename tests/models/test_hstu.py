@@ -144,15 +144,17 @@ def test_rows_around_the_query_block_equal_the_reference(lengths, row):
 @pytest.mark.parametrize("num_layers", [0, 2])
 def test_some_tokens_alone_and_the_hidden_states_of_every_layer(num_layers):
     config, model, params = make(num_layers=num_layers)
-    at = np.array([0, 0]), np.array([3, 9])  # the last of the first history and of the third
+    query_positions = np.array([0, 0]), np.array([3, 9])  # the last of the first history and of the third
 
     @jax.jit
     def run(params, batch):
         hidden = []
-        return model.bind(params)(batch, at=at, hidden=hidden), hidden
+        return model.bind(params)(batch, query_positions=query_positions, hidden=hidden), hidden
 
     x_QD, hidden = run(params, pack(HISTORIES))
-    np.testing.assert_allclose(x_QD, encode(model, params, pack(HISTORIES))[at[1]], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        x_QD, encode(model, params, pack(HISTORIES))[query_positions[1]], rtol=1e-5, atol=1e-6
+    )
     expected = []
     reference(config, params, *HISTORIES[2], expected)
     assert len(hidden) == len(expected) == num_layers

@@ -20,7 +20,7 @@ from rec_jax.training import make_step
 
 
 @pytest.mark.parametrize(
-    "config_class", [x for x in MODELS if not MODELS[x].generates], ids=lambda config: config.type
+    "config_class", [x for x in MODELS if not MODELS[x].is_generative], ids=lambda config: config.type
 )
 def test_all_options_at_once(config_class):
     is_causal = MODELS[config_class].is_causal

@@ -192,15 +192,17 @@ def test_shared_layers_have_one_block_and_a_dropout_each():
 @pytest.mark.parametrize("kwargs", [{}, *OPTIONS[-2:]], ids=str)
 def test_some_tokens_alone_and_the_hidden_states_of_every_layer(kwargs):
     config, model, params = make(**kwargs)
-    at = np.array([0, 0]), np.array([3, 9])  # the last of the first history and of the third
+    query_positions = np.array([0, 0]), np.array([3, 9])  # the last of the first history and of the third
 
     @jax.jit
     def run(params, batch):
         hidden = []
-        return model.bind(params)(batch, at=at, hidden=hidden), hidden
+        return model.bind(params)(batch, query_positions=query_positions, hidden=hidden), hidden
 
     x_QD, hidden = run(params, pack([HISTORIES]))
-    np.testing.assert_allclose(x_QD, encode(model, params, HISTORIES)[at[1]], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        x_QD, encode(model, params, HISTORIES)[query_positions[1]], rtol=1e-5, atol=1e-6
+    )
     expected = []
     reference(config, params, HISTORIES[2], expected)
     assert len(hidden) == len(expected) == config.num_layers

@@ -8,9 +8,17 @@ import pytest
 from rec_jax.data.datasets import DataConfig, load_dataset
 from rec_jax.data.simulator import SimulatorConfig
 from rec_jax.models.quantizers import kmeans, residual_kmeans, rqvae
-from rec_jax.models.semantic_ids import Codes, CodesConfig, count_within, load_codes, make_codes
+from rec_jax.models.semantic_ids import (
+    SemanticIds,
+    SemanticIdsConfig,
+    count_within,
+    load_semantic_ids,
+    make_semantic_ids,
+)
 
-SMALL = CodesConfig(num_levels=2, num_codes=4, epochs=3, width=8, latent=4, max_shared=1.0, min_used=0.0)
+SMALL = SemanticIdsConfig(
+    num_levels=2, codebook_size=4, epochs=3, width=8, latent=4, max_shared=1.0, min_used=0.0
+)
 
 
 def planted(seed=0):
@@ -71,7 +79,7 @@ def test_items_with_the_same_codes_are_counted_the_frequent_first():
 
 def test_the_trie_by_hand():
     # Paths, sorted: 00 (item 2), 02 (item 3), 21 (item 1).
-    trie = Codes(np.array([[0, 0], [2, 1], [0, 0], [0, 2]]), num_codes=3).trie
+    trie = SemanticIds(np.array([[0, 0], [2, 1], [0, 0], [0, 2]]), codebook_size=3).trie
     np.testing.assert_array_equal(trie.items, [2, 3, 1])
     np.testing.assert_array_equal(trie.first[0], [0, 2])
     np.testing.assert_array_equal(trie.first[1], [0, 2, 3])
@@ -83,17 +91,17 @@ def test_the_trie_by_hand():
 
 def test_codes_of_two_items_must_differ():
     with pytest.raises(ValueError, match="no two of them the same"):
-        Codes(np.array([[0, 0], [1, 1], [1, 1]]), num_codes=2)
+        SemanticIds(np.array([[0, 0], [1, 1], [1, 1]]), codebook_size=2)
     with pytest.raises(ValueError, match=r"0\.\.1"):
-        Codes(np.array([[0, 0], [1, 2]]), num_codes=2)
+        SemanticIds(np.array([[0, 0], [1, 2]]), codebook_size=2)
 
 
 @pytest.mark.parametrize(
     "fields, repeats, message",
     [
-        ({"min_used": 0.9, "num_codes": 16}, 1, "min_used=0.9: of level 1 only 0.062"),
+        ({"min_used": 0.9, "codebook_size": 16}, 1, "min_used=0.9: of level 1 only 0.062"),
         ({"max_shared": 0.5}, 1, "max_shared=0.5: 1.000 of the items"),
-        ({"num_codes": 4}, 30, "num_codes=4: [0-9]+ items share"),
+        ({"codebook_size": 4}, 30, "codebook_size=4: [0-9]+ items share"),
     ],
 )
 def test_bad_codes_stop_the_run(fields, repeats, message):
@@ -101,36 +109,38 @@ def test_bad_codes_stop_the_run(fields, repeats, message):
     x_VF = np.round(np.concatenate([x_VF, np.tile(x_VF[1], (repeats, 1))]))  # nothing left for level 1
     config = dataclasses.replace(SMALL, method="kmeans", **fields)
     with pytest.raises(ValueError, match=message):
-        make_codes(x_VF, config, np.ones(len(x_VF)), seed=0)
+        make_semantic_ids(x_VF, config, np.ones(len(x_VF)), seed=0)
 
 
-@pytest.mark.parametrize("fields", [{"num_codes": 1}, {"min_used": 1.5}, {"epochs": 0}])
+@pytest.mark.parametrize("fields", [{"codebook_size": 1}, {"min_used": 1.5}, {"epochs": 0}])
 def test_bad_configs_of_codes_are_refused(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
-        CodesConfig(**fields)
+        SemanticIdsConfig(**fields)
 
 
 def test_codes_are_made_once_a_run(tmp_path):
     sim = SimulatorConfig(num_items=40, num_users=30, num_interests=4, mean_len=8)
     data = DataConfig(format="simulator", sim=sim)
     dataset = load_dataset(data, tmp_path / "data")
-    config = dataclasses.replace(SMALL, method="kmeans", num_codes=16)
-    codes = load_codes(config, data, dataset, tmp_path, seed=0)
-    written = (tmp_path / "codes.npz").stat().st_mtime_ns
-    again = load_codes(config, data, dataset, tmp_path, seed=0)
-    assert again == codes and (tmp_path / "codes.npz").stat().st_mtime_ns == written
+    config = dataclasses.replace(SMALL, method="kmeans", codebook_size=16)
+    codes = load_semantic_ids(config, data, dataset, tmp_path, seed=0)
+    written = (tmp_path / "semantic_ids.npz").stat().st_mtime_ns
+    again = load_semantic_ids(config, data, dataset, tmp_path, seed=0)
+    assert again == codes and (tmp_path / "semantic_ids.npz").stat().st_mtime_ns == written
     assert "40 items" in again.report
     with pytest.raises(ValueError, match="was made from .* use another workdir"):
-        load_codes(dataclasses.replace(config, num_levels=1), data, dataset, tmp_path, seed=0)
+        load_semantic_ids(dataclasses.replace(config, num_levels=1), data, dataset, tmp_path, seed=0)
     content = tmp_path / "content.json"
     content.write_text('{"i1": ["red"], "i2": ["blue"]}')
-    from_file = dataclasses.replace(config, content=str(content), min_used=0.0, max_shared=1.0, num_codes=64)
+    from_file = dataclasses.replace(
+        config, content=str(content), min_used=0.0, max_shared=1.0, codebook_size=64
+    )
     (tmp_path / "other").mkdir()
-    load_codes(from_file, data, dataset, tmp_path / "other", seed=0)
+    load_semantic_ids(from_file, data, dataset, tmp_path / "other", seed=0)
     content.write_text('{"i1": ["blue"], "i2": ["blue"]}')
     with pytest.raises(ValueError, match="was made from .* use another workdir"):
-        load_codes(from_file, data, dataset, tmp_path / "other", seed=0)
+        load_semantic_ids(from_file, data, dataset, tmp_path / "other", seed=0)
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "codes.npz").unlink()
-    with pytest.raises(ValueError, match="codes.npz is missing, and the model"):
-        load_codes(config, data, dataset, tmp_path, seed=0)
+    (tmp_path / "semantic_ids.npz").unlink()
+    with pytest.raises(ValueError, match="semantic_ids.npz is missing, and the model"):
+        load_semantic_ids(config, data, dataset, tmp_path, seed=0)

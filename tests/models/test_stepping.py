@@ -13,7 +13,7 @@ from rec_jax.models.hstu import HSTUConfig
 from rec_jax.models.lru import LRUConfig
 from rec_jax.models.registry import MODELS, model_builder
 from rec_jax.models.sasrec import SASRecConfig
-from rec_jax.models.semantic_ids import CodesConfig, numbered_codes
+from rec_jax.models.semantic_ids import SemanticIdsConfig, numbered_semantic_ids
 from rec_jax.models.tiger import TigerConfig
 
 NUM_ITEMS, MAX_LEN = 20, 12
@@ -31,14 +31,14 @@ CONFIGS = [
     LRUConfig(width=8, ff_width=12, conv_width=3),
     LRUConfig(width=8, ff_width=12, conv_width=0, num_layers=1),
     TigerConfig(**ATTENTION, norm="original"),
-    TigerConfig(**ATTENTION, prefixes=True),
+    TigerConfig(**ATTENTION, prefix_embeddings=True),
 ]
 EVERY_MODEL = pytest.mark.parametrize("config", CONFIGS, ids=str)
 
 
 def make(config):
-    codes = numbered_codes(NUM_ITEMS, CodesConfig(num_codes=3, num_levels=2))
-    model, params = init_model(model_builder(config, NUM_ITEMS, MAX_LEN, codes), seed=0)
+    semantic_ids = numbered_semantic_ids(NUM_ITEMS, SemanticIdsConfig(codebook_size=3, num_levels=2))
+    model, params = init_model(model_builder(config, NUM_ITEMS, MAX_LEN, semantic_ids), seed=0)
     rng = np.random.default_rng(1)  # far from their start, so that scales, biases and gates take part
     return model, jax.tree.map(lambda x: x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), params)
 
@@ -70,8 +70,8 @@ class Stepper:
         """x_SD of one whole history."""
         return np.asarray(self._encode(pack([[(items, times)]])))[0, : len(items)]
 
-    def prefill(self, rows, at):
-        return self._prefill(pack(rows), tuple(map(np.array, at)))
+    def prefill(self, rows, query_positions):
+        return self._prefill(pack(rows), tuple(map(np.array, query_positions)))
 
     def step(self, items_BK, times_BK, cache):
         return self._step({"item": items_BK, "time": times_BK}, cache)
@@ -93,9 +93,9 @@ def test_every_causal_model_is_here():
 def test_packed_histories_are_continued_up_to_max_len(config):
     """A history alone in its row, and two that share one, each followed by as many events as fit."""
     stepper, histories = Stepper(config), [draw(seed) for seed in range(3)]
-    lengths, at = (4, 1, 6), ([0, 1, 1], [3, 0, 6])
+    lengths, query_positions = (4, 1, 6), ([0, 1, 1], [3, 0, 6])
     starts = [cut(history, n) for history, n in zip(histories, lengths, strict=True)]
-    x_ND, cache = stepper.prefill([starts[:1], starts[1:]], at)
+    x_ND, cache = stepper.prefill([starts[:1], starts[1:]], query_positions)
     full = [stepper.full(*history) for history in histories]
     close(x_ND, [x_SD[n - 1] for x_SD, n in zip(full, lengths, strict=True)])
     for more in range(MAX_LEN - min(lengths)):

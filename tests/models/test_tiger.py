@@ -17,7 +17,7 @@ from rec_jax.models import tiger
 from rec_jax.models.base import define_model, init_model
 from rec_jax.models.beam import beam_search
 from rec_jax.models.registry import model_builder
-from rec_jax.models.semantic_ids import Codes, CodesConfig, numbered_codes
+from rec_jax.models.semantic_ids import SemanticIds, SemanticIdsConfig, numbered_semantic_ids
 from rec_jax.models.tiger import Tiger, TigerConfig
 from rec_jax.objectives.distill import DistillConfig
 from rec_jax.objectives.token_loss import BCEConfig
@@ -34,14 +34,16 @@ def some_codes(num_items, seed=0):
     """`num_items` of the 64 paths, in any order."""
     paths = np.stack(np.unravel_index(np.arange(NUM_CODES**LEVELS), (NUM_CODES,) * LEVELS), axis=1)
     chosen = np.random.default_rng(seed).permutation(paths)[:num_items]
-    return Codes(np.pad(chosen, ((1, 0), (0, 0))), NUM_CODES)
+    return SemanticIds(np.pad(chosen, ((1, 0), (0, 0))), NUM_CODES)
 
 
 @functools.cache
-def make(num_items, norm, prefixes):
-    config = dataclasses.replace(SMALL, norm=norm, prefixes=prefixes)
-    codes = some_codes(num_items)
-    model, params = init_model(lambda rngs: Tiger(config, num_items, MAX_LEN, codes=codes, rngs=rngs), seed=0)
+def make(num_items, norm, prefix_embeddings):
+    config = dataclasses.replace(SMALL, norm=norm, prefix_embeddings=prefix_embeddings)
+    semantic_ids = some_codes(num_items)
+    model, params = init_model(
+        lambda rngs: Tiger(config, num_items, MAX_LEN, semantic_ids=semantic_ids, rngs=rngs), seed=0
+    )
     rng = np.random.default_rng(1)  # far from their start, so that probabilities differ
     return model, jax.tree.map(lambda x: x + jnp.asarray(0.4 * rng.normal(size=x.shape), jnp.float32), params)
 
@@ -60,8 +62,10 @@ def losses(*which):
 def search(which, columns, num_beams):
     """What a beam search finds behind these columns, as NumPy arrays."""
     model, params = make(*which)
-    at = (np.zeros(len(columns), int), np.array(columns))
-    found = jax.jit(lambda batch: beam_search(model.bind(params), batch, at, num_beams))(packed())
+    query_positions = (np.zeros(len(columns), int), np.array(columns))
+    found = jax.jit(lambda batch: beam_search(model.bind(params), batch, query_positions, num_beams))(
+        packed()
+    )
     return tuple(np.asarray(x) for x in found)
 
 
@@ -73,7 +77,7 @@ def every_item(which, column):
     return -np.array([float(loss(packed().with_targets(target))) for target in targets])
 
 
-PLAIN = (20, TigerConfig.norm, TigerConfig.prefixes)
+PLAIN = (20, TigerConfig.norm, TigerConfig.prefix_embeddings)
 
 
 @pytest.mark.parametrize("which", [PLAIN, (20, "pre", True), (NUM_CODES**LEVELS, "original", True)])
@@ -87,13 +91,13 @@ def test_a_wide_beam_ranks_like_scoring_every_item(which):
     np.testing.assert_allclose(np.exp(log_prob_NK).sum(axis=1), 1, atol=1e-5)
 
 
-@pytest.mark.parametrize("prefixes, products", [(False, 64), (True, 64), (True, 0)])
-def test_children_are_scored_by_their_codes_and_themselves(prefixes, products, monkeypatch):
+@pytest.mark.parametrize("prefix_embeddings, products", [(False, 64), (True, 64), (True, 0)])
+def test_children_are_scored_by_their_codes_and_themselves(prefix_embeddings, products, monkeypatch):
     """Against one node at a time, in NumPy; by products with all nodes, and by gathered vectors."""
     monkeypatch.setattr(tiger, "_PRODUCTS", products)
-    model, params = make(20, "pre", prefixes)
+    model, params = make(20, "pre", prefix_embeddings)
     x_ND = np.random.default_rng(2).normal(size=(3, SMALL.width)).astype(np.float32)
-    codes_VQ = model.bind(params).codes.codes_VQ
+    codes_VQ = model.bind(params).semantic_ids.codes_VQ
     beginnings = np.unique(codes_VQ[1:, :1], axis=0)[:3]  # nodes 0, 1 and 2 of level 1
     found = jax.jit(lambda x: model.bind(params).log_probs(x, jnp.arange(3), level=1))(x_ND)
     table = np.asarray(params["code_table"]["embedding"])
@@ -103,7 +107,7 @@ def test_children_are_scored_by_their_codes_and_themselves(prefixes, products, m
         for place, path in enumerate(paths):
             if path[0] == beginning[0]:
                 vector = table[1 + NUM_CODES + path[1]]
-                if prefixes:
+                if prefix_embeddings:
                     num_first = len(np.unique(codes_VQ[1:, 0]))
                     vector = vector + params["nodes"]["embedding"][1 + num_first + place]
                 scores.append(float(x_D @ vector))
@@ -123,25 +127,29 @@ def test_a_narrow_beam_gives_items_that_exist_each_once_and_at_their_own_probabi
 def test_a_target_is_not_seen_before_it_is_foretold():
     """The same history foretells the same, whatever the targets of its earlier columns and other segments."""
 
-    def at(**targets):
+    def query_positions(**targets):
         row = np.zeros((1, MAX_LEN), np.int32)
         for column, target in targets.items():
             row[0, int(column[1:])] = target
         return float(losses(*PLAIN)(packed().with_targets(row)))
 
     # Column 3 really is followed by item 5: with it as the target, nothing new is to be seen at column 4.
-    assert at(c3=5, c4=11) == pytest.approx(at(c3=5) + at(c4=11), rel=1e-5)
-    assert at(c4=11, c5=8) == pytest.approx(at(c4=11) + at(c5=8), rel=1e-5)
+    assert query_positions(c3=5, c4=11) == pytest.approx(
+        query_positions(c3=5) + query_positions(c4=11), rel=1e-5
+    )
+    assert query_positions(c4=11, c5=8) == pytest.approx(
+        query_positions(c4=11) + query_positions(c5=8), rel=1e-5
+    )
 
 
 def run_steps(**mesh):
-    codes = numbered_codes(20, CodesConfig(num_codes=NUM_CODES, num_levels=2))
+    semantic_ids = numbered_semantic_ids(20, SemanticIdsConfig(codebook_size=NUM_CODES, num_levels=2))
     config = ExperimentConfig(
         data=DataConfig(max_len=MAX_LEN),
         model=dataclasses.replace(SMALL, num_layers=1, dropout=0.3),
         mesh=MeshConfig(**mesh),
     )
-    build = model_builder(config.model, 20, MAX_LEN, codes)
+    build = model_builder(config.model, 20, MAX_LEN, semantic_ids)
     step = make_step(config, define_model(build), np.arange(21), make_mesh(config.mesh), total_steps=3)
     batch = jax.tree.map(lambda x: np.repeat(x, 4, axis=0), packed())
     batch = batch.with_targets(1 + (batch.items + np.arange(4)[:, None]) % 20)
@@ -177,4 +185,4 @@ def test_bad_models_are_refused():
     with pytest.raises(ValueError, match="l2_normalize"):
         TigerConfig(l2_normalize=True)
     with pytest.raises(ValueError, match="codes of 20 items, and 21"):
-        init_model(lambda rngs: Tiger(SMALL, 21, MAX_LEN, codes=some_codes(20), rngs=rngs), seed=0)
+        init_model(lambda rngs: Tiger(SMALL, 21, MAX_LEN, semantic_ids=some_codes(20), rngs=rngs), seed=0)

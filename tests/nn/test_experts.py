@@ -113,12 +113,12 @@ def test_gradients_are_those_of_the_loops():
         return np.sum(y_BSD * weights) + np.sum(penalty_B)
 
     of_params, of_x = gradients(params, x_BSD)
-    grads, at = {**of_params, "x": of_x}, jax.tree.map(np.float64, {**params, "x": x_BSD})
+    grads, query_positions = {**of_params, "x": of_x}, jax.tree.map(np.float64, {**params, "x": x_BSD})
     rng = np.random.default_rng(3)
     for name in grads:
-        direction, values = rng.normal(size=at[name].shape), []
+        direction, values = rng.normal(size=query_positions[name].shape), []
         for step in (1e-6, -1e-6):
-            moved = {**at, name: at[name] + step * direction}
+            moved = {**query_positions, name: query_positions[name] + step * direction}
             values.append(value(moved, moved["x"]))
         slope = (values[0] - values[1]) / 2e-6
         np.testing.assert_allclose(np.sum(grads[name] * direction), slope, rtol=1e-3, err_msg=name)
@@ -144,10 +144,13 @@ def test_what_follows_and_other_rows_change_nothing():
     _, model, params = make(4, 2, 0.5)
     x_BSD, other = inputs(), inputs(seed=5)
     y_BSD, penalty_B = train(model, params, x_BSD, REAL)
-    for at in (2, 5):
-        later = np.where(np.arange(LENGTH)[:, None] >= at, other, x_BSD)
+    for query_positions in (2, 5):
+        later = np.where(np.arange(LENGTH)[:, None] >= query_positions, other, x_BSD)
         np.testing.assert_allclose(
-            train(model, params, later, REAL)[0][:, :at], y_BSD[:, :at], rtol=1e-5, atol=1e-6
+            train(model, params, later, REAL)[0][:, :query_positions],
+            y_BSD[:, :query_positions],
+            rtol=1e-5,
+            atol=1e-6,
         )
     neighbours = np.concatenate([x_BSD[:1], other[1:]])
     y, penalty = train(model, params, neighbours, np.ones_like(REAL))

@@ -21,7 +21,7 @@ from rec_jax.models.base import init_model
 from rec_jax.models.hstu import HSTUConfig
 from rec_jax.models.registry import model_builder
 from rec_jax.models.sasrec import SASRecConfig
-from rec_jax.models.semantic_ids import CodesConfig, numbered_codes
+from rec_jax.models.semantic_ids import SemanticIdsConfig, numbered_semantic_ids
 from rec_jax.models.tiger import TigerConfig
 from rec_jax.serve import lists
 from rec_jax.serve import recommender as recommend
@@ -53,14 +53,16 @@ MODELS = {
 def workdirs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for name, config in MODELS.items():
-        codes = numbered_codes(NUM_ITEMS, CodesConfig(num_codes=8)) if name == "tiger" else None
-        params = init_model(model_builder(config, NUM_ITEMS, MAX_LEN, codes), seed=0)[1]
+        semantic_ids = (
+            numbered_semantic_ids(NUM_ITEMS, SemanticIdsConfig(codebook_size=8)) if name == "tiger" else None
+        )
+        params = init_model(model_builder(config, NUM_ITEMS, MAX_LEN, semantic_ids), seed=0)[1]
         params = jax.tree.map(lambda x: x * 5, params)
         about = {
             "data": {"max_len": MAX_LEN}, "model": dataclasses.asdict(config),
             "compress": {"quant": {"aware": False}}, "table": {"layout": "replicated"},
         }  # fmt: skip
-        trained.save(folder / name, params, 1, about, DATASET, codes)
+        trained.save(folder / name, params, 1, about, DATASET, semantic_ids)
     return folder
 
 

@@ -35,13 +35,13 @@ def batches(steps, high=V):
     "ids", [[3], [7, 7, 7, 7], [5, 1, 3, 2, 0], [0, V - 1, 0, V - 1], [4, 4, 2, 9, 2]], ids=str
 )
 def test_distinct_ids_and_their_places(ids):
-    touched = dedupe(jnp.array(ids), V)
+    distinct = dedupe(jnp.array(ids), V)
     expected, place = np.unique(ids, return_inverse=True)
-    count = int((touched.rows_U < V).sum())
+    count = int((distinct.rows_U < V).sum())
     assert count == len(expected)
-    np.testing.assert_array_equal(touched.rows_U[:count], expected)
-    np.testing.assert_array_equal(touched.place_N, place)
-    assert (np.diff(touched.rows_U) > 0).all() and (np.asarray(touched.rows_U[count:]) > V).all()
+    np.testing.assert_array_equal(distinct.rows_U[:count], expected)
+    np.testing.assert_array_equal(distinct.local_ids_N, place)
+    assert (np.diff(distinct.rows_U) > 0).all() and (np.asarray(distinct.rows_U[count:]) > V).all()
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_hashing_finds_the_distinct_ids_that_sorting_does(ids):
         jax.tree.map(np.asarray, find(np.asarray(ids, np.int32), num_rows))
         for find in (dedupe, jax.jit(dedupe_by_hash, static_argnums=1))
     )
-    np.testing.assert_array_equal(by_hash.rows_U[by_hash.place_N], by_sort.rows_U[by_sort.place_N])
+    np.testing.assert_array_equal(by_hash.rows_U[by_hash.local_ids_N], by_sort.rows_U[by_sort.local_ids_N])
     np.testing.assert_array_equal(
         np.sort(by_hash.rows_U[by_hash.rows_U <= num_rows]), by_sort.rows_U[by_sort.rows_U <= num_rows]
     )
@@ -72,12 +72,12 @@ def test_hashing_finds_the_distinct_ids_that_sorting_does(ids):
 
 @pytest.mark.parametrize("bad", [-1, V, V + 3, -V, 2**31 - 1, -(2**31)])
 def test_an_id_that_is_no_row_reads_as_nan_and_is_never_written(bad):
-    touched = dedupe(jnp.array([2, bad, 5, 2]), V)
-    rows = gather_rows(TABLE, touched.rows_U)
-    looked_up = np.asarray(rows[touched.place_N])
+    distinct = dedupe(jnp.array([2, bad, 5, 2]), V)
+    rows = gather_rows(TABLE, distinct.rows_U)
+    looked_up = np.asarray(rows[distinct.local_ids_N])
     assert np.isnan(looked_up[1]).all()
     np.testing.assert_array_equal(looked_up[[0, 2, 3]], TABLE[np.array([2, 5, 2])])
-    written = np.asarray(write_rows(TABLE, touched.rows_U, rows * 0 + 9))
+    written = np.asarray(write_rows(TABLE, distinct.rows_U, rows * 0 + 9))
     changed = np.flatnonzero((written != np.asarray(TABLE)).any(-1))
     np.testing.assert_array_equal(changed, [2, 5])
 
@@ -89,10 +89,10 @@ def dense(optimizer, table, state, ids, grads_ND):
 
 
 def sparse(optimizer, table, state, ids, grads_ND):
-    touched = dedupe(ids, V)
-    rows = gather_rows(table, touched.rows_U)
-    grads_UD = jax.grad(lambda rows: jnp.sum(rows[touched.place_N] * grads_ND))(rows)
-    return update_rows(optimizer, table, state, touched.rows_U, grads_UD)
+    distinct = dedupe(ids, V)
+    rows = gather_rows(table, distinct.rows_U)
+    grads_UD = jax.grad(lambda rows: jnp.sum(rows[distinct.local_ids_N] * grads_ND))(rows)
+    return update_rows(optimizer, table, state, distinct.rows_U, grads_UD)
 
 
 EXACT = {
@@ -168,10 +168,10 @@ def test_the_table_is_changed_in_place_and_nothing_of_its_size_is_made(optimizer
     args = (jax.ShapeDtypeStruct((N,), jnp.int32), jax.ShapeDtypeStruct((N, dim), jnp.float32))
 
     def step(table, state, ids, grads):
-        touched = dedupe(ids, rows)
-        rows_UD = gather_rows(table, touched.rows_U)
-        grads_UD = jnp.zeros_like(rows_UD).at[touched.place_N].add(grads)
-        return update_rows(optimizer, table, state, touched.rows_U, grads_UD)
+        distinct = dedupe(ids, rows)
+        rows_UD = gather_rows(table, distinct.rows_U)
+        grads_UD = jnp.zeros_like(rows_UD).at[distinct.local_ids_N].add(grads)
+        return update_rows(optimizer, table, state, distinct.rows_U, grads_UD)
 
     memory = jax.jit(step, donate_argnums=(0, 1)).lower(table, state, *args).compile().memory_analysis()
     table_bytes = rows * dim * 4
@@ -195,9 +195,9 @@ def test_adam_with_catch_up_follows_dense_adam():
     seen = read_rows(ours, tables["ours"], states["ours"], jnp.arange(V))
     moved = np.asarray(tables["exact"] - TABLE)
     off, off_lazy = np.asarray(seen - tables["exact"]), np.asarray(tables["lazy"] - tables["exact"])
-    touched = slice(3, 14)
-    assert np.abs(off[touched]).max() < 0.02 * np.abs(moved[touched]).max()
-    assert np.abs(off[touched]).max() < 0.05 * np.abs(off_lazy[touched]).max()
+    distinct = slice(3, 14)
+    assert np.abs(off[distinct]).max() < 0.02 * np.abs(moved[distinct]).max()
+    assert np.abs(off[distinct]).max() < 0.05 * np.abs(off_lazy[distinct]).max()
     untouched = np.r_[0:3, 14:V]
     np.testing.assert_array_equal(np.asarray(seen)[untouched], TABLE[untouched])
     # Once caught up, nothing is missed, and the next update goes on from there alike.

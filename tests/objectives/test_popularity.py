@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from step_runs import NO_LAYERS, assert_close, reference, run
-from test_losses import BATCH, NUM_ITEMS, TABLE, Fixed, X, by_hand, compute, softplus
+from test_token_loss import BATCH, NUM_ITEMS, TABLE, Fixed, X, by_hand, compute, softplus
 
 from rec_jax.objectives.negatives import make_prior, propensity_weights
 from rec_jax.objectives.softmax import naive_softmax_cross_entropy
@@ -18,7 +18,7 @@ BIAS = np.log(np.maximum(COUNTS, 1) / np.maximum(COUNTS, 1)[1:].mean())  # log-p
 
 
 def lossy(config, negatives=()):
-    """The loss of the batch of test_losses."""
+    """The loss of the batch of test_token_loss."""
     prior = make_prior(config, COUNTS)
     if len(negatives):
         prior = dataclasses.replace(prior, sampler=Fixed(negatives))

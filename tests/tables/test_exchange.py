@@ -52,11 +52,11 @@ def run(mesh, ids, capacity, optimizer=None, grads=None, table=TABLE, steps=1):
         check_vma=False,
     )
     def step(table_vD, state, ids_N, grads_ND):
-        touched = dedupe_physical(PLACEMENT, ids_N)
-        rows_UD, rounds = read_sharded(optimizer, table_vD, state, touched.rows_U, capacity)
-        grads_UD = jnp.zeros_like(rows_UD).at[touched.place_N].add(grads_ND)
-        table_vD, state, _ = update_sharded(optimizer, table_vD, state, touched.rows_U, grads_UD, capacity)
-        return rows_UD[touched.place_N], table_vD, state, rounds
+        distinct = dedupe_physical(PLACEMENT, ids_N)
+        rows_UD, rounds = read_sharded(optimizer, table_vD, state, distinct.rows_U, capacity)
+        grads_UD = jnp.zeros_like(rows_UD).at[distinct.local_ids_N].add(grads_ND)
+        table_vD, state, _ = update_sharded(optimizer, table_vD, state, distinct.rows_U, grads_UD, capacity)
+        return rows_UD[distinct.local_ids_N], table_vD, state, rounds
 
     for _ in range(steps):
         rows, array, state, rounds = step(array, state, jnp.asarray(ids), grads)

@@ -92,16 +92,16 @@ def bag(rows_ND, bag_N, weights_N):
     return jax.ops.segment_sum(rows_ND * weights_N[:, None], bag_N, S)
 
 
-def loss_sum(params, rows, places, batch):
+def loss_sum(params, rows, local_ids, batch):
     """(sum of the losses, number of targets). Of whole tables for rows and ids for places: the dense one."""
-    items = {name: rows["items"][place] for name, place in places["items"].items()}
-    tags_BND = rows["tags"][places["tags"]]
+    items = {name: rows["items"][place] for name, place in local_ids["items"].items()}
+    tags_BND = rows["tags"][local_ids["tags"]]
     num_BS1 = jax.vmap(lambda bags: jnp.bincount(bags, length=S))(batch["bags"])[..., None]
     sum_BSD = jax.vmap(bag)(tags_BND, batch["bags"], jnp.ones_like(batch["weights"]))
     mean_BSD = sum_BSD / jnp.maximum(num_BS1, 1)
     weighted_BSD = jax.vmap(bag)(tags_BND, batch["bags"], batch["weights"])
     context_BD = jnp.concatenate(
-        [rows["users"][places["users"]].sum(-2), rows["cities"][places["cities"]]], -1
+        [rows["users"][local_ids["users"]].sum(-2), rows["cities"][local_ids["cities"]]], -1
     )
     context_BSD = jnp.repeat(context_BD[:, None], S, axis=1)
     x_BSD = jnp.concatenate([items["items"], mean_BSD, weighted_BSD, context_BSD], -1)
@@ -123,7 +123,7 @@ def make_step(tables, states, mesh, compiler_options=None):
     def step(state, batch, max_norm):
         params, arrays, states = state
         reads = tables.read(arrays, states, ids_of(batch))
-        sums, grads = value_and_grad(params, reads.rows, reads.places, batch)
+        sums, grads = value_and_grad(params, reads.rows, reads.local_ids, batch)
         (loss, num_targets), of_params = jax.lax.psum((sums, grads[0]), "data")
         reads, of_tables = tables.sum_grads(reads, grads[1], {})
         grads = jax.tree.map(lambda g: g / num_targets, (of_params, of_tables))
@@ -199,8 +199,8 @@ def test_tables_of_all_kinds_learn_what_dense_gradients_teach_them(data, model):
     trained = run(data, model)
     assert_close(trained, run_dense())
     users = trained[0][1]["users"]
-    touched = np.union1d(0, [user_rows(make_batch(seed)["users"]) for seed in range(STEPS)])
-    resting = np.setdiff1d(np.arange(len(users)), touched)
+    entry_ids = np.union1d(0, [user_rows(make_batch(seed)["users"]) for seed in range(STEPS)])
+    resting = np.setdiff1d(np.arange(len(users)), entry_ids)
     assert 0 < len(resting) < len(users)
     np.testing.assert_array_equal(users[resting], WHOLE["users"][resting])  # no decay either
 

@@ -22,7 +22,7 @@ from rec_jax.models.ranker import ScoreRanker
 from rec_jax.models.registry import model_builder
 from rec_jax.models.sasrec import SASRecConfig
 from rec_jax.models.scoring import SequenceRanker, top_items
-from rec_jax.models.semantic_ids import CodesConfig, numbered_codes
+from rec_jax.models.semantic_ids import SemanticIdsConfig, numbered_semantic_ids
 from rec_jax.models.tiger import TigerConfig
 from rec_jax.nn.quantized import QuantizedTable
 from rec_jax.objectives.catalogue import Catalogue
@@ -61,8 +61,8 @@ def row_sharded():
 
 def beam():
     config = TigerConfig(width=8, ff_width=8, num_heads=2, num_layers=1, dropout=0.0)
-    codes = numbered_codes(NUM_ITEMS, CodesConfig(num_codes=3))
-    model, params = init_model(model_builder(config, NUM_ITEMS, MAX_LEN, codes), seed=0)
+    semantic_ids = numbered_semantic_ids(NUM_ITEMS, SemanticIdsConfig(codebook_size=3))
+    model, params = init_model(model_builder(config, NUM_ITEMS, MAX_LEN, semantic_ids), seed=0)
     return BeamRanker(model, params, NUM_ITEMS, MAX_LEN, make_mesh(MeshConfig(data=2)), num_beams=7)
 
 
