@@ -14,7 +14,7 @@ Measured: docs/reproduction.md, "Every model on your own log".
 from configs import common
 from rec_jax.config import to_config_dict
 
-# Settings that were good on MovieLens and Beauty; all others are the defaults of the model.
+# Settings that were good on MovieLens and Beauty; everything else is at the default of the model.
 COSINE = {"l2_normalize": True, "temperature": 0.05}
 SETTINGS = {
     "sasrec": {"dropout": 0.3},
@@ -32,7 +32,7 @@ def get_config(variant=None):
     cfg = common.base()
     cfg.data.max_len = 100
     cfg.model = to_config_dict(common.MODEL_CONFIGS[model]())
-    cfg.model.update(SETTINGS[model])
+    cfg.model.update(SETTINGS.get(model, {}))
     cfg.train.epochs = 200
     cfg.train.patience = 5
     cfg.train.eval_every_epochs = 2.0
