@@ -1,4 +1,4 @@
-"""What the pages of the README and docs/ contain: code blocks, and commands in them."""
+"""Code blocks of the README and docs/, and the commands in them."""
 
 import pathlib
 import re
