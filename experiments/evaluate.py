@@ -54,8 +54,8 @@ def main():
 
 
 def _compare(experiment, ensemble, rankers: dict) -> dict[str, dict]:
-    """Prints and returns the ratio of the ensemble's NDCG@10 to that of each run, with its bootstrap interval and
-    the p-value of a paired randomization test."""
+    """Prints and returns the ratio of the ensemble's NDCG@10 to that of each run, with its bootstrap interval
+    and the p-value of a paired randomization test."""
     from rec_jax.eval.evaluator import per_example
     from rec_jax.eval.metrics import bootstrap_ratio, paired_test
     from rec_jax.report import print_table
@@ -78,7 +78,7 @@ def _compare(experiment, ensemble, rankers: dict) -> dict[str, dict]:
 
 
 def _define_config():
-    """Defines a flag for each key of the config section eval. A flag that is not given keeps the run's value."""
+    """Defines a flag for each key of the config section eval. Flags that are not given change nothing."""
     from rec_jax.config import to_config_dict
     from rec_jax.eval.evaluator import EvalConfig
 
@@ -87,8 +87,8 @@ def _define_config():
         return config_flags.DEFINE_config_dict(
             "config",
             cfg,
-            "Overrides of the run's config; only the keys of eval can be set. Keys that are not given keep the "
-            "values of the run, not the defaults below.",
+            "Changes to the run's config; only keys of eval. A key that is not given keeps the value of the "
+            "run, not the default shown here.",
         )
 
 

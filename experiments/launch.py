@@ -1,4 +1,4 @@
-"""The frame of every command: flags, devices, processes and error messages."""
+"""Start of every command: its common flags, devices, processes and error messages."""
 
 import contextlib
 import itertools
@@ -57,8 +57,8 @@ def launch(main) -> None:
 
 
 class ConfigParser(config_flags.ConfigFileFlagParser):
-    """Loads a config file. A flag such as --config.loss.type=gbce determines the keys of its section, so it is
-    applied first, regardless of its position on the command line."""
+    """Loads a config file. A flag such as --config.loss.type=gbce determines the keys of its section, so it
+    is applied first, regardless of its position on the command line."""
 
     def parse(self, path):
         config = super().parse(path)

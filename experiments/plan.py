@@ -4,9 +4,9 @@
     python -m experiments.plan --config=configs/large_tables.py:1b --compile
 
 The devices need not exist: the plan is for mesh.data times mesh.model of them. --compile also compiles the
-training step for so many virtual CPU devices, without allocating its arrays, and prints the compiler's figures:
-memory per device and bytes sent by each kind of collective. (Accelerators partition the same program in the
-same way, but their temporary memory differs.) With table.layout=auto the plan chooses the layout.
+training step for so many virtual CPU devices, without allocating its arrays, and prints the compiler's
+figures: memory per device and bytes sent by each kind of collective. (Accelerators partition the same program
+in the same way, but their temporary memory differs.) With table.layout=auto the plan chooses the layout.
 """
 
 import dataclasses

@@ -172,8 +172,8 @@ def _check_same_protocol(results: dict[str, list[dict]]) -> None:
         for key in ("split", "num_items", "filter_seen"):
             if run[key] != reference[key]:
                 raise ValueError(
-                    f"{key}={run[key]!r} of {name}, but {reference[key]!r} of {first}: remove the run that does "
-                    "not belong to this table from --output, or use another --output"
+                    f"{key}={run[key]!r} of {name}, but {reference[key]!r} of {first}: remove the run that "
+                    "does not belong to this table from --output, or use another --output"
                 )
 
 

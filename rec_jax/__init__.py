@@ -13,7 +13,7 @@ are bool, True for real tokens. Times are integer seconds, UTC.
 
 
 def load(*workdirs, dims: int = 0):
-    """Returns a `Recommender` that uses the model trained in a workdir, or the mean of several models' scores.
+    """Returns a `Recommender` for the model trained in a workdir, or for the ensemble of several.
 
         rec_jax.load("runs/mine").recommend(["i5", "i6"], k=10)
 

@@ -1,8 +1,8 @@
 """Conversion between the mutable `ConfigDict` of the command line and frozen dataclasses, with strict checks.
 
 Each default is written once, in its dataclass. `to_config_dict(TrainConfig())` copies the defaults into a
-`ConfigDict` that a config file and the command line can change. `build(TrainConfig, cfg)` checks every key and
-type on the way back. `cfg` is always the mutable `ConfigDict`, `config` the frozen dataclass.
+`ConfigDict` that a config file and the command line can change. `build(TrainConfig, cfg)` checks every key
+and type on the way back. `cfg` is always the mutable `ConfigDict`, `config` the frozen dataclass.
 
 A field is an int, float, bool or str, a Literal, a tuple[X, ...] of these, a dataclass, or a union of
 dataclasses, which are distinguished by the default of their field `type`. Every field has a default.
@@ -20,15 +20,15 @@ from ml_collections import ConfigDict
 def build(cls, cfg: Mapping, name: str = ""):
     """Builds the frozen dataclass `cls` from `cfg`, including nested dataclasses.
 
-    A key that is missing in `cfg` takes the default of the dataclass. An int is accepted for a float and a list
-    for a tuple; nothing else is converted.
+    A key that is missing in `cfg` takes the default of the dataclass. An int is accepted for a float and a
+    list for a tuple; nothing else is converted.
 
     Args:
       cfg: a ConfigDict, or any mapping (a config read back from JSON).
       name: path of `cfg` in the whole config (`train`), for error messages.
 
-    Raises ValueError for an unknown key (naming the closest known key), for a value of the wrong type, and for
-    values that the dataclass itself refuses.
+    Raises ValueError for an unknown key (naming the closest known key), for a value of the wrong type, and
+    for values that the dataclass itself refuses.
     """
     hints = _hints(cls)
     values = {}
@@ -57,7 +57,7 @@ def override(cls, cfg: ConfigDict, values: Mapping[str, Any]) -> None:
     """Sets keys of `cfg`, as in {"loss.type": "gbce", "loss.num_negatives": 64}. Types are set first, because
     they determine which keys a section has.
 
-    cls: the dataclass of the whole config. Raises ValueError as in `switch_type`, KeyError for an unknown key.
+    cls: the dataclass of the whole config. Raises ValueError as `switch_type`, KeyError for an unknown key.
     """
     for name, value in values.items():
         if name.endswith(".type"):
@@ -66,8 +66,8 @@ def override(cls, cfg: ConfigDict, values: Mapping[str, Any]) -> None:
 
 
 def switch_type(cls, cfg: ConfigDict, section: str, new: str) -> None:
-    """Replaces `cfg.section` by the config of another type. A key that both types have keeps its value if that
-    differs from the old type's default; every other key gets the new type's default.
+    """Replaces `cfg.section` by the config of another type. A key that both types have keeps its value if
+    that differs from the old type's default; every other key gets the new type's default.
 
     cls: the dataclass of the whole config. section: the name of a field. If the field is not a union of
     dataclasses, its `type` is an ordinary value and nothing happens.
@@ -100,7 +100,7 @@ def _dataclasses_of(hint) -> tuple:
 
 
 def _convert(value: Any, hint: Any, name: str, owner: str):
-    """Returns `value` as the annotated type `hint`. Raises ValueError, naming the field, if it does not fit."""
+    """Returns `value` as the annotated type `hint`. Raises ValueError, naming the field, if it cannot."""
     origin, args, classes = typing.get_origin(hint), typing.get_args(hint), _dataclasses_of(hint)
     if origin is Literal:
         _check_choice(name, value, args, f" ({owner})")

@@ -44,8 +44,8 @@ from rec_jax.workdir import training_lock
 class Experiment:
     """A config and its working directory, `workdir`, which holds all files that the run writes.
 
-    base: parameters of a trained run, for a run that starts from them. dataset, semantic_ids: given if they are
-    loaded already.
+    base: parameters of a trained run, for a run that starts from them. dataset, semantic_ids: given if they
+    are loaded already.
     """
 
     def __init__(self, config: ExperimentConfig, workdir, base=None, dataset=None, semantic_ids=None):
@@ -71,9 +71,9 @@ class Experiment:
         if missing := set(columns) - {feature.name for feature in self.dataset.schema}:
             fields = " and ".join(sorted({"data.time" if x == "time" else "data.features" for x in missing}))
             raise ValueError(
-                f"model.type={self.config.model.type!r} reads {', '.join(sorted(missing))} of each event, but "
-                f"this log has no such column: name the column in {fields}, or look in the model's config for "
-                "a setting that does not need it"
+                f"model.type={self.config.model.type!r} reads {', '.join(sorted(missing))} of each event, "
+                f"but this log has no such column: name it in {fields}, or see the comments in the model's "
+                "config on settings that do without"
             )
 
     def builder(self, config: ExperimentConfig):
@@ -219,8 +219,8 @@ class Experiment:
     def step(self, total_steps: int = 1, teachers=None) -> TrainStep:
         """Returns the training step.
 
-        total_steps: length of the training, for schedules. teachers: required for training if the config names
-        some; None if the step is not used for training.
+        total_steps: length of the training, for schedules. teachers: required for training if the config
+        names some; None if the step is not used for training.
         """
         config = self.config
         if teachers is None:
@@ -279,13 +279,13 @@ class Experiment:
             if teacher.max_len < self.config.data.max_len:
                 raise ValueError(
                     f"teachers={workdir} reads data.max_len={teacher.max_len} events, this run "
-                    f"{self.config.data.max_len}: set data.max_len to at most {teacher.max_len} (DistillConfig)"
+                    f"{self.config.data.max_len}: lower data.max_len to {teacher.max_len} (DistillConfig)"
                 )
             if teacher.model.is_causal != self.model.is_causal or teacher.model.is_generative:
                 raise ValueError(
-                    f"teachers={workdir} is a model of type {teacher.model_config.type!r}, which cannot teach "
-                    f"model.type={self.config.model.type!r}: both must predict the next item, or both masked "
-                    "items, and the teacher must have item vectors; choose another teacher (DistillConfig)"
+                    f"teachers={workdir} has model.type={teacher.model_config.type!r}, which cannot teach "
+                    f"{self.config.model.type!r}: choose a teacher that has item vectors and that predicts "
+                    "the same as this model, either the next item or masked items (DistillConfig)"
                 )
             teachers.append((teacher.model, replicate(dequantize_params(teacher.params), self.mesh)))
         return teachers
@@ -304,7 +304,7 @@ class Experiment:
         return make_ranker(self.model, params, *sizes, self.mesh, schema=schema, tables=tables)
 
     def evaluate(self, ranker: Ranker, part: str, *, quick: bool = False) -> dict:
-        """Returns every metric of one part ("val" or "test"). quick: without intervals and the sampled protocol."""
+        """Returns every metric of one part, "val" or "test". quick: no intervals, no sampled protocol."""
         config = self.config.eval
         if quick:
             config = dataclasses.replace(config, bootstrap=0, sampled_negatives=0)

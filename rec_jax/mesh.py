@@ -1,4 +1,4 @@
-"""Meshes: the only module that makes meshes, names their axes and places batches and parameters on devices."""
+"""Meshes: the only module that makes them, names their axes, and places batches and replicated arrays."""
 
 import os
 from dataclasses import dataclass
@@ -41,8 +41,8 @@ def use_cpu_cores() -> None:
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """Returns a mesh with the axes "data" and "model" over the first devices, or over all devices if there are
-    several processes.
+    """Returns a mesh with the axes "data" and "model" over the first devices, or over all devices if there
+    are several processes.
 
     The devices of a process are neighbours along "data", so that each process feeds its own rows of a batch.
 
@@ -61,8 +61,8 @@ def make_mesh(config: MeshConfig) -> Mesh:
     if num_processes > 1 and (num_local % model or data * model != num_processes * num_local):
         raise ValueError(
             f"mesh.data={data} times mesh.model={model} but this is one of {num_processes} processes, with "
-            f"{num_local} of {len(devices)} devices: give each process the same number of devices, a multiple "
-            "of mesh.model, and leave mesh.data at 0 to use them all"
+            f"{num_local} of {len(devices)} devices: give each process the same number of devices, a "
+            "multiple of mesh.model, and leave mesh.data at 0 to use them all"
         )
     return Mesh(np.array(devices[: data * model]).reshape(data, model), ("data", "model"))
 

@@ -1,9 +1,9 @@
 """Several processes of one run: initialisation, barriers, broadcasts. No cost if there is only one process.
 
-The processes share a file system. Process 0 prints and writes files for all. All run the same computation, and
-each feeds data to its own devices. A process that fails exits without waiting for the others. JAX then ends the
-others with its own error message: at once if process 0 has failed, otherwise at the latest 100 s after the last
-heartbeat of the failed process.
+The processes share a file system. Process 0 prints and writes files for all. All run the same computation,
+and each feeds data to its own devices. A process that fails exits without waiting for the others. JAX then
+ends the others with its own error message: at once if process 0 has failed, otherwise at the latest 100 s
+after the last heartbeat of the failed process.
 """
 
 import contextlib
@@ -116,8 +116,8 @@ def of_first(value: float) -> float:
 
 
 def whole(array) -> np.ndarray:
-    """Returns the whole array as a NumPy array in every process, gathering its shards. All processes must call
-    it."""
+    """Returns the whole array as a NumPy array in every process, gathering its shards. All processes must
+    call it."""
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
         return multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)

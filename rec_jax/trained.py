@@ -29,13 +29,13 @@ _USER_COLUMNS = ("offsets", "items", "times", "seen_offsets", "seen_items")
 
 @dataclass(frozen=True)
 class ShardedTable:
-    """A row-sharded leaf of the parameters. `placement` (`tables.exchange.Placement`) maps ids to its rows."""
+    """A row-sharded leaf of the parameters. `placement`, a `tables.exchange.Placement`, maps ids to rows."""
 
     array: jax.Array
     placement: object
 
     def chunks(self):
-        """Yields blocks of entries in the order of ids, on the host: a whole copy might not fit into memory."""
+        """Yields blocks of entries on the host, in the order of ids: a whole copy might not fit there."""
         num_rows, row_bytes = self.placement.num_rows, self.array[:1].nbytes
         size = min(num_rows, max(1, _CHUNK_BYTES // row_bytes))
         replicated = jax.sharding.NamedSharding(self.array.sharding.mesh, jax.sharding.PartitionSpec())
@@ -129,8 +129,8 @@ class TrainedModel:
     def load(cls, workdir) -> "TrainedModel":
         """Loads the model of a run and verifies the checksums of all its files.
 
-        Raises ValueError if there is no model, if no version is intact, or if another version of rec_jax wrote
-        it.
+        Raises ValueError if there is no model, if no version is intact, or if another version of rec_jax
+        wrote it.
         """
         workdir = Path(workdir)
         root = workdir / FOLDER
@@ -258,7 +258,7 @@ class TrainedModel:
         """The last events of each user. Raises ValueError if the run did not keep them."""
         if "users" not in self.about["catalogue"]:
             raise ValueError(
-                f"{self.workdir} was trained without keeping users (--nokeep_users): give a history of item ids"
+                f"{self.workdir} was trained without keeping users (--nokeep_users): give a history instead"
             )
         entries = self.about["catalogue"]["users"]
         columns = {name: self._array(entries[name]) if name in entries else None for name in _USER_COLUMNS}
@@ -334,8 +334,8 @@ class TrainedModel:
 
 
 def check_same_split(models: list[TrainedModel]) -> None:
-    """Raises ValueError for models that cannot form an ensemble: models of different splits (one may have been
-    trained on the other's test targets), or models that do not score every item."""
+    """Raises ValueError for models that cannot form an ensemble: models of different splits (one may have
+    been trained on the other's test targets), or models that do not score every item."""
     first, *others = models
     for model in models if others else ():
         if model.model.is_generative:

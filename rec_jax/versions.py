@@ -123,8 +123,8 @@ def link(source, target) -> None:
 
 
 def newest(root: Path) -> tuple[Path, dict]:
-    """Returns (folder, about) of the current version, after a check of all its files. If it is damaged, says so
-    on stderr and returns the newest intact version instead.
+    """Returns (folder, about) of the current version, after a check of all its files. If it is damaged, says
+    so on stderr and returns the newest intact version instead.
 
     Raises:
       DamagedError: no version is intact.
@@ -147,7 +147,7 @@ def newest(root: Path) -> tuple[Path, dict]:
 
 
 def current(root: Path) -> tuple[Path, dict] | None:
-    """Returns (folder, about) of the current version without a check of its files; None if it cannot be read."""
+    """Returns (folder, about) of the current version, its files unchecked; None if it cannot be read."""
     try:
         folder = root / (root / _POINTER).read_text().strip()
         return folder, read_about(folder)
@@ -171,8 +171,8 @@ def read_about(folder: Path) -> dict:
     about = json.loads(text)
     if about["format"] != FORMAT:
         raise ValueError(
-            f"{folder} has format {about['format']}, but this version of rec_jax reads format {FORMAT}; it was "
-            f"{OTHER_VERSION}"
+            f"{folder} has format {about['format']}, but this version of rec_jax reads format {FORMAT}: the "
+            f"model was {OTHER_VERSION}"
         )
     return about
 
@@ -195,7 +195,7 @@ def read_strings(folder: Path, entry: dict) -> Strings:
 
 
 def check(folder: Path) -> dict:
-    """Returns the content of about.json. Raises DamagedError, naming the file, if one is not as it was written."""
+    """Returns the content of about.json. Raises DamagedError, naming the file, if any file has changed."""
     about = read_about(folder)
     for name, (size, digest) in about["files"].items():
         path = folder / name

@@ -17,10 +17,10 @@ LOCK = "training.lock"
 def training_lock(workdir) -> Iterator[None]:
     """Holds a lock on WORKDIR/training.lock, in which it names this process.
 
-    The kernel releases the lock when the process ends, even by SIGKILL, so nobody has to remove it by hand. The
-    file stays; it is empty while no training runs.
+    The kernel releases the lock when the process ends, even by SIGKILL, so nobody has to remove it by hand.
+    The file stays; it is empty while no training runs.
 
-    Raises ValueError, naming the process, if another training (of any process, also of this one) has the lock.
+    Raises ValueError, naming the process, if another training, even one of this process, has the lock.
     """
     with (pathlib.Path(workdir) / LOCK).open("a+", encoding="utf-8") as file:
         try:
@@ -29,8 +29,8 @@ def training_lock(workdir) -> Iterator[None]:
             file.seek(0)
             holder = file.read() or "another process"
             raise ValueError(
-                f"--workdir={workdir}: another training is running in this directory, {holder}: wait until it "
-                "ends, stop it, or train in another directory"
+                f"--workdir={workdir}: another training is running there, {holder}: wait until it ends, stop "
+                "it, or train in another directory"
             ) from None
         file.truncate(0)
         file.write(_this_process())

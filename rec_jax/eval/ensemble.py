@@ -12,8 +12,8 @@ class EnsembleRanker(ScoreRanker):
     """Ranks by the mean of several rankers' scores. For each history, the scores of a ranker are first
     standardised to mean 0 and variance 1 over the catalogue.
 
-    The mean of log-probabilities would rank like the mean of raw scores, because the normaliser of a softmax is
-    the same for all items. A run with larger scores, due to its temperature or loss, would then dominate.
+    The mean of log-probabilities would rank like the mean of raw scores, because the normaliser of a softmax
+    is the same for all items. A run with larger scores, due to its temperature or loss, would then dominate.
     """
 
     def __init__(self, rankers):

@@ -37,8 +37,8 @@ class EvalConfig:
 
 
 def check_eval(config: EvalConfig, histories, split, seed: int = 0) -> None:
-    """Raises each ValueError that a later evaluation of the val or test part would raise. A training that could
-    not be evaluated is so refused before its first step."""
+    """Raises each ValueError that a later evaluation of the val or test part would raise, to refuse a training
+    that cannot be evaluated before its first step."""
     for part in ("val", "test"):
         ex = _drawn(_held_out(histories, split, part), config.max_examples, seed)
         if config.sampled_negatives:
@@ -127,10 +127,11 @@ def evaluate(ranker: Ranker, histories, split, part: str, config: EvalConfig, se
     """Returns every metric of one part ("val" or "test") of a split, as plain numbers.
 
     The headline metrics (`ndcg@10`) follow `config.filter_seen`; those with a prefix, `filtered/` and
-    `unfiltered/`, are given for both policies. `ndcg@10_ci` is the bootstrap interval. `by_history_length` and
-    `by_popularity` break the headline metrics down. `sampled100/...` is present only if
-    config.sampled_negatives is set, with a warning. `untrained_items` is the number of items without a training
-    event, which are ranked like all others; `untrained@10` is their share of all top-10 recommendations.
+    `unfiltered/`, are given for both policies. `ndcg@10_ci` is the bootstrap interval. `by_history_length`
+    and `by_popularity` break the headline metrics down. `sampled100/...` is present only if
+    config.sampled_negatives is set, with a warning. `untrained_items` is the number of items without a
+    training event, which are ranked like all others; `untrained@10` is their share of all top-10
+    recommendations.
     """
     held_out = _held_out(histories, split, part)
     ex = _drawn(held_out, config.max_examples, seed)
@@ -165,8 +166,8 @@ def evaluate(ranker: Ranker, histories, split, part: str, config: EvalConfig, se
         name = f"sampled{config.sampled_negatives}"
         result |= {f"{name}/{key}": float(value.mean()) for key, value in sampled.items()}
         result[f"{name}/warning"] = (
-            "ranks against a few random items only: such metrics can order models wrongly (Krichene & Rendle, "
-            "KDD 2020); use them only to compare with the table of the SASRec paper"
+            "ranks against a few random items only; such metrics can order models wrongly (Krichene & "
+            "Rendle, KDD 2020): use them only to compare with the table of the SASRec paper"
         )
     result["num_examples"], result["num_held_out"] = len(ex.users), len(held_out.users)
     result["filter_seen"] = config.filter_seen

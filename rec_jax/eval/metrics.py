@@ -16,8 +16,8 @@ def hit_rate(greater, equal, k: int) -> np.ndarray:
 
 
 def ndcg(greater, equal, k: int) -> np.ndarray:
-    """The expectation of 1 / log2(1 + rank) if rank <= k, else 0. Source: Jarvelin & Kekalainen 2002; with one
-    target the ideal gain is 1."""
+    """The expectation of 1 / log2(1 + rank) if rank <= k, else 0. Source: Jarvelin & Kekalainen 2002; with
+    one target the ideal gain is 1."""
     return _mean_gain(1 / np.log2(np.arange(2, k + 2)), greater, equal)
 
 
@@ -32,7 +32,7 @@ def mean_rank(greater, equal) -> np.ndarray:
 
 
 def _mean_gain(gains: np.ndarray, greater, equal) -> np.ndarray:
-    """The mean gain over the tied ranks; `gains[i]` is the gain of rank i + 1, and later ranks have gain 0."""
+    """The mean gain over the tied ranks. `gains[i]` is that of rank i + 1; later ranks have gain 0."""
     total = np.concatenate([[0.0], np.cumsum(gains)])
     last = len(gains)
     first_tied = np.minimum(greater, last)
@@ -41,7 +41,7 @@ def _mean_gain(gains: np.ndarray, greater, equal) -> np.ndarray:
 
 
 def rank_metrics(greater, equal, ks, num_items: int) -> dict[str, np.ndarray]:
-    """Returns {name: f64[E]}, every metric of each example. `mrr` is not cut off: it uses the whole catalogue."""
+    """Returns {name: f64[E]}, every metric of each example. `mrr` uses all ranks, without a cutoff."""
     values = {}
     for k in ks:
         hits = hit_rate(greater, equal, k)
@@ -68,8 +68,8 @@ def _sum_by_user(values, users) -> np.ndarray:
 def bootstrap_interval(
     values: np.ndarray, num: int, seed: int, level: float = 0.95, users=None
 ) -> list[float]:
-    """Percentile bootstrap interval [low, high] of the mean over examples. Users are resampled, each with all of
-    their examples.
+    """Percentile bootstrap interval [low, high] of the mean over examples. Users are resampled, each with all
+    of their examples.
 
     values: f64[E]. num: number of resamples. users: int[E], the user of each example; None = all different.
     Source: Efron 1979.
@@ -89,8 +89,8 @@ def bootstrap_ratio(
 ) -> tuple[float, list[float]]:
     """Returns (mean of values / mean of reference, percentile bootstrap interval of this ratio).
 
-    Both values of an example are resampled together, so that examples that are hard for both models do not widen
-    the interval.
+    Both values of an example are resampled together, so that examples that are hard for both models do not
+    widen the interval.
 
     values, reference: f64[E], of the same examples. users: as in `bootstrap_interval`.
     """
@@ -131,8 +131,8 @@ def recommendation_metrics(times_shown_V: np.ndarray, train_counts_V: np.ndarray
     Both without the padding id.
 
     Returns the coverage (share of the catalogue that was recommended at least once), the Gini coefficient of
-    the recommendations (0 = all items equally often, near 1 = always the same few items), and the mean training
-    count of the recommended items.
+    the recommendations (0 = all items equally often, near 1 = always the same few items), and the mean
+    training count of the recommended items.
     """
     shown = np.sort(times_shown_V.astype(np.float64))
     num, total = len(shown), max(1.0, shown.sum())

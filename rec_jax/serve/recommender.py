@@ -34,8 +34,8 @@ class Recommendation:
 class Recommendations(Sequence):
     """A list of recommendations, best first.
 
-    history: (item id, title) of the events that the model read, oldest first. notes: remarks for the user, such
-    as why the list is short.
+    history: (item id, title) of the events that the model read, oldest first. notes: remarks for the user,
+    such as why the list is short.
     """
 
     items: tuple[Recommendation, ...]
@@ -70,8 +70,8 @@ class Candidates:
 class Recommender:
     """Recommends items with a trained model, or with the mean of several models of the same split.
 
-    dims: score by the first `dims` dims of the vectors; 0 = all. mesh: None = the first device, the fastest for
-    a single request.
+    dims: score by the first `dims` dims of the vectors; 0 = all. mesh: None = the first device, the fastest
+    for a single request.
     """
 
     def __init__(self, models: Sequence[TrainedModel], dims: int = 0, mesh=None):
@@ -143,7 +143,7 @@ class Recommender:
         if times is None:
             if reads_times:
                 notes.append(
-                    "this model reads times, but none were given: all events count as simultaneous (set times)"
+                    "this model reads times but none were given: all events count as simultaneous (set times)"
                 )
             return Queries.one(items)
         times = np.asarray(times, np.int64)
@@ -219,7 +219,7 @@ class Recommender:
             yield batch, ids_BK, scores_BK
 
     def _query_users(self, users: np.ndarray) -> tuple[Queries, tuple]:
-        """Returns (queries of the users' last events, (rows, items) of all items that the users have seen)."""
+        """Returns (queries of the users' last events, (rows, items) of all items that they have seen)."""
         stored = self.model.users
         queries = Queries(stored.columns, stored.offsets[users], stored.offsets[users + 1], users)
         starts, ends = stored.seen_offsets[users], stored.seen_offsets[users + 1]
