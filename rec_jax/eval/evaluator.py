@@ -37,8 +37,8 @@ class EvalConfig:
 
 
 def check_eval(config: EvalConfig, histories, split, seed: int = 0) -> None:
-    """Raises each ValueError that a later evaluation of the val or test part would raise, to refuse a training
-    that cannot be evaluated before its first step."""
+    """Raises each ValueError that a later evaluation of the val or test part would raise, so that a
+    training that cannot be evaluated is refused before its first step."""
     for part in ("val", "test"):
         ex = _drawn(_held_out(histories, split, part), config.max_examples, seed)
         if config.sampled_negatives:
