@@ -29,8 +29,7 @@ to_parts.defvjp(lambda x: (x, None), lambda _, grad: (jax.lax.psum(grad, "model"
 
 @jax.custom_vjp
 def sum_parts(x):
-    """Leaves such a block: returns the sum of the parts; the backward pass copies its gradient to all
-    parts."""
+    """Leaves such a block: returns the sum of the parts; the backward pass gives each part its gradient."""
     return jax.lax.psum(x, "model")
 
 

@@ -104,7 +104,7 @@ class QuantizedKernel(ParamValue):
         return y_TF.astype(x_TD.dtype)
 
     def matmul_transposed(self, y_TF) -> jax.Array:
-        """Returns x_TD = y @ kernel.T in the type of y, in f32, because the scales are on the summed dim."""
+        """Returns x_TD = y @ kernel.T in the type of y. Computed in f32: the scales are on the summed dim."""
         scaled_TF = y_TF.astype(jnp.float32) * self.weight.scale.reshape(1, -1).astype(jnp.float32)
         codes_FD = self.weight.qvalue.reshape(self.shape).T.astype(jnp.float32)
         return jnp.dot(scaled_TF, codes_FD).astype(y_TF.dtype)

@@ -53,10 +53,10 @@ def run(mesh, ids, capacity, optimizer=None, grads=None, table=TABLE, steps=1):
     )
     def step(table_vD, state, ids_N, grads_ND):
         distinct = dedupe_physical(PLACEMENT, ids_N)
-        rows_UD, rounds = read_sharded(optimizer, table_vD, state, distinct.rows_U, capacity)
-        grads_UD = jnp.zeros_like(rows_UD).at[distinct.local_ids_N].add(grads_ND)
+        entries_UD, rounds = read_sharded(optimizer, table_vD, state, distinct.rows_U, capacity)
+        grads_UD = jnp.zeros_like(entries_UD).at[distinct.local_ids_N].add(grads_ND)
         table_vD, state, _ = update_sharded(optimizer, table_vD, state, distinct.rows_U, grads_UD, capacity)
-        return rows_UD[distinct.local_ids_N], table_vD, state, rounds
+        return entries_UD[distinct.local_ids_N], table_vD, state, rounds
 
     for _ in range(steps):
         rows, array, state, rounds = step(array, state, jnp.asarray(ids), grads)

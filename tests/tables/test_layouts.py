@@ -38,11 +38,11 @@ def compiled_on(name, data, model):
     def step(arrays, state, ids_N, grads_ND):
         read = layout.read(OPTIMIZER, arrays, state, jnp.concatenate([jnp.zeros(1, jnp.int32), ids_N]))
         local_ids_N = read.local_ids_N[1:]
-        grads_UD = jnp.zeros_like(read.rows_UD).at[local_ids_N].add(grads_ND)
+        grads_UD = jnp.zeros_like(read.entries_UD).at[local_ids_N].add(grads_ND)
         entry_ids, grads = layout.sum_grads(read.entry_ids, grads_UD)
         squares = layout.sum_squares(entry_ids, grads)
         arrays, state, again = layout.update(OPTIMIZER, arrays, state, entry_ids, grads)
-        return arrays, state, (read.rows_UD[local_ids_N], read.local_ids_N[:1], squares, again, read.rounds)
+        return arrays, state, (read.entries_UD[local_ids_N], read.local_ids_N[:1], squares, again, read.rounds)
 
     specs = (layout.spec, layout.state_specs(state))
     in_specs, out_specs = (*specs, P("data"), P("data")), (*specs, (P("data"), P("data"), P(), P(), P()))

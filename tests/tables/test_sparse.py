@@ -13,11 +13,11 @@ from rec_jax.tables.sparse import (
     catch_up_adam,
     dedupe,
     dedupe_by_hash,
-    gather_rows,
-    read_rows,
+    gather_entries,
+    read_entries,
     scale_by_rowwise_rss,
     update_rows,
-    write_rows,
+    write_entries,
 )
 
 V, D, N = 50, 4, 12
@@ -73,11 +73,11 @@ def test_hashing_finds_the_distinct_ids_that_sorting_does(ids):
 @pytest.mark.parametrize("bad", [-1, V, V + 3, -V, 2**31 - 1, -(2**31)])
 def test_an_id_that_is_no_row_reads_as_nan_and_is_never_written(bad):
     distinct = dedupe(jnp.array([2, bad, 5, 2]), V)
-    rows = gather_rows(TABLE, distinct.rows_U)
+    rows = gather_entries(TABLE, distinct.rows_U)
     looked_up = np.asarray(rows[distinct.local_ids_N])
     assert np.isnan(looked_up[1]).all()
     np.testing.assert_array_equal(looked_up[[0, 2, 3]], TABLE[np.array([2, 5, 2])])
-    written = np.asarray(write_rows(TABLE, distinct.rows_U, rows * 0 + 9))
+    written = np.asarray(write_entries(TABLE, distinct.rows_U, rows * 0 + 9))
     changed = np.flatnonzero((written != np.asarray(TABLE)).any(-1))
     np.testing.assert_array_equal(changed, [2, 5])
 
@@ -90,7 +90,7 @@ def dense(optimizer, table, state, ids, grads_ND):
 
 def sparse(optimizer, table, state, ids, grads_ND):
     distinct = dedupe(ids, V)
-    rows = gather_rows(table, distinct.rows_U)
+    rows = gather_entries(table, distinct.rows_U)
     grads_UD = jax.grad(lambda rows: jnp.sum(rows[distinct.local_ids_N] * grads_ND))(rows)
     return update_rows(optimizer, table, state, distinct.rows_U, grads_UD)
 
@@ -169,8 +169,8 @@ def test_the_table_is_changed_in_place_and_nothing_of_its_size_is_made(optimizer
 
     def step(table, state, ids, grads):
         distinct = dedupe(ids, rows)
-        rows_UD = gather_rows(table, distinct.rows_U)
-        grads_UD = jnp.zeros_like(rows_UD).at[distinct.local_ids_N].add(grads)
+        entries_UD = gather_entries(table, distinct.rows_U)
+        grads_UD = jnp.zeros_like(entries_UD).at[distinct.local_ids_N].add(grads)
         return update_rows(optimizer, table, state, distinct.rows_U, grads_UD)
 
     memory = jax.jit(step, donate_argnums=(0, 1)).lower(table, state, *args).compile().memory_analysis()
@@ -192,7 +192,7 @@ def test_adam_with_catch_up_follows_dense_adam():
         batch = jnp.array([row]), jnp.asarray(RNG.normal(size=(1, D)) + 1, jnp.float32)
         for name, update in updates.items():
             tables[name], states[name] = update(tables[name], states[name], *batch)
-    seen = read_rows(ours, tables["ours"], states["ours"], jnp.arange(V))
+    seen = read_entries(ours, tables["ours"], states["ours"], jnp.arange(V))
     moved = np.asarray(tables["exact"] - TABLE)
     off, off_lazy = np.asarray(seen - tables["exact"]), np.asarray(tables["lazy"] - tables["exact"])
     distinct = slice(3, 14)
