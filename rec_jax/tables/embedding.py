@@ -14,14 +14,15 @@ def sliced(init):
 
     def draw(key, shape, dtype, *args, **kwargs):
         num_rows, dim = shape
-        rows = max(1, _SLICE_ELEMENTS // dim)
-        if num_rows <= rows:
+        slice_rows = max(1, _SLICE_ELEMENTS // dim)
+        if num_rows <= slice_rows:
             return init(key, shape, dtype, *args, **kwargs)
-        keys = jax.random.split(key, -(-num_rows // rows))
+        keys = jax.random.split(key, -(-num_rows // slice_rows))
+        last = num_rows - slice_rows
 
-        def fill(i, table):  # the last slice is moved back to end with the table
-            values = init(keys[i], (rows, dim), dtype, *args, **kwargs)
-            return jax.lax.dynamic_update_slice(table, values, (jnp.minimum(i * rows, num_rows - rows), 0))
+        def fill(i, table):  # the last slice starts earlier, to end with the table
+            values = init(keys[i], (slice_rows, dim), dtype, *args, **kwargs)
+            return jax.lax.dynamic_update_slice(table, values, (jnp.minimum(i * slice_rows, last), 0))
 
         return jax.lax.fori_loop(0, len(keys), fill, jnp.zeros(shape, dtype))
 

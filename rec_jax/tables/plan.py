@@ -43,33 +43,33 @@ def layout_costs(
     that to sum it.
     """
     kind = optimizer if config.optimizer == "dense" else config.optimizer
-    numbers = {
+    state_numbers = {  # per entry
         "sgd": 0,
         "adagrad": dim,
         "rowwise_adagrad": 1,
         "lazy_adam": 2 * dim,
         "catch_up_adam": 2 * dim + 1,
     }
-    state_row = 4 * numbers.get(kind, 2 * dim)
-    row, num_devices = 4 * dim, data * model
-    lookup_bytes = num_ids * (4 + row)  # ids and their gradients
+    entry_state_bytes = 4 * state_numbers.get(kind, 2 * dim)
+    entry_bytes, num_devices = 4 * dim, data * model
+    lookup_bytes = num_ids * (4 + entry_bytes)  # ids and their gradients
     over_data, over_model = (data - 1) / data, (model - 1) / model
 
     def cost(layout, parts, sent):
         rows = num_rows / parts
-        return LayoutCost(layout, round(rows * row), round(rows * state_row), round(sent))
+        return LayoutCost(layout, round(rows * entry_bytes), round(rows * entry_state_bytes), round(sent))
 
     if config.optimizer == "dense":
-        costs = [cost("replicated", 1, 2 * over_data * num_rows * row)]
+        costs = [cost("replicated", 1, 2 * over_data * num_rows * entry_bytes)]
     else:
         costs = [cost("replicated", 1, (data - 1) * lookup_bytes)]
     if num_devices == 1:
         return costs
     if config.optimizer != "dense" and model > 1 and dim % model == 0:
-        gathered = over_model * num_ids * row
-        costs.append(cost("dims", model, gathered + (data - 1) * num_ids * (4 + row / model)))
+        gathered = over_model * num_ids * entry_bytes
+        costs.append(cost("dims", model, gathered + (data - 1) * num_ids * (4 + entry_bytes / model)))
     exchanged = over_data * config.capacity_factor * lookup_bytes / model
-    summed = 2 * over_model * num_ids * row
+    summed = 2 * over_model * num_ids * entry_bytes
     costs.append(cost("rows", num_devices, 2 * exchanged + summed))
     return costs
 
