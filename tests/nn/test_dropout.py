@@ -31,21 +31,21 @@ def test_share_of_zeros_and_scale_of_kept_values(rate):
 
 
 def test_rate_zero_keeps_all_values():
-    np.testing.assert_array_equal(dropout(jnp.ones((2, 3)), keys(rows=2), 0, 0.0), 1)
+    np.testing.assert_array_equal(dropout(jnp.ones((ROWS, *SHAPE)), keys(), 0, 0.0), 1)
 
 
 def test_mask_of_a_row_does_not_depend_on_the_batch():
     whole = masks()
     x = jnp.ones((ROWS, *SHAPE))
-    for rows in (np.arange(ROWS)[::-1], np.array([5]), np.arange(8, 16)):
+    for rows in (np.arange(ROWS)[::-1], np.array([5])):
         key_B = row_keys(jnp.uint32(0), jnp.asarray(rows))
         part = np.asarray(dropout(x[: len(rows)], key_B, 0, 0.5)).reshape(len(rows), NUM) > 0
         np.testing.assert_array_equal(part, whole[rows])
 
 
 def test_backward_pass_uses_the_same_mask():
-    x = jax.random.normal(jax.random.key(0), (ROWS, *SHAPE)) + 10
-    weight = jax.random.normal(jax.random.key(1), x.shape)
+    x, weight = np.random.default_rng(0).normal(size=(2, ROWS, *SHAPE)).astype(np.float32)
+    x += 10
     out, grad = jax.value_and_grad(lambda x: jnp.sum(dropout(x, keys(), 2, 0.3) * weight))(x)
     expected = np.where(np.asarray(dropout(x, keys(), 2, 0.3)) != 0, weight / 0.7, 0)
     np.testing.assert_allclose(grad, expected, rtol=1e-6)
