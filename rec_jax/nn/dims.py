@@ -35,7 +35,7 @@ def named(made, *dims, **sizes: int):
 
 
 def dims_of(variable: nnx.Variable) -> tuple[Dim, ...]:
-    """Returns the dims set by `named`. If it was not called, they have no names: nothing splits them."""
+    """Returns the dims set by `named`. Without it they have no names, so nothing splits or shrinks them."""
     return variable.get_metadata().get("dims") or tuple((((None, size),),) for size in variable.shape)
 
 

@@ -52,7 +52,7 @@ def split_dims(dims: dict[str, tuple], parts: int) -> dict[str, int]:
     Heads, channels and experts of a block are split if `parts` divides their number and they are the
     outermost factor of a dim in every parameter of the block; otherwise they are replicated.
     """
-    splits, whole = [], set()
+    splits, unsplit = [], set()
     for name, param_dims in dims.items():
         block = name.split("/")[:2]
         for index, dim in enumerate(param_dims):
@@ -61,9 +61,11 @@ def split_dims(dims: dict[str, tuple], parts: int) -> dict[str, int]:
                 if outer == unit and size % parts == 0:
                     splits.append((name, index, (*block, unit)))
                 else:
-                    whole.add((*block, unit))
+                    unsplit.add((*block, unit))
     return {
-        name: index for name, index, unit in splits if parts > 1 and unit[-1] in _SPLIT and unit not in whole
+        name: index
+        for name, index, unit in splits
+        if parts > 1 and unit[-1] in _SPLIT and unit not in unsplit
     }
 
 
@@ -90,12 +92,12 @@ def partition(params, dims: dict[str, tuple], mesh: Mesh, *, fully_sharded: bool
 def gather(params, specs):
     """Returns parameters gathered over "data"."""
 
-    def whole(x, spec):
+    def gathered(x, spec):
         if "data" not in spec:
             return x
         return jax.lax.all_gather(x, "data", axis=tuple(spec).index("data"), tiled=True)
 
-    return jax.tree.map(whole, params, specs)
+    return jax.tree.map(gathered, params, specs)
 
 
 def reduce(grads, specs, dtype=jnp.float32):

@@ -17,7 +17,7 @@ def time_buckets(seconds: jax.Array, num_buckets: int) -> jax.Array:
     minute 13, a day 37; the largest possible is 71.
 
     Source: `generative_recommenders/research/modeling/sequential/hstu.py` of github.com/facebookresearch/
-    generative-recommenders. Differs: there, the time of a query is that of the event to predict.
+    generative-recommenders. Differs: in that code, a query has the time of the event to predict.
     """
     log = jnp.log(jnp.maximum(jnp.abs(seconds), 1).astype(jnp.float32))
     return jnp.minimum(jnp.floor(log / _BUCKET_WIDTH).astype(jnp.int32), num_buckets - 1)

@@ -4,7 +4,7 @@ The batch is split over "data" and replicated over "model". A device exchanges i
 all-to-all with the devices that share its index in "model", its column; a sum over "model" completes a read.
 All functions except the methods of `Placement` run inside a shard_map over both axes.
 
-Entries are identified here by their row in the sharded array (`Placement`), never by the id of the item.
+This module identifies an entry by its row in the sharded array (see `Placement`), not by its id.
 
 An exchange has a fixed capacity for each pair of devices. Ids that exceed it are not dropped: they are sent
 in further rounds. A round takes, for each owner, the rows below a bound that is the same on all devices. All

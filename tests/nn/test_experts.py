@@ -75,8 +75,8 @@ def reference(config, params, x_BSD, real_BS, capacity, is_gated=False):
                 y_BSD[row, s] += gate * (hidden @ p["down_kernel"][e] + p["down_bias"][e])
         if real_BS[row].any():
             shares, num_real = chosen / chosen.sum(), real_BS[row].sum()
-            balance_of_row = config.num_experts * np.sum(shares * total / num_real)
-            penalty_B[row] = config.balance_weight * num_real * balance_of_row
+            row_balance = config.num_experts * np.sum(shares * total / num_real)
+            penalty_B[row] = config.balance_weight * num_real * row_balance
     return y_BSD, penalty_B
 
 

@@ -69,10 +69,11 @@ def plain(q, k, v, segments, position_bias, time_bias, buckets):
     """All queries at once, in jnp."""
     length = q.shape[1]
     distance = np.arange(length)[:, None] - np.arange(length)
-    seen = (distance >= 0) & (segments[:, :, None] == segments[:, None, :])
+    visible = (distance >= 0) & (segments[:, :, None] == segments[:, None, :])
     logits = jnp.einsum("bqnh,bknh->bnqk", q, k)
     logits += (position_bias[np.maximum(distance, 0)] + time_bias[buckets])[:, None]
-    weights = logits * jax.nn.sigmoid(logits) * seen[:, None] / seen.sum(-1)[:, None, :, None]
+    weights = logits * jax.nn.sigmoid(logits) * visible[:, None]
+    weights /= visible.sum(-1)[:, None, :, None]
     return jnp.einsum("bnqk,bkne->bqne", weights, v)
 
 
