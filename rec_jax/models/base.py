@@ -36,7 +36,7 @@ class SequenceConfig:
     num_future: int = 1  # items to predict at each token in training: the next one, and those after it
 
     def __post_init__(self):
-        self.at_least(width=1, num_layers=0, num_future=1)
+        self.check_minimums(width=1, num_layers=0, num_future=1)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1) ({type(self).__name__})")
         if self.full_width and self.full_width < self.width:
@@ -47,7 +47,7 @@ class SequenceConfig:
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be positive ({type(self).__name__})")
 
-    def at_least(self, **minimums: int) -> None:
+    def check_minimums(self, **minimums: int) -> None:
         """Raises ValueError if a field is below its minimum."""
         for name, minimum in minimums.items():
             if getattr(self, name) < minimum:

@@ -34,11 +34,11 @@ def beam_search(module, batch, query_positions, num_beams: int) -> tuple[jax.Arr
     node_NK = jnp.zeros((len(x_ND), 1), jnp.int32)  # the root
     log_prob_NK = jnp.zeros((len(x_ND), 1))
     for level in range(semantic_ids.num_levels):
-        first, code_of = jnp.asarray(trie.first[level]), jnp.asarray(trie.codes[level])
+        first, code_of = jnp.asarray(trie.first_child[level]), jnp.asarray(trie.codes[level])
         log_prob_NKM = log_prob_NK[..., None] + module.log_probs(x_NKD, node_NK, level)
         width = min(num_beams, len(code_of))
         log_prob_NK, best_NK = jax.lax.top_k(log_prob_NKM.reshape(len(x_ND), -1), width)
-        parent_NK, child_NK = best_NK // trie.most[level], best_NK % trie.most[level]
+        parent_NK, child_NK = best_NK // trie.max_children[level], best_NK % trie.max_children[level]
         node_NK = first[jnp.take_along_axis(node_NK, parent_NK, axis=1)] + child_NK
         if level < semantic_ids.num_levels - 1:
             x_NKD, cache = module.decode(code_of[node_NK], node_NK, level, cache.fork(parent_NK))

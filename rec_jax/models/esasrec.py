@@ -26,7 +26,7 @@ class ESASRecConfig(SASRecConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(conv_width=0)
+        self.check_minimums(conv_width=0)
 
 
 class SwiGLU(nnx.Module):

@@ -26,7 +26,7 @@ class GRU4RecConfig(SequenceConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(num_layers=1, hidden_width=0)
+        self.check_minimums(num_layers=1, hidden_width=0)
 
     @property
     def fixed_layers(self) -> str:

@@ -35,7 +35,7 @@ class HSTUConfig(SequenceConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(num_heads=1, head_width=0, value_width=0, full_heads=0, num_time_buckets=1)
+        self.check_minimums(num_heads=1, head_width=0, value_width=0, full_heads=0, num_time_buckets=1)
         if not self.head_width and self.width % self.num_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide width={self.width}: change one of them, or set "
@@ -86,7 +86,7 @@ class HSTU(SequenceModel):
     item embedding table for inputs and scores.
 
     Source: Zhai et al., ICML'24 (arXiv 2402.17152), equations 1 to 3. Initial values, positions added to the
-    input, places of dropout and the missing final norm, which the paper does not give, are those of the
+    input, where dropout is applied, and the lack of a final norm, which the paper leaves open, are as in the
     research code in github.com/facebookresearch/generative-recommenders.
     Differs: attention is a mean over the events so far; there, it is a sum divided by the length of the
     padded row. The time between query and key is measured from the query's own event; there, from the event

@@ -36,7 +36,7 @@ class LRUConfig(SequenceConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(ff_width=1, conv_width=0)
+        self.check_minimums(ff_width=1, conv_width=0)
 
 
 class GatedRecurrence(nnx.Module):

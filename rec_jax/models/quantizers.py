@@ -146,7 +146,7 @@ def _loss(params, x_BF):
         jnp.sum((stop(residual) - code) ** 2) + _COMMITMENT * jnp.sum((residual - stop(code)) ** 2)
         for residual, code in zip(residuals, chosen, strict=True)
     )
-    quantised_BE = z_BE + stop(sum(chosen) - z_BE)  # straight-through: the gradient of z is that of its codes
+    quantised_BE = z_BE + stop(sum(chosen) - z_BE)  # straight-through estimator
     decoded_BF = _dense(params["decode"], jax.nn.relu(_dense(params["from_latent"], quantised_BE)))
     return (loss + jnp.sum((decoded_BF - x_BF) ** 2)) / len(x_BF)
 

@@ -35,7 +35,7 @@ class SASRecConfig(SequenceConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(num_heads=1, ff_width=1, item_dim=0, head_width=0, num_experts=0)
+        self.check_minimums(num_heads=1, ff_width=1, item_dim=0, head_width=0, num_experts=0)
         if not self.head_width and self.width % self.num_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide width={self.width}: change one of them, or set "

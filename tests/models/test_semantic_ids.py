@@ -81,16 +81,16 @@ def test_the_trie_by_hand():
     # Paths, sorted: 00 (item 2), 02 (item 3), 21 (item 1).
     trie = SemanticIds(np.array([[0, 0], [2, 1], [0, 0], [0, 2]]), codebook_size=3).trie
     np.testing.assert_array_equal(trie.items, [2, 3, 1])
-    np.testing.assert_array_equal(trie.first[0], [0, 2])
-    np.testing.assert_array_equal(trie.first[1], [0, 2, 3])
+    np.testing.assert_array_equal(trie.first_child[0], [0, 2])
+    np.testing.assert_array_equal(trie.first_child[1], [0, 2, 3])
     np.testing.assert_array_equal(trie.codes[0], [0, 2])
     np.testing.assert_array_equal(trie.codes[1], [0, 2, 1])
-    assert trie.most == [2, 2]
+    assert trie.max_children == [2, 2]
     np.testing.assert_array_equal(trie.paths_VQ[1:], [[1, 2], [0, 0], [0, 1]])
 
 
 def test_codes_of_two_items_must_differ():
-    with pytest.raises(ValueError, match="no two of them the same"):
+    with pytest.raises(ValueError, match="no two items may have the same ones"):
         SemanticIds(np.array([[0, 0], [1, 1], [1, 1]]), codebook_size=2)
     with pytest.raises(ValueError, match=r"0\.\.1"):
         SemanticIds(np.array([[0, 0], [1, 2]]), codebook_size=2)
@@ -99,9 +99,9 @@ def test_codes_of_two_items_must_differ():
 @pytest.mark.parametrize(
     "fields, repeats, message",
     [
-        ({"min_used": 0.9, "codebook_size": 16}, 1, "min_used=0.9: of level 1 only 0.062"),
+        ({"min_used": 0.9, "codebook_size": 16}, 1, "min_used=0.9: level 1 uses only 0.062"),
         ({"max_shared": 0.5}, 1, "max_shared=0.5: 1.000 of the items"),
-        ({"codebook_size": 4}, 30, "codebook_size=4: [0-9]+ items share"),
+        ({"codebook_size": 4}, 30, "codebook_size=4: [0-9]+ items share the same codes"),
     ],
 )
 def test_bad_codes_stop_the_run(fields, repeats, message):

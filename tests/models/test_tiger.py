@@ -184,5 +184,5 @@ def test_bad_models_are_refused():
         build(TigerConfig, {"type": "tiger", "width": 8, "num_heads": 3})
     with pytest.raises(ValueError, match="l2_normalize"):
         TigerConfig(l2_normalize=True)
-    with pytest.raises(ValueError, match="codes of 20 items, and 21"):
+    with pytest.raises(ValueError, match="num_items=21, but there are semantic ids of 20 items"):
         init_model(lambda rngs: Tiger(SMALL, 21, MAX_LEN, semantic_ids=some_codes(20), rngs=rngs), seed=0)
