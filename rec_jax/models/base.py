@@ -144,7 +144,7 @@ class SequenceModel(nnx.Module):
         hidden: list | None = None,
         penalties: list | None = None,
     ):
-        """Applies all blocks to the inputs x_BSD. Other arguments: see `__call__`."""
+        """Returns the output of the last block, given x_BSD, the input of the first. See `__call__`."""
         x, stack = ctx.dropout(x_BSD, Site.INPUT, self.config.dropout), self.stack
         for layer, block in enumerate(stack):
             x, penalty_B = block(x, ctx.of_layer(layer, query_positions if layer == len(stack) - 1 else None))

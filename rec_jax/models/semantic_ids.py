@@ -153,18 +153,18 @@ def make_semantic_ids(
 
 
 def count_within(codes_NQ: np.ndarray, counts_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (place int[N], size int[N]): the place of each item among the items with the same codes, and
-    their number.
+    """Returns (rank int[N], size int[N]): the rank of each item among the items with the same codes, and the
+    number of these items.
 
-    Places count from 0, the largest of `counts_N` first, so that the last code alone distinguishes frequent
-    from rare items. Source: TIGER, section 3.1, which leaves the order open.
+    Ranks start at 0, the largest of `counts_N` first, so that the last code alone distinguishes frequent from
+    rare items. Source: TIGER, section 3.1, which leaves the order open.
     """
     group_N = np.unique(codes_NQ, axis=0, return_inverse=True)[1].reshape(-1)
     order = np.lexsort((-counts_N, group_N))
     sizes = np.bincount(group_N)
-    place_N = np.empty(len(order), np.int64)
-    place_N[order] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return place_N, sizes[group_N]
+    rank_N = np.empty(len(order), np.int64)
+    rank_N[order] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return rank_N, sizes[group_N]
 
 
 def _check(config: SemanticIdsConfig, used: list[float], shared: float, largest: int) -> None:
