@@ -25,7 +25,7 @@ ROWS = [[[3, 7, 7, 1], [20], [5, 6, 2, 9, 11]], [[8, 1, 4, 4, 15, 16, 17, 2]]]
 
 @cache  # tests of one model share its programs
 def make(**kwargs):
-    config = GRU4RecConfig(**({"width": 6, "dropout": 0.0} | kwargs))
+    config = GRU4RecConfig(**({"width": 6, "dropout": 0.5} | kwargs))
     model = define_model(model_builder(config, NUM_ITEMS, ROW_LEN))
     return config, model, random_params(model, std=0.6)
 
@@ -111,7 +111,7 @@ def test_later_events_and_other_histories_are_not_used():
 
 
 def test_dropout_is_applied_to_the_inputs_of_each_layer():
-    config, model, params = make(num_layers=2, hidden_width=4, dropout=0.5)
+    config, model, params = make(num_layers=2, hidden_width=4)
     key_B, other_B = (row_keys(jnp.uint32(seed), jnp.arange(2)) for seed in (0, 1))
     ones = [np.ones((2, ROW_LEN, width), np.float32) for width in (6, 4)]
     kept = jax.jit(lambda key_B: [dropout(x, key_B, site, 0.5) for site, x in enumerate(ones)])(key_B)

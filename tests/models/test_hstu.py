@@ -207,14 +207,6 @@ def test_the_input_and_each_layer_have_separate_dropout():
     assert np.any((two - one > 1) != np.isclose(one % 2, added))
 
 
-def test_dropout_depends_on_the_key_and_is_off_without_one():
-    _, model, params = make(dropout=0.5, num_layers=1)
-    keys = [row_keys(jnp.uint32(seed), jnp.arange(1)) for seed in (0, 0, 1)]
-    a, again, other = (encode(model, params, pack(HISTORIES), key) for key in keys)
-    np.testing.assert_array_equal(a, again)
-    assert np.any(a != other) and np.any(a != encode(model, params, pack(HISTORIES)))
-
-
 def test_a_config_names_the_model_and_its_parameters():
     holder = make_dataclass("Holder", [("model", ModelConfig)])
     fields = {"type": "hstu", "width": 6, "num_heads": 3, "num_layers": 1}

@@ -21,7 +21,7 @@ ROWS = [[[3, 7, 7, 1], [20], [5, 6, 2, 9, 11]], [[8, 1, 4, 4, 15, 16, 17, 2]]]
 
 
 def builder(**kwargs):
-    config = LRUConfig(**({"width": WIDTH, "ff_width": 9, "num_layers": 1, "dropout": 0.0} | kwargs))
+    config = LRUConfig(**({"width": WIDTH, "ff_width": 9, "num_layers": 1, "dropout": 0.5} | kwargs))
     return config, model_builder(config, NUM_ITEMS, ROW_LEN)
 
 
@@ -137,7 +137,7 @@ def test_later_events_and_other_histories_are_not_used():
 
 
 def test_dropout_is_applied_to_inputs_and_to_both_parts_of_each_layer():
-    config, model, params = make(num_layers=2, dropout=0.5)
+    config, model, params = make(num_layers=2)
     key_B, other_B = (row_keys(jnp.uint32(seed), jnp.arange(2)) for seed in (0, 1))
     ones = np.ones((2, ROW_LEN, WIDTH), np.float32)
     kept = jax.jit(lambda key_B: [dropout(ones, key_B, site, 0.5) for site in range(5)])(key_B)

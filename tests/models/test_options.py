@@ -30,7 +30,7 @@ def test_all_options_at_once(config_class):
     }
     config = ExperimentConfig(
         data=DataConfig(max_len=MAX_LEN),
-        model=small(config_class, num_future=2 if is_causal else 1),
+        model=small(config_class, num_layers=1, num_future=2 if is_causal else 1),
         loss=SoftmaxConfig(ips_power=0.5, popularity_discount=0.5, matryoshka=(2, 4)),
         train=TrainConfig(batch_rows=4, micro_rows=2),
         **augmentation if is_causal else {},

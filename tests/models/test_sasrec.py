@@ -284,14 +284,6 @@ def test_later_events_and_other_histories_are_not_used(norm, position):
     assert np.all(np.any(x_SD[changed] != y_SD[changed], axis=1))
 
 
-def test_dropout_depends_on_the_key_and_is_off_without_one():
-    _, model, params = make(dropout=0.5, num_layers=1)
-    keys = [row_keys(jnp.uint32(seed), jnp.arange(1)) for seed in (0, 0, 1)]
-    a, again, other = (encode(model, params, HISTORIES, key) for key in keys)
-    np.testing.assert_array_equal(a, again)
-    assert np.any(a != other) and np.any(a != encode(model, params, HISTORIES))
-
-
 @pytest.mark.parametrize(
     "kwargs, message",
     [

@@ -19,6 +19,7 @@ from rec_jax.models.tiger import TigerConfig
 
 NUM_ITEMS, MAX_LEN = 20, 12
 ATTENTION = {"width": 8, "ff_width": 12, "num_heads": 2}
+LRU = LRUConfig(width=8, ff_width=12, conv_width=3)
 CONFIGS = [
     SASRecConfig(num_layers=0, width=8),
     SASRecConfig(**ATTENTION, norm="post", share_layers=True, item_dim=5),
@@ -27,7 +28,7 @@ CONFIGS = [
     HSTUConfig(width=8, num_heads=2, value_width=3),
     HSTUConfig(width=8, num_heads=1, num_layers=1, time_bias=False),
     GRU4RecConfig(width=8, num_layers=2, hidden_width=6),
-    LRUConfig(width=8, ff_width=12, conv_width=3),
+    LRU,
     LRUConfig(width=8, ff_width=12, conv_width=1, num_layers=1),
     TigerConfig(**ATTENTION, norm="original", num_layers=1),
     TigerConfig(**ATTENTION, prefix_embeddings=True),
@@ -133,8 +134,10 @@ def test_continuations_are_forked_and_reordered(config):
 
 
 def test_more_events_than_the_cache_has_room_for_give_nan():
-    module = stepper_of(CONFIGS[0]).bind()
-    _, cache = module.prefill(pack([[draw(0, 2)]]), (np.array([0]), np.array([1])), room=1)
-    x_BKD, cache = module.step({"item": np.array([[1]])}, cache)
-    assert np.isfinite(x_BKD).all()
-    assert np.isnan(module.step({"item": np.array([[1]])}, cache)[0]).all()
+    stepper = stepper_of(LRU)  # has no positions, so histories may be longer than max_len
+    _, cache = stepper.prefill([[draw(0, 4)], [draw(1, 1), draw(2, 6)]], ([0, 1, 1], [3, 0, 6]))
+    for _ in range(MAX_LEN):
+        x_BKD, cache = stepper.step(np.ones((3, 1), np.int32), np.zeros((3, 1), np.int32), cache)
+        assert np.isfinite(x_BKD).all()
+    x_BKD, _ = stepper.step(np.ones((3, 1), np.int32), np.zeros((3, 1), np.int32), cache)
+    assert np.isnan(x_BKD).all()
