@@ -1,4 +1,8 @@
-"""The one place where Flax NNX modules become plain pytrees and back."""
+"""The base class of all sequence models, and the only place where Flax NNX modules are turned into plain
+pytrees of parameters and back.
+
+`models/lru.py` is a short example of a model.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,18 +24,19 @@ from rec_jax.tables.embedding import Embedding
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceConfig:
-    """What every sequence model has; its own config adds `type`, by which a config file names the model."""
+    """Settings that all sequence models share. The config of a model adds its own settings and `type`, its
+    name in config files."""
 
     width: int = 64
     num_layers: int = 2
     dropout: float = 0.1
-    l2_normalize: bool = False  # score by cosine: both sides normalised to length 1
+    l2_normalize: bool = False  # cosine scores: query and item vectors are normalised to length 1
     temperature: float = 1.0  # scores are divided by it
-    full_width: int = 0  # the width before dims were removed, which norms and scales still count; 0 = width
-    num_future: int = 1  # items that training predicts at each token: the next and those after it
+    full_width: int = 0  # after pruning: the width before it, which norms and scales still use; 0 = width
+    num_future: int = 1  # items to predict at each token in training: the next one, and those after it
 
     def __post_init__(self):
-        self.at_least(width=1, num_layers=0, num_future=1)
+        self.check_minimums(width=1, num_layers=0, num_future=1)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1) ({type(self).__name__})")
         if self.full_width and self.full_width < self.width:
@@ -42,49 +47,52 @@ class SequenceConfig:
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be positive ({type(self).__name__})")
 
-    def at_least(self, **least: int) -> None:
-        """Raises ValueError for a field below its number."""
-        for name, number in least.items():
-            if getattr(self, name) < number:
+    def check_minimums(self, **minimums: int) -> None:
+        """Raises ValueError if a field is below its minimum."""
+        for name, minimum in minimums.items():
+            if getattr(self, name) < minimum:
                 raise ValueError(
-                    f"{name}={getattr(self, name)} must be at least {number} ({type(self).__name__})"
+                    f"{name}={getattr(self, name)} must be at least {minimum} ({type(self).__name__})"
                 )
 
     @property
     def table_dim(self) -> int:
-        """Dims of item vectors."""
+        """The number of dims of an item vector."""
         return self.width
 
     @property
     def table_dim_name(self) -> str:
-        """Their name, see `nn.dims`."""
+        """The name of these dims, see `nn.dims`."""
         return "width"
 
     @property
     def fixed_layers(self) -> str:
-        """Why no layer can be left out; "" where each adds to its input."""
+        """The reason why no layer can be removed from a trained model; "" if layers can be removed, because
+        each only adds to its input."""
         return ""
 
 
 class SequenceModel(nnx.Module):
-    """Encodes packed rows, event encoder -> blocks -> norm -> query, and scores the catalogue by dot products
-    with its item embedding table, `self.items`.
+    """Encodes packed rows in four stages, event encoder -> blocks -> norm -> query vectors. Scores are dot
+    products of query vectors with the item embedding table, `self.items`.
 
-    A model makes its parts in __init__: config, items, blocks (`nn.context.Block`), and positions and
-    final_norm where it has them. It may override `look_up`, `inputs`, `stack` and `read_out`.
+    The constructor of a model sets `config`, `items` and `blocks` (a list of `nn.context.Block`), and, if the
+    model has them, `positions` and `final_norm`. A model may override `look_up`, `inputs`, `stack` and
+    `read_out`.
     """
 
-    # Does the output at a token predict the next one? Else the event to predict has a masked token of its
-    # own: `batch.is_query` says which.
+    # True: the output at a token predicts the next event. False: the event to predict has a masked token, the
+    # query token, which `batch.is_query` marks.
     is_causal = True
-    # Features of the events that the model reads beside the items; a log must have them.
+    # The event features that the model reads besides the items; the log must have them.
     columns: tuple[str, ...] = ()
-    # Has no item embedding table, but `codes`, a `loss(batch, key_B)` and a beam search instead.
+    # True: a generative retrieval model. It has semantic ids, its own `loss` and a beam search instead of an
+    # item embedding table.
     is_generative = False
 
     positions: Embedding | None = None
     final_norm: LayerNorm | None = None
-    # {name: path of the parameter} of its embedding tables that may be large.
+    # {name: parameter path} of the embedding tables that may be large, and so sharded or updated sparsely.
     tables: dict[str, str] = {"items": "items/embedding"}
 
     def __call__(
@@ -95,33 +103,37 @@ class SequenceModel(nnx.Module):
         hidden: list | None = None,
         penalties: list | None = None,
     ) -> jax.Array:
-        """x_BSD, or x_QD for `query_positions`, scaled by `queries`.
+        """Returns query vectors: x_BSD of all tokens, or x_QD of the tokens at `query_positions`.
 
-        batch: with the features in `columns`.
-        key_B: uint32[B] from `hashing.row_keys`, or None for no dropout. at: (rows int[Q], columns int[Q]) of
-        the only tokens to return, without dropout; or None. hidden: a list to which the output of each layer
-        is appended; with `query_positions` the last of them is x_QD. penalties: a list to which layers, given a key_B,
-        append what they add to the training loss, f32[B], weighted and summed over the real tokens of a row.
+        batch: must have the features in `columns`.
+        key_B: uint32[B] from `hashing.row_keys` in training; None turns dropout off.
+        query_positions: (rows int[Q], columns int[Q]) of the only tokens to return; needs key_B=None. Without
+        it, all tokens are returned.
+        hidden: a list to which the output of each layer is appended; with `query_positions`, that of the last
+        layer is x_QD.
+        penalties: a list to which, in training, a layer with a penalty appends it: f32[B], weighted and
+        summed over the real tokens of each row. Penalties are added to the loss.
         """
         x = self.run(self.inputs(batch), self.context(batch, key_B), query_positions, hidden, penalties)
         return self.read_out(x)
 
     def look_up(self, batch):
-        """The vectors of the events, [..., table_dim]."""
+        """Returns the embeddings of the events, [..., table_dim]."""
         return self.items(batch.lookup_ids("items", "events", batch.items))
 
     def inputs(self, batch):
-        """What the first block sees, before dropout."""
+        """Returns the input of the first block, before dropout."""
         x = self.look_up(batch) * (self.config.full_width or self.config.width) ** 0.5
         return x if self.positions is None else x + self.positions(batch.positions)
 
     def context(self, batch, key_B=None) -> Context:
+        """Returns what blocks know of the tokens besides their vectors."""
         columns = {name: batch.events[name] for name in self.columns}
         return Context(batch.positions, batch.segments, columns, key_B)
 
     @property
     def stack(self) -> list[Block]:
-        """The block of each layer; a shared one several times."""
+        """The block of each layer, first layer first; a block that layers share is listed once per layer."""
         return list(self.blocks)
 
     def run(
@@ -132,7 +144,7 @@ class SequenceModel(nnx.Module):
         hidden: list | None = None,
         penalties: list | None = None,
     ):
-        """The output of the last block. Arguments as of `__call__`."""
+        """Returns the output of the last block, given x_BSD, the input of the first. See `__call__`."""
         x, stack = ctx.dropout(x_BSD, Site.INPUT, self.config.dropout), self.stack
         for layer, block in enumerate(stack):
             x, penalty_B = block(x, ctx.of_layer(layer, query_positions if layer == len(stack) - 1 else None))
@@ -143,90 +155,98 @@ class SequenceModel(nnx.Module):
         return x if query_positions is None or stack else x[query_positions]
 
     def read_out(self, x):
-        """Queries from outputs of the last block."""
+        """Returns query vectors, given outputs of the last block."""
         return self.queries(x if self.final_norm is None else self.final_norm(x))
 
     def prefill(self, batch, query_positions, room: int) -> tuple[jax.Array, Cache]:
-        """(x_ND at the last events of N histories, a cache to which each of their continuations may add
-        `room` events). Causal models only. at: (rows int[N], columns int[N])."""
+        """Encodes N histories for step-by-step decoding; causal models only.
+
+        Returns (x_ND, cache): the query vectors at the last event of each history, and a cache with free
+        slots for `room` further events per continuation. query_positions: (rows int[N], columns int[N]) of
+        the last events.
+        """
         x, cache = self.fill(self.inputs(batch), self.context(batch), query_positions, room)
         return self.read_out(x), cache
 
     def fill(self, x_BSD, ctx: Context, query_positions, room: int) -> tuple[jax.Array, Cache]:
-        """`run` without dropout, and the cache; room: in tokens."""
-        x, stack, layers = x_BSD, self.stack, []
+        """`run` without dropout, which also returns the cache. room: in tokens."""
+        x, stack, layer_caches = x_BSD, self.stack, []
         for layer, block in enumerate(stack):
             layer_ctx = ctx.of_layer(layer, query_positions if layer == len(stack) - 1 else None)
-            x, cache = block.prefill(x, dataclasses.replace(layer_ctx, room=room), query_positions)
-            layers.append(cache)
-        return x if stack else x[query_positions], Cache.of(layers, ctx.positions[query_positions] + 1, room)
+            x, layer_cache = block.prefill(x, dataclasses.replace(layer_ctx, room=room), query_positions)
+            layer_caches.append(layer_cache)
+        cache = Cache.of(layer_caches, ctx.positions[query_positions] + 1, room)
+        return x if stack else x[query_positions], cache
 
     def step(self, events: dict[str, jax.Array], cache: Cache) -> tuple[jax.Array, Cache]:
-        """(x_BKD, cache): one more event for each of K continuations of the cache's B histories.
+        """Appends one event to each of K continuations of the B histories in a cache.
 
-        K may grow from 1. events: columns [B, K], as those of a batch. Equals the full forward pass up to
-        max_len events; more than `room` events give NaN.
+        Returns (x_BKD, cache): the query vectors at the new events, and the cache after them. events: columns
+        [B, K], named as in a batch; K may be larger than the cache's if that is 1. Up to max_len events,
+        results equal those of the full forward pass. More than `room` events give NaN.
         """
         batch = Batch(events, segments=None, positions=cache.positions(events["item"].shape[1]))
         x_BKD, cache = self.advance(self.inputs(batch), self.context(batch), cache)
         return self.read_out(x_BKD), cache
 
     def advance(self, x_BKD, ctx: Context, cache: Cache) -> tuple[jax.Array, Cache]:
-        """`run` for one new token of each continuation."""
-        ctx, suffix = dataclasses.replace(ctx, count=cache.count), []
+        """`run` for one new token of each continuation. Also returns the cache after it."""
+        ctx, suffixes = dataclasses.replace(ctx, count=cache.count), []
         for layer, block in enumerate(self.stack):
-            x_BKD, new = block.step(x_BKD, cache.prefix[layer], cache.suffix[layer], ctx.of_layer(layer))
-            suffix.append(new)
+            x_BKD, suffix = block.step(x_BKD, cache.prefix[layer], cache.suffix[layer], ctx.of_layer(layer))
+            suffixes.append(suffix)
         x_BKD = jnp.where(jnp.reshape(cache.count, (-1, 1, 1)) < cache.room, x_BKD, jnp.nan)
-        return x_BKD, cache.after(suffix)
+        return x_BKD, cache.after(suffixes)
 
     def table_ids(self, batch, item_ids: dict) -> dict[str, dict]:
-        """{table: {use: int32 ids}}: the entries that a batch reads, where only these are at hand.
+        """Returns {table: {use: int32 ids}}, the entries that a batch reads. A step gathers only these
+        entries of the tables that are updated sparsely, and passes their indices on under the same names, in
+        `batch.local_ids`.
 
-        item_ids: {use: ids} of the items whose vectors the loss scores. `batch.local_ids` then says under the
-        same names where they are.
+        item_ids: {use: ids} of the items whose vectors the loss scores.
         """
         return {"items": {"events": batch.items} | item_ids}
 
     def loss(self, batch, key_B, score) -> tuple:
-        """(sum of the loss over tokens with a target, query vectors x_BSD, penalty to add) of a micro-batch.
+        """Returns (loss, x_BSD, penalty) of a micro-batch: the loss summed over the tokens with a target, the
+        query vectors, and the sum of the layers' penalties.
 
-        score: (x_BSD, hidden states of the layers) -> the sum of the loss that the config names.
+        score: (x_BSD, outputs of the layers) -> the loss that the config names, summed over targets.
         """
         hidden, penalties = [], []
         x_BSD = self(batch, key_B, hidden=hidden, penalties=penalties)
         return score(x_BSD, hidden), x_BSD, sum(map(jnp.sum, penalties))
 
     def training_batch(self, batch, key_B):
-        """The batch as this model learns from it."""
+        """Returns the batch that the model is trained on; models that mask items do so here."""
         return batch
 
     def queries(self, x):
-        """[..., D], scaled so that a dot product with `item_vectors()` is the score."""
+        """Returns x [..., D], scaled such that dot products with `item_vectors()` are scores."""
         if self.config.l2_normalize:
             x = unit(x)
         return x / self.config.temperature
 
     def cut_queries(self, x, dims: int):
-        """The first dims of what `queries` returned, normalised again where that is."""
+        """Returns the first dims of query vectors, normalised again if `l2_normalize` is set."""
         x = x[..., :dims]
         return unit(x) / self.config.temperature if self.config.l2_normalize else x
 
     def cut_items(self, table_VD, dims: int):
-        """The first dims of `item_vectors()`, normalised again where they are."""
+        """Returns the first dims of `item_vectors()`, normalised again if `l2_normalize` is set."""
         table_VD = table_VD[:, :dims]
         return unit(table_VD) if self.config.l2_normalize else table_VD
 
     def ahead(self, x_BSD, steps: int):
-        """Queries for the item `steps` after the next one, from those for the next one."""
+        """Returns query vectors for the item `steps` after the next one, given those for the next one."""
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         x_TD = x_TD + dense(x_TD, self.future[steps - 1].kernel[...]).astype(x_TD.dtype)
         return self.cut_queries(x_TD.reshape(x_BSD.shape), x_BSD.shape[-1])
 
     def item_vectors(self):
-        """The catalogue as table_VD, [V, table_dim]; row 0 is padding and must not be scored.
+        """Returns the vectors of all items, [V, table_dim]; entry 0 is padding and must not be scored.
 
-        A quantized table is returned as it is, unless its rows are to be normalised."""
+        A quantized table stays quantized, unless its entries have to be normalised."""
         table_VD = self.items.embedding[...]
         if not self.config.l2_normalize:
             return table_VD
@@ -235,23 +255,24 @@ class SequenceModel(nnx.Module):
 
 @dataclass(frozen=True, eq=False)  # compared by identity, so that it can be a static argument of jit
 class Model:
-    """A module's definition: `bind(params)` gives the module, at trace time only."""
+    """The definition of a module, without values of its parameters."""
 
     graphdef: Any
     abstract_params: Any
-    is_causal: bool = True  # these as of the module's class
+    is_causal: bool = True  # this and the next three: see SequenceModel
     columns: tuple[str, ...] = ()
     is_generative: bool = False
     tables: dict[str, str] = field(default_factory=dict)
     config: SequenceConfig | None = None
-    dims: dict[str, tuple] = field(default_factory=dict)  # of each parameter, see `nn.dims`
+    dims: dict[str, tuple] = field(default_factory=dict)  # {parameter path: names of its dims}, see `nn.dims`
 
     def bind(self, params) -> SequenceModel:
+        """Returns the module with these parameters. To be called inside the function that is compiled."""
         return nnx.merge(self.graphdef, nnx.State(params))
 
 
 def define_model(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
-    """The definition alone; computes nothing."""
+    """Returns the definition of a module. Shapes only: no parameter is computed."""
     module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     graphdef, state = nnx.split(module, nnx.Param)
     abstract_params = jax.tree.map(_abstract, nnx.to_pure_dict(state))
@@ -273,7 +294,7 @@ def _abstract(leaf) -> jax.ShapeDtypeStruct:
 
 
 def init_model(build: Callable[[nnx.Rngs], nnx.Module], seed: int) -> tuple[Model, dict]:
-    """The definition and freshly initialised parameters, a plain nested dict of arrays."""
+    """Returns the definition of a module and its initial parameters, a plain nested dict of arrays."""
 
     def make(key):
         return nnx.to_pure_dict(nnx.split(build(nnx.Rngs(params=key)), nnx.Param)[1])

@@ -1,4 +1,4 @@
-"""BERT4Rec: a bidirectional transformer that learns to tell masked items from what stands around them."""
+"""BERT4Rec: a bidirectional transformer that learns to predict masked items from the events around them."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,8 +15,8 @@ from rec_jax.nn.dims import named
 class BERT4RecConfig(SASRecConfig):
     type: Literal["bert4rec"] = "bert4rec"
     activation: Literal["relu", "gelu", "silu"] = "gelu"
-    mask_share: float = 0.2  # of the items of a history, each at random
-    last_share: float = 0.1  # of the histories in which the last item alone is masked, as in evaluation
+    mask_share: float = 0.2  # probability that an item is masked
+    last_share: float = 0.1  # share of the histories in which only the last item is masked, as in evaluation
 
     def __post_init__(self):
         super().__post_init__()
@@ -27,11 +27,11 @@ class BERT4RecConfig(SASRecConfig):
 
 
 class BERT4Rec(SASRec):
-    """The transformer of SASRec, which here sees both sides, over histories with masked items.
+    """SASRec's transformer with attention in both directions, over histories with masked items.
 
     Source: Sun et al., CIKM'19 (arXiv 1904.06690), sections 3.5 and 3.6.
     Differs: scores are dot products with the item embedding table, without the projection and the bias per
-    item of their equation 7; an item is masked anew in every epoch.
+    item of their equation 7; masks are drawn anew in every epoch.
     """
 
     is_causal = False
@@ -46,22 +46,22 @@ class BERT4Rec(SASRec):
         return jnp.where(batch.is_query[..., None], self.mask[...].astype(x_BSD.dtype), x_BSD)
 
     def training_batch(self, batch, key_B):
-        """Masks items and asks for them."""
+        """Masks items, which become the targets."""
         segments_BS, positions_BS = batch.segments, batch.positions
         shape = segments_BS.shape[1:]
         is_real_BS = segments_BS > 0
         following_BS = jnp.pad(positions_BS[:, 1:], ((0, 0), (0, 1)))
         is_last_BS = is_real_BS & (following_BS == 0)
         masked_BS = words(key_B, Site.MASKED, shape) < _threshold(self.config.mask_share)
-        # One draw a segment, read at its first token.
+        # One random number per segment, the one at its first token.
         draws_BS = words(key_B, Site.MASKED_LAST, shape)
-        column_BS = jnp.arange(shape[0]) - positions_BS
-        asks_last_BS = jnp.take_along_axis(draws_BS, column_BS, axis=1) < _threshold(self.config.last_share)
-        masked_BS = is_real_BS & jnp.where(asks_last_BS, is_last_BS, masked_BS)
+        first_BS = jnp.arange(shape[0]) - positions_BS
+        last_only_BS = jnp.take_along_axis(draws_BS, first_BS, axis=1) < _threshold(self.config.last_share)
+        masked_BS = is_real_BS & jnp.where(last_only_BS, is_last_BS, masked_BS)
         targets_BS = jnp.where(masked_BS, batch.items, 0)
         return batch.hide(masked_BS).replace(is_query=masked_BS).with_targets(targets_BS)
 
 
 def _threshold(share: float):
-    """Of which a share of all uint32 is below."""
+    """Threshold t with P(uint32 < t) = share."""
     return jnp.uint32(min(int(share * 2**32), 2**32 - 1))

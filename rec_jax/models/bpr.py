@@ -1,4 +1,4 @@
-"""Matrix factorisation that learns to rank what a user has before what the user has not."""
+"""BPR: matrix factorisation that learns to rank the items of a user above all other items."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,7 @@ import optax
 
 from rec_jax.models.ranker import ScoreRanker
 
-_BATCH = 4096  # pairs in a step, or all there are
+_BATCH = 4096  # pairs per step; all of them if there are fewer
 
 
 def bpr(
@@ -22,12 +22,14 @@ def bpr(
     regularization: float = 0.005,
     seed: int = 0,
 ) -> ScoreRanker:
-    """Inner product of a vector per user and one per item, plus a bias per item, learned pair by pair.
+    """Scores an item by the dot product of a user vector and an item vector, plus an item bias, learned from
+    pairs of a positive and a negative item.
 
-    The user's vector comes from training events alone: later events do not move it. A user without one has
-    the zero vector, so that the biases decide. Adam sweeps both tables at every step, so a step's time grows
-    with the users. Learning rate and regularization were chosen on validation, 2026-11-23: NDCG@10 is 0.0387
-    on MovieLens-1M and 0.0284 on Beauty, against 0.0315 and 0.0293 with 0.003 and 0.01.
+    The vector of a user comes from training events only; later events do not change it. A user without
+    training events has a zero vector, so only the biases count. Adam updates both tables as a whole at every
+    step, so the time of a step grows with the number of users. Learning rate and regularization were chosen
+    on validation, 2026-11-23: NDCG@10 is 0.0387 on MovieLens-1M and 0.0284 on Beauty, against 0.0315 and
+    0.0293 with 0.003 and 0.01.
     Source: Rendle et al., UAI'09, BPR-Opt and LearnBPR. Differs: minibatches and Adam; an item bias.
     """
     items = np.asarray(histories.items)
@@ -48,7 +50,7 @@ def bpr(
     params["users_UD"][np.bincount(users, minlength=histories.num_users) == 0] = 0
 
     def scores(queries):
-        if queries.users is None:  # histories of nobody in the log
+        if queries.users is None:  # histories of users who are not in the log
             return np.broadcast_to(params["bias_V"], (len(queries), len(params["bias_V"])))
         return params["users_UD"][queries.users] @ params["items_VD"].T + params["bias_V"]
 
@@ -66,30 +68,33 @@ def _init(num_users: int, num_rows: int, width: int, seed: int) -> dict:
 
 
 def make_negatives(users, positives, num_items: int) -> Callable:
-    """rng -> a uniform item that the user has not in training, for each event.
+    """Returns a function rng -> negatives: for each event, an item drawn uniformly from those that its user
+    does not have in training.
 
-    A user who has all items gets the positive itself, from which there is nothing to learn.
+    For a user who has all items it is the positive itself, from which nothing is learned.
     """
-    users, rows = users.astype(np.int64), num_items + 1
-    own = np.unique(users * rows + positives)
-    own_users, own_items = own // rows, own % rows
-    starts_U = np.searchsorted(own_users, np.arange(users.max() + 2))
-    free_E = (num_items - np.diff(starts_U))[users]
-    # The user's i-th item, from 0, has (item - 1 - i) free ones before it: so free ones are found by number.
-    free_before = own_items - 1 - (np.arange(len(own)) - starts_U[own_users])
-    keys = own_users * rows + free_before
+    users, stride = users.astype(np.int64), num_items + 1
+    pairs = np.unique(users * stride + positives)
+    pair_users, pair_items = pairs // stride, pairs % stride
+    starts_U = np.searchsorted(pair_users, np.arange(users.max() + 2))
+    num_free_E = (num_items - np.diff(starts_U))[users]
+    # Item number i of a user (from 0, by id) has item - 1 - i free items before it. A free item is found by
+    # its rank among the free ones: add the number of the user's items before it.
+    free_before = pair_items - 1 - (np.arange(len(pairs)) - starts_U[pair_users])
+    keys = pair_users * stride + free_before
 
     def draw(rng) -> np.ndarray:
-        number = (rng.random(len(users)) * free_E).astype(np.int64)
-        own_before = np.searchsorted(keys, users * rows + number, side="right") - starts_U[users]
-        return np.where(free_E > 0, number + 1 + own_before, positives)
+        rank_E = (rng.random(len(users)) * num_free_E).astype(np.int64)
+        not_free_E = np.searchsorted(keys, users * stride + rank_E, side="right") - starts_U[users]
+        return np.where(num_free_E > 0, rank_E + 1 + not_free_E, positives)
 
     return draw
 
 
 @partial(jax.jit, donate_argnums=(0, 1))
 def _epoch(params, opt_state, pairs, learning_rate, regularization):
-    """pairs: users, positives, negatives, int32[steps, B] each."""
+    """Returns (params, opt_state) after one step per batch of pairs. pairs: users, positives and negatives,
+    each int32[steps, B]."""
 
     def loss_fn(params, batch):
         user_B, positive_B, negative_B = batch

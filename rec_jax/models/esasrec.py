@@ -1,4 +1,4 @@
-"""eSASRec: the causal transformer of SASRec with gated blocks and a short convolution."""
+"""eSASRec: SASRec's causal transformer with gated blocks and a short convolution."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -19,14 +19,14 @@ from rec_jax.nn.parallel import join, to_parts
 @dataclass(frozen=True, kw_only=True)
 class ESASRecConfig(SASRecConfig):
     type: Literal["esasrec"] = "esasrec"
-    activation: Literal["silu"] = "silu"  # of the gate in the feed-forward
+    activation: Literal["silu"] = "silu"  # of the feed-forward's gate
     norm: Literal["pre"] = "pre"
     position: Literal["learned", "rotary"] = "rotary"
-    conv_width: int = 4  # tokens that a convolution before the attention sees; 0 = no convolution
+    conv_width: int = 4  # tokens that the convolution before the attention spans; 0 = no convolution
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(conv_width=0)
+        self.check_minimums(conv_width=0)
 
 
 class SwiGLU(nnx.Module):
@@ -40,9 +40,9 @@ class SwiGLU(nnx.Module):
         self.down = named(Dense(ff_width, width, kernel_init=init, rngs=rngs), "ff_width", "width")
 
     def __call__(self, x, ctx: Context):
-        """(y, None): it has no penalty."""
+        """Returns (y, None): there is no penalty."""
         kernel_D2F = self.gate_up.kernel[...]
-        is_split = kernel_D2F.shape[-1] < self.ff_width  # over "model", by channels
+        is_split = kernel_D2F.shape[-1] < self.ff_width  # channels are sharded over the mesh axis "model"
         x_TD = x.reshape(-1, x.shape[-1])
         both = dense(to_parts(x_TD) if is_split else x_TD, kernel_D2F, self.gate_up.bias[...])
         gate_TF, up_TF = jnp.split(both, 2, axis=-1)
@@ -50,11 +50,11 @@ class SwiGLU(nnx.Module):
 
 
 class LiGRBlock(Block):
-    """x + sigmoid(x W) * f(norm(x)), for attention and then for the feed-forward. Attention sees norm(x) and
-    its short convolution, summed.
+    """x + sigmoid(x W) * f(norm(x)), first with attention as f, then with the feed-forward. The input of the
+    attention is norm(x) plus its short convolution.
 
     Source: Borisyuk et al., arXiv 2502.03417, section 3: residual layers with learned gates. The convolution:
-    Primer, So et al., NeurIPS'21 (arXiv 2109.08668). Differs: before the projections, and added.
+    Primer, So et al., NeurIPS'21 (arXiv 2109.08668). Differs: it comes before the projections, and is added.
     """
 
     def __init__(self, shape: TransformerShape, conv_width: int, *, rngs: nnx.Rngs):
@@ -69,12 +69,12 @@ class LiGRBlock(Block):
         else:
             self.ff = SwiGLU(width, shape.ff_width, rngs=rngs)
         self.ff_gate = named(Dense(width, width, kernel_init=init, rngs=rngs), "width", "width")
-        self.rate = shape.dropout
+        self.dropout_rate = shape.dropout
 
     def apply(self, x_BSD, ctx: Context, mix):
         def add(x, y, gate, place):
             y = y * jax.nn.sigmoid(gate(x.reshape(-1, x.shape[-1]))).reshape(x.shape)
-            return x + ctx.dropout(y, ctx.site(place, of=2), self.rate)
+            return x + ctx.dropout(y, ctx.site(place, of=2), self.dropout_rate)
 
         normed = self.attention_norm(x_BSD)
         if self.conv is not None:
@@ -88,8 +88,8 @@ class ESASRec(SASRec):
     """SASRec with LiGR blocks.
 
     Source: Tikhonovich et al., "eSASRec: Enhancing Transformer-based Recommendations in a Modular Fashion",
-    RecSys'25 (arXiv 2508.06450). Differs: rotary positions and a short convolution in front of the attention,
-    which score better (LOG.md, 2026-11-27); what SASRec here differs in; the loss is chosen by the config.
+    RecSys'25 (arXiv 2508.06450). Differs: as `SASRec` does from its paper; rotary positions and a short
+    convolution before the attention, which score better (LOG.md, 2026-11-27); the config chooses the loss.
     """
 
     def make_block(self, rngs: nnx.Rngs) -> Block:

@@ -1,4 +1,7 @@
-"""LRURec: gated linear recurrent units over packed histories, without attention."""
+"""LRURec: a sequence model with gated linear recurrent units instead of attention.
+
+It has the usual parts of a model: a config, a block, and the model itself.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -17,11 +20,11 @@ from rec_jax.nn.recurrence import LinearRecurrence
 from rec_jax.tables.embedding import Embedding
 
 DECAY_POWER = 8  # c of the paper
-# What is left of a channel's state after one token where its gate is wide open; gates start half open, so
-# that states last for 3 to 200 tokens.
+# Initial decays of the first and the last channel: the share of a state that is left after one token when the
+# gate is fully open. Gates start half open, so that states last for 3 to 200 tokens.
 FIRST_DECAYS = (0.5, 0.99)
 
-# Of variance 1 / inputs, however many outputs a kernel holds side by side.
+# Weights have variance 1 / inputs, also where one kernel holds the outputs of two layers.
 _INIT = nnx.initializers.lecun_normal()
 
 
@@ -29,22 +32,22 @@ _INIT = nnx.initializers.lecun_normal()
 class LRUConfig(SequenceConfig):
     type: Literal["lru"] = "lru"
     ff_width: int = 64
-    conv_width: int = 4  # tokens that the convolution before the recurrence sees; 0 = no convolution
+    conv_width: int = 4  # tokens that the convolution before the recurrence spans; 0 = no convolution
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(ff_width=1, conv_width=0)
+        self.check_minimums(ff_width=1, conv_width=0)
 
 
 class GatedRecurrence(nnx.Module):
-    """A linear recurrence whose decays and inputs are gated, times a GeLU branch.
+    """A linear recurrence with gated decays and gated inputs, multiplied by a GeLU branch.
 
-    Of the input x of the recurrence: r = sigmoid(W_a x), i = sigmoid(W_x x), a = exp(-c softplus(L) r),
-    h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t x_t). At the first token of a segment h_t = i_t x_t.
+    With x the input of the recurrence: r = sigmoid(W_a x), i = sigmoid(W_x x), a = exp(-c softplus(L) r),
+    h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t x_t). At the first token of a segment, h_t = i_t x_t.
 
     Source: Griffin, De et al., arXiv 2402.19427, sections 2.3 and 2.4.
-    Differs: no expansion of the width; L starts so that a^c is spread over FIRST_DECAYS instead of
-    0.9 to 0.999, for histories of tens of events.
+    Differs: the width is not expanded; initial decays (a at r = 1) are evenly spaced over FIRST_DECAYS
+    instead of drawn from 0.9 to 0.999, because histories have tens of events.
     """
 
     def __init__(self, width: int, conv_width: int, *, rngs: nnx.Rngs):
@@ -58,7 +61,7 @@ class GatedRecurrence(nnx.Module):
         self.out = named(Dense(width, width, kernel_init=_INIT, rngs=rngs), "width", "width")
 
     def __call__(self, x_BSD, ctx: Context, mix):
-        """mix: see `nn.context.Block`."""
+        """Returns y_BSD. mix: see `nn.context.Block`."""
         shape = x_BSD.shape
         branch_TD, x_TD = jnp.split(self.branches(x_BSD.reshape(-1, shape[-1])), 2, -1)
         if self.conv is not None:
@@ -68,7 +71,7 @@ class GatedRecurrence(nnx.Module):
         is_first = ctx.positions.reshape(-1, 1) == 0
         change = jnp.expm1(log_a)  # a - 1, exact for a near 1
         a_TD = jnp.where(is_first, 0, 1 + change)
-        # sqrt(1 - a^2), held above 0, where it has no gradient.
+        # sqrt(1 - a^2); 1 - a^2 is kept above 0, where the square root has no gradient.
         scale = jnp.where(is_first, 1, jnp.sqrt(jnp.maximum(-change * (2 + change), 1e-12)))
         input_TD = scale * i_TD * x_TD.astype(jnp.float32)
         h_BSD = mix(LinearRecurrence(), a_TD.reshape(shape), input_TD.reshape(shape))
@@ -77,9 +80,9 @@ class GatedRecurrence(nnx.Module):
 
 
 class LRUBlock(Block):
-    """Recurrence then feed-forward, each x + f(norm(x)).
+    """A recurrence, then a feed-forward, each as x + f(norm(x)).
 
-    As in Griffin: the sum of residuals reaches the output unscaled, however deep the model is.
+    As in Griffin, residuals are summed without a scale, whatever the number of layers.
     """
 
     def __init__(self, config: LRUConfig, *, rngs: nnx.Rngs):
@@ -87,29 +90,29 @@ class LRUBlock(Block):
         self.recurrence = GatedRecurrence(config.width, config.conv_width, rngs=rngs)
         self.ff_norm = LayerNorm(config.width, config.full_width)
         self.ff = FeedForward(config.width, config.ff_width, "gelu", rngs=rngs)
-        self.rate = config.dropout
+        self.dropout_rate = config.dropout
 
     def apply(self, x_BSD, ctx: Context, mix):
         y_BSD = self.recurrence(self.recurrence_norm(x_BSD), ctx, mix)
-        x = ctx.only(x_BSD + ctx.dropout(y_BSD, ctx.site(1, of=2), self.rate))
+        x = ctx.only(x_BSD + ctx.dropout(y_BSD, ctx.site(1, of=2), self.dropout_rate))
         y, _ = self.ff(self.ff_norm(x), ctx)
-        return x + ctx.dropout(y, ctx.site(2, of=2), self.rate), None
+        return x + ctx.dropout(y, ctx.site(2, of=2), self.dropout_rate), None
 
 
 class LRURec(SequenceModel):
-    """Gated linear recurrent units with the tied item table. They see order themselves, so no positions are
-    added.
+    """Gated linear recurrent units, with one item embedding table for inputs and scores. There are no
+    position embeddings, because a recurrence depends on the order of its tokens.
 
-    One of the recommenders that put a linear recurrence in the place of attention: LRURec, Yue et al.,
-    WSDM'24 (arXiv 2310.02367); Mamba4Rec, Liu et al., arXiv 2403.03900.
+    Recommenders with a linear recurrence instead of attention: LRURec, Yue et al., WSDM'24 (arXiv
+    2310.02367); Mamba4Rec, Liu et al., arXiv 2403.03900.
     Source: the recurrent blocks of Griffin, De et al., arXiv 2402.19427.
-    Differs from LRURec: real decays that depend on the input, where it has complex ones that do not; a short
-    convolution and a gating branch, as Mamba4Rec; norms before the layers. Differs from Griffin: no
-    local attention, LayerNorm instead of RMSNorm, a feed-forward without a gate.
+    Differs from LRURec: decays are real and depend on the input, instead of complex and constant; a short
+    convolution and a gating branch, as in Mamba4Rec; norms before the layers. Differs from Griffin: no local
+    attention, LayerNorm instead of RMSNorm, a feed-forward without a gate.
     """
 
     def __init__(self, config: LRUConfig, num_items: int, max_len: int, *, rngs: nnx.Rngs):
-        """max_len: any length will do."""
+        """max_len: not used, because histories may have any length."""
         self.config = config
         self.items = named(Embedding(num_items + 1, config.width, rngs=rngs), "items", "width")
         self.blocks = nnx.List([LRUBlock(config, rngs=rngs) for _ in range(config.num_layers)])

@@ -1,21 +1,24 @@
-"""Vectors as a few codes each: residual k-means, and the residual-quantised autoencoder."""
+"""Quantizers, which turn each vector into a few codes: residual k-means and a residual-quantised
+autoencoder."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-_CHUNK = 8_192  # vectors compared with all centres at once
+_CHUNK = 8_192  # vectors that are compared with all centres at once
 _BATCH = 1_024
 _COMMITMENT = 0.25
-_SETTLE = 0.3  # share of the epochs, the last ones, in which no code is moved by hand
+_SETTLE = 0.3  # share of the epochs, at the end, in which unused codes are not moved
 
 
 def kmeans(
     x_NF: np.ndarray, codebook_size: int, rng: np.random.Generator, iterations: int = 20
 ) -> np.ndarray:
-    """f32[codebook_size, F]: Lloyd's centres from a k-means++ start; one that loses its vectors moves to the one
-    that is farthest from its own. Source: Arthur & Vassilvitskii, SODA'07, for the start."""
+    """Returns the centres f32[codebook_size, F] that Lloyd's algorithm finds from a k-means++ initialisation.
+    A centre that loses all its vectors moves to the vector that is farthest from its nearest centre.
+
+    Source: Arthur & Vassilvitskii, SODA'07, for the initialisation."""
     centres = np.empty((codebook_size, x_NF.shape[1]), np.float32)
     squares_N = np.sum(x_NF**2, axis=1)
     distance_N = np.full(len(x_NF), np.inf, np.float32)
@@ -32,13 +35,14 @@ def kmeans(
         used, starts, counts = np.unique(codes_N[order], return_index=True, return_counts=True)
         centres[used] = np.add.reduceat(x_NF[order], starts) / counts[:, None]
         lost = np.setdiff1d(np.arange(codebook_size), used)
-        far = np.argsort(-distance_N, kind="stable")[: len(lost)]  # fewer, where there are fewer vectors
+        far = np.argsort(-distance_N, kind="stable")[: len(lost)]  # fewer, if there are fewer vectors
         centres[lost[: len(far)]] = x_NF[far]
     return centres
 
 
 def _nearest(x_NF, centres_CF) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest centre of each vector, int[N], and the squared distance to it."""
+    """Returns (codes int[N], distances f32[N]): the nearest centre of each vector, and its squared
+    distance."""
     codes, distances = [], []
     for first in range(0, len(x_NF), _CHUNK):
         x = x_NF[first : first + _CHUNK]
@@ -49,25 +53,27 @@ def _nearest(x_NF, centres_CF) -> tuple[np.ndarray, np.ndarray]:
 
 
 def residual_kmeans(x_NF: np.ndarray, num_levels: int, codebook_size: int, seed: int) -> tuple:
-    """(codes int32[N, Q], centres f32[Q, C, F]): each level is a k-means of what earlier ones leave."""
-    rng, rest_NF = np.random.default_rng(seed), x_NF.copy()
+    """Returns (codes int32[N, Q], centres f32[Q, C, F]). Each level is a k-means of the residuals of the
+    levels before it."""
+    rng, residual_NF = np.random.default_rng(seed), x_NF.copy()
     codes, centres = [], []
     for _ in range(num_levels):
-        centres.append(kmeans(rest_NF, codebook_size, rng))
-        codes.append(_nearest(rest_NF, centres[-1])[0])
-        rest_NF = rest_NF - centres[-1][codes[-1]]
+        centres.append(kmeans(residual_NF, codebook_size, rng))
+        codes.append(_nearest(residual_NF, centres[-1])[0])
+        residual_NF = residual_NF - centres[-1][codes[-1]]
     return np.stack(codes, axis=1).astype(np.int32), np.stack(centres)
 
 
 def rqvae(
     x_NF: np.ndarray, num_levels: int, codebook_size: int, seed: int, *, epochs: int, width: int, latent: int
 ) -> np.ndarray:
-    """int32[N, Q]: codes of the latents of an autoencoder that has learnt to do with them.
+    """Returns codes int32[N, Q]: the quantised latents of an autoencoder that is trained to reconstruct
+    vectors from their codes.
 
-    width: hidden units of encoder and decoder; latent: dims that are quantised.
+    width: hidden units of the encoder and of the decoder. latent: the number of dims that are quantised.
     Source: Lee et al., CVPR'22 (arXiv 2203.01941) and TIGER, arXiv 2305.05065, section 3.1.
-    Differs: one hidden layer; codes that no item uses after an epoch move to what is left over of random
-    items, until `_SETTLE`.
+    Differs: one hidden layer; after each epoch except the last ones (`_SETTLE`), codes that no item uses move
+    to the residuals of random items.
     """
     num, dims = x_NF.shape
     rng = np.random.default_rng(seed)
@@ -101,8 +107,8 @@ def rqvae(
         order = rng.permutation(num)[: num // size * size].reshape(-1, size)
         params, opt_state = epoch(params, opt_state, order)
         if index < (1 - _SETTLE) * epochs:
-            codes_NQ, rests = quantise(params)
-            params["codebooks"] = _revive(params["codebooks"], np.asarray(codes_NQ), rests, rng)
+            codes_NQ, residuals = quantise(params)
+            params["codebooks"] = _revive(params["codebooks"], np.asarray(codes_NQ), residuals, rng)
     return np.asarray(quantise(params)[0], np.int32)
 
 
@@ -119,34 +125,36 @@ def _encode(params, x_BF):
 
 
 def _quantise(z_BE, codebooks_QCE):
-    """(codes [B, Q], what is left over before each level [Q][B, E])."""
-    codes, rests, rest_BE = [], [], z_BE
+    """Returns (codes [B, Q], residuals [Q][B, E]): of each level, the codes and the residuals before it."""
+    codes, residuals, residual_BE = [], [], z_BE
     for centres_CE in codebooks_QCE:
-        squares_BC = jnp.sum(centres_CE**2, 1) - 2 * rest_BE @ centres_CE.T
+        squares_BC = jnp.sum(centres_CE**2, 1) - 2 * residual_BE @ centres_CE.T
         codes.append(jnp.argmin(squares_BC, axis=1))
-        rests.append(rest_BE)
-        rest_BE = rest_BE - jax.lax.stop_gradient(centres_CE[codes[-1]])
-    return jnp.stack(codes, axis=1), rests
+        residuals.append(residual_BE)
+        residual_BE = residual_BE - jax.lax.stop_gradient(centres_CE[codes[-1]])
+    return jnp.stack(codes, axis=1), residuals
 
 
 def _loss(params, x_BF):
-    """Reconstruction, and at each level both sides drawn together: codes to vectors, vectors to codes."""
+    """The reconstruction error plus, at each level, the codebook loss (moves codes towards residuals) and the
+    commitment loss (moves residuals towards codes)."""
     z_BE = _encode(params, x_BF)
-    codes_BQ, rests = _quantise(z_BE, params["codebooks"])
+    codes_BQ, residuals = _quantise(z_BE, params["codebooks"])
     chosen = [centres[codes_B] for centres, codes_B in zip(params["codebooks"], codes_BQ.T, strict=True)]
     stop = jax.lax.stop_gradient
     loss = sum(
-        jnp.sum((stop(rest) - code) ** 2) + _COMMITMENT * jnp.sum((rest - stop(code)) ** 2)
-        for rest, code in zip(rests, chosen, strict=True)
+        jnp.sum((stop(residual) - code) ** 2) + _COMMITMENT * jnp.sum((residual - stop(code)) ** 2)
+        for residual, code in zip(residuals, chosen, strict=True)
     )
-    straight_BE = z_BE + stop(sum(chosen) - z_BE)  # the gradient passes by the choice of codes
-    back_BF = _dense(params["decode"], jax.nn.relu(_dense(params["from_latent"], straight_BE)))
-    return (loss + jnp.sum((back_BF - x_BF) ** 2)) / len(x_BF)
+    quantised_BE = z_BE + stop(sum(chosen) - z_BE)  # straight-through estimator
+    decoded_BF = _dense(params["decode"], jax.nn.relu(_dense(params["from_latent"], quantised_BE)))
+    return (loss + jnp.sum((decoded_BF - x_BF) ** 2)) / len(x_BF)
 
 
-def _revive(codebooks_QCE, codes_NQ: np.ndarray, rests, rng):
-    books = np.array(codebooks_QCE)
-    for level, (codes_N, rest_NE) in enumerate(zip(codes_NQ.T, rests, strict=True)):
-        dead = np.setdiff1d(np.arange(books.shape[1]), codes_N)
-        books[level, dead] = np.asarray(rest_NE)[rng.integers(len(codes_N), size=len(dead))]
-    return jnp.asarray(books)
+def _revive(codebooks_QCE, codes_NQ: np.ndarray, residuals, rng):
+    """Returns the codebooks with unused codes moved to the residuals of random vectors."""
+    codebooks = np.array(codebooks_QCE)
+    for level, (codes_N, residual_NE) in enumerate(zip(codes_NQ.T, residuals, strict=True)):
+        unused = np.setdiff1d(np.arange(codebooks.shape[1]), codes_N)
+        codebooks[level, unused] = np.asarray(residual_NE)[rng.integers(len(codes_N), size=len(unused))]
+    return jnp.asarray(codebooks)

@@ -1,4 +1,5 @@
-"""What ranks items after histories: sequence models, baselines, the simulator's oracle, ensembles."""
+"""Rankers, which rank items as the next event of a history: sequence models, baselines, ensembles, the
+simulator's oracle."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -11,25 +12,29 @@ from rec_jax.objectives.catalogue import Ranks, Scores
 
 
 class Ranker(Protocol):
-    """All that evaluation and recommendation ask. Several processes must all ask for the same."""
+    """The interface that evaluation and recommendation use. If there are several processes, all of them must
+    make the same calls."""
 
     def rank(
         self, queries: Queries, targets: np.ndarray, *, top_k: int, filter_seen: bool = True, sampled_ids=None
     ) -> Ranks:
-        """The exact place of targets int[B] in the whole catalogue, and the best `top_k` items: those not in
-        the history, or all. sampled_ids: int[B, N], the negatives of the sampled protocol."""
+        """Returns the exact ranks of targets int[B] in the whole catalogue, and the best `top_k` items.
+
+        filter_seen: the best items exclude those of the history. sampled_ids: int[B, N], the negatives of the
+        sampled protocol.
+        """
 
     def top_k(self, queries: Queries, k: int, exclude=None, allowed=None) -> tuple[jax.Array, jax.Array]:
-        """(scores f32[B, k], ids int32[B, k]), best first; -inf and id 0 where fewer are left. An item at
-        -inf, which a search has not found, is not listed.
+        """Returns (scores f32[B, k], ids int32[B, k]), best first; -inf and id 0 fill unused slots. An item
+        with score -inf, which a beam search did not find, is not listed.
 
-        exclude: (rows int[P], ids int[P]) to leave out, such as `queries.seen()`. allowed: bool[V + 1], the
-        items to choose from; None = all.
+        exclude: (rows int[P], ids int[P]) of items to leave out, such as `queries.seen()`. allowed: bool[V +
+        1], the items to choose from; None = all.
         """
 
 
 class ScoreRanker:
-    """A Ranker by the scores of every item.
+    """A Ranker that scores every item.
 
     score_fn: Queries -> f32[B, V + 1], higher is better; column 0 (padding) is not read.
     """
@@ -38,6 +43,7 @@ class ScoreRanker:
         self._score_fn = score_fn
 
     def scores(self, queries: Queries) -> Scores:
+        """Returns the scores of every item after each history."""
         return Scores(self._score_fn(queries))
 
     def rank(self, queries, targets, *, top_k, filter_seen=True, sampled_ids=None) -> Ranks:
@@ -52,10 +58,10 @@ class ScoreRanker:
 
 
 def _padded(pairs, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, ids), int32, padded with rows that do not exist to a power of two: few shapes to compile."""
+    """Returns (rows, ids), int32, padded to a power of two so that few shapes are compiled; padding has the
+    row num_rows, which does not exist."""
     rows, ids = pairs
     size = max(1024, 1 << (len(rows) - 1).bit_length())
     padding = (0, size - len(rows))
-    return np.pad(rows.astype(np.int32), padding, constant_values=num_rows), np.pad(
-        ids.astype(np.int32), padding
-    )
+    rows = np.pad(rows.astype(np.int32), padding, constant_values=num_rows)
+    return rows, np.pad(ids.astype(np.int32), padding)

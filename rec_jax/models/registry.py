@@ -1,4 +1,4 @@
-"""The sequence models that a config can name by `model.type`."""
+"""The sequence models that `model.type` of a config can name."""
 
 import functools
 import inspect
@@ -36,10 +36,10 @@ def model_builder(
     semantic_ids: SemanticIds | None = None,
     schema: Schema = (),
 ):
-    """rngs -> the module.
+    """Returns a function rngs -> module.
 
-    semantic_ids: of a generative model; None = digits of their numbers. schema: the features of the log, for a
-    model whose constructor takes one, as one that embeds the ids of a feature does.
+    semantic_ids: for generative retrieval models; None = `numbered_semantic_ids`. schema: the features of the
+    log, for models whose constructor has an argument of this name.
     """
     build_module = MODELS[type(config)]
     extra = {}
@@ -50,7 +50,7 @@ def model_builder(
 
     def build(rngs):
         module = build_module(config, num_items, max_len, rngs=rngs, **extra)
-        if config.num_future > 1:  # made last, so that all others start as without
+        if config.num_future > 1:  # made last, so that other parameters start the same with and without them
             heads = [_future_head(config, rngs) for _ in range(1, config.num_future)]
             module.future = nnx.List(heads)
         return module
@@ -59,7 +59,8 @@ def model_builder(
 
 
 def _future_head(config, rngs: nnx.Rngs) -> nnx.Linear:
-    """Starts by predicting what the first head does."""
+    """Returns one head of multi-token prediction. Its kernel starts at zero, so that it predicts what the
+    first head does."""
     dim, name = config.table_dim, config.table_dim_name
     zeros = nnx.initializers.zeros
     return named(nnx.Linear(dim, dim, use_bias=False, kernel_init=zeros, rngs=rngs), name, name)

@@ -25,20 +25,20 @@ class SASRecConfig(SequenceConfig):
     activation: Literal["relu", "gelu", "silu"] = "relu"
     norm: Literal["pre", "post", "original"] = "post"
     position: Literal["learned", "rotary"] = "learned"
-    item_dim: int = 0  # of the item embedding table, which a kernel projects to width and back; 0 = width
+    item_dim: int = 0  # dims of the item embedding table; a kernel projects them to width and back; 0 = width
     share_layers: bool = False  # one block, applied num_layers times
-    head_width: int = 0  # 0 = width / num_heads; set where heads or dims were removed from a model
-    num_experts: int = 0  # feed-forwards of each layer, of which a router picks a few; 0 = a plain one
+    head_width: int = 0  # dims of a head; 0 = width / num_heads. Set after pruning of heads or dims
+    num_experts: int = 0  # feed-forwards per layer, of which a router picks a few per token; 0 = a plain one
     experts_per_token: int = 2
-    capacity_factor: float = 1.25  # tokens that an expert takes in training, over an even share of a row's
-    balance_weight: float = 0.01  # of a loss, a real token, that is least where all experts get as many
+    capacity_factor: float = 1.25  # most tokens that an expert takes in training, relative to an even split
+    balance_weight: float = 0.01  # weight, per real token, of the loss that balances tokens over experts
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(num_heads=1, ff_width=1, item_dim=0, head_width=0, num_experts=0)
+        self.check_minimums(num_heads=1, ff_width=1, item_dim=0, head_width=0, num_experts=0)
         if not self.head_width and self.width % self.num_heads:
             raise ValueError(
-                f"num_heads={self.num_heads} does not divide width={self.width}: change either, or set "
+                f"num_heads={self.num_heads} does not divide width={self.width}: change one of them, or set "
                 "head_width (SASRecConfig)"
             )
         head_width = self.head_width or self.width // self.num_heads
@@ -49,13 +49,13 @@ class SASRecConfig(SequenceConfig):
             )
         if self.item_dim and self.l2_normalize:
             raise ValueError(
-                f"item_dim={self.item_dim} is not supported with l2_normalize: the projection changes "
-                "lengths: turn either off (SASRecConfig)"
+                f"item_dim={self.item_dim} is not supported with l2_normalize, because the projection "
+                "changes the lengths of vectors: turn one of them off (SASRecConfig)"
             )
         if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(
                 f"experts_per_token={self.experts_per_token} must be from 1 to num_experts="
-                f"{self.num_experts}: change either (SASRecConfig)"
+                f"{self.num_experts}: change one of them (SASRecConfig)"
             )
         if self.capacity_factor <= 0:
             raise ValueError(f"capacity_factor={self.capacity_factor} must be positive (SASRecConfig)")
@@ -75,9 +75,9 @@ class SASRecConfig(SequenceConfig):
     @property
     def fixed_layers(self) -> str:
         if self.share_layers:
-            return "shared layers are one block"
+            return "all layers share one block"
         if self.norm != "pre":
-            return f"under norm={self.norm!r} a layer normalises what passes it by"
+            return f"with norm={self.norm!r} a layer also normalises its residual branch"
         return ""
 
     def block_shape(self, is_causal: bool) -> TransformerShape:
@@ -102,12 +102,12 @@ class SASRecConfig(SequenceConfig):
 
 
 class SASRec(SequenceModel):
-    """A causal transformer with the tied item table.
+    """A causal transformer, with one item embedding table for inputs and scores.
 
     Source: Kang & McAuley, ICDM'18 (arXiv 1808.09781); item_dim and share_layers: ALBERT, Lan et al., ICLR'20
     (arXiv 1909.11942), section 3.1.
     Differs: positions count from the start of the (truncated) history instead of from its end; no
-    dropout on attention weights; norm="post", which scored best, unless the original order is chosen.
+    dropout on attention weights; norm="post" by default, which scored best, instead of norm="original".
     """
 
     def __init__(self, config: SASRecConfig, num_items: int, max_len: int, *, rngs: nnx.Rngs):
@@ -121,7 +121,7 @@ class SASRec(SequenceModel):
         self.blocks = nnx.List([self.make_block(rngs) for _ in range(num_blocks)])
         self.final_norm = LayerNorm(config.width, config.full_width)
         if config.item_dim:
-            # Of variance 1 / item_dim, with which inputs start as large as those of a plain table.
+            # Variance 1 / item_dim: initial inputs are as large as those without a projection.
             init = nnx.initializers.lecun_normal()
             project = nnx.Linear(config.item_dim, config.width, use_bias=False, kernel_init=init, rngs=rngs)
             self.project = named(project, "item_dim", "width")
@@ -142,13 +142,14 @@ class SASRec(SequenceModel):
         return x if self.positions is None else x + self.positions(batch.positions)
 
     def read_out(self, x):
-        """Queries, of item_dim dims if that is set."""
+        """Returns query vectors, of item_dim dims if that is set."""
         x = self.final_norm(x)
         return self.queries(_transposed(x, self.project.kernel[...]) if self.config.item_dim else x)
 
 
 def _transposed(x, kernel_ED):
-    """x @ kernel.T, of a kernel as of `dense`; an object that is no array has `matmul_transposed(x)`."""
+    """Returns x @ kernel.T. A kernel that is not an array (see `nn.dense.dense`) has
+    `matmul_transposed(x)`."""
     if isinstance(kernel_ED, jax.Array):
         return jnp.dot(x, kernel_ED.T.astype(x.dtype))
     return kernel_ED.matmul_transposed(x)

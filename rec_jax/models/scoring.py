@@ -19,7 +19,7 @@ from rec_jax.models.ranker import ScoreRanker
 from rec_jax.objectives.catalogue import Catalogue, Scores
 from rec_jax.tables.tables import Tables
 
-# Packed rows encoded at once, over all devices: what stays in the caches of a few cores.
+# Tokens encoded at once, over all devices: few enough for the caches of a few CPU cores.
 _ENCODE_TOKENS = 3_200
 
 
@@ -43,9 +43,9 @@ def _item_vectors(model: Model, params, dims):
 
 @partial(jax.jit, static_argnums=(0, 3))
 def top_items(model: Model, params, batch, k: int):
-    """The k best next items of each history: (scores f32[B, k], ids int32[B, k]), best first.
+    """Returns (scores f32[B, k], ids int32[B, k]): the k best next items of each history, best first.
 
-    batch: one history a row, with padding after it; at least one token of it for a model that is not causal.
+    batch: one history per row, then padding; a model that is not causal needs at least one token of padding.
     """
     last_B = jnp.sum(batch.segments > 0, axis=1) - 1
     if not model.is_causal:  # the event to predict is a query token after the last one
@@ -60,13 +60,15 @@ def top_items(model: Model, params, batch, k: int):
 
 
 class SequenceRanker(ScoreRanker):
-    """Ranks by a sequence model: encodes each history, then asks the catalogue.
+    """Ranks with a sequence model: encodes each history, then scores the catalogue.
 
-    Histories are cut to their last `max_len` events and packed into rows like those of training, split over
-    the mesh axis "data". tables: those that are not parameters like any other; row-sharded ones stay where
-    they are, and so do their scores. dims: score by so many first dims; 0 = by all.
-    schema: the features that the model reads; where the queries lack one, it is missing at all events, and
-    all count as at the same time.
+    Histories are cut to their last `max_len` events and packed into rows as in training. Rows are sharded
+    over the mesh axis "data".
+
+    tables: the embedding tables that are not plain parameters. Row-sharded tables stay sharded, and so do the
+    scores of their items. dims: score by this number of first dims (a Matryoshka prefix); 0 = all.
+    schema: the features that the model reads. One that the queries lack counts as missing at all events;
+    without times, all events count as simultaneous.
     """
 
     def __init__(
@@ -98,15 +100,16 @@ class SequenceRanker(ScoreRanker):
         return self._catalogue.scores(self._encode(queries))
 
     def _columns(self, queries: Queries) -> dict[str, np.ndarray]:
+        """Returns the columns that the model reads, filled with missing values if the queries lack one."""
         columns = {"item": queries.columns["item"]}
         for feature in self._schema:
             missing = np.nan if feature.kind == "number" else 0
-            absent = np.broadcast_to(missing, len(columns["item"]))
-            columns[feature.name] = queries.columns.get(feature.name, absent)
+            all_missing = np.broadcast_to(missing, len(columns["item"]))
+            columns[feature.name] = queries.columns.get(feature.name, all_missing)
         return columns
 
-    def _places(self, batch: Batch) -> dict:
-        """The rows of ids in row-sharded tables."""
+    def _local_ids(self, batch: Batch) -> dict:
+        """Returns where the ids of a batch are in the row-sharded tables, as for `Batch.local_ids`."""
         if not self._placements:
             return {}
         ids = self._model.bind(self._model.abstract_params).table_ids(batch, {})
@@ -116,7 +119,7 @@ class SequenceRanker(ScoreRanker):
         }
 
     def _encode(self, queries: Queries) -> np.ndarray:
-        """[B, D]: the output after the last event of each history, in blocks of packed rows of one shape."""
+        """Returns the query vector after each history, [B, D]. Encodes packed rows in blocks of one shape."""
         extra = 0 if self._model.is_causal else 1  # a query token after the last event
         plan = plan_packing(queries.lengths + extra, self._max_len)
         slot_users = np.empty_like(plan.users_by_len)
@@ -127,10 +130,10 @@ class SequenceRanker(ScoreRanker):
         for first in range(0, plan.num_rows, self._rows):
             rows = np.arange(first, min(first + self._rows, plan.num_rows))
             batch = fill_rows(columns, plan, rows, slot_users, queries.ends + extra, self._rows, self._schema)
-            # The last token of a segment is where the next position does not continue the count.
+            # At the last token of a segment, the position that follows is 0.
             following = np.pad(batch.positions[:, 1:], ((0, 0), (0, 1)))
             is_last = (batch.segments > 0) & (following == 0)
-            # Nothing is known of the event to predict, whatever the log has after the history.
+            # The log may contain the event to predict: hide it.
             batch = batch.replace(next=_without(is_last, batch.next))
             if extra:
                 batch = batch.replace(events=_without(is_last, batch.events), is_query=is_last)
@@ -138,7 +141,7 @@ class SequenceRanker(ScoreRanker):
             users_Q = slot_users[plan.row_starts[rows[0]] : plan.row_starts[rows[-1] + 1]]
             size = 1 << int(len(row_Q) - 1).bit_length()  # few shapes to compile
             pad = (0, size - len(row_Q))
-            batch = batch.replace(local_ids=self._places(batch))
+            batch = batch.replace(local_ids=self._local_ids(batch))
             placed = place_whole_batch(batch, self._mesh)
             query_positions = np.pad(row_Q, pad), np.pad(column_Q, pad)
             x_QD = _encode(self._model, self._params, placed, self._whole, self._dims, *query_positions)
@@ -147,7 +150,7 @@ class SequenceRanker(ScoreRanker):
 
 
 def _without(tokens_BS, columns: dict) -> dict:
-    """The columns, missing at some tokens."""
+    """Returns the columns with zeros, which mean missing, at these tokens."""
     return {name: np.where(tokens_BS, np.zeros((), x.dtype), x) for name, x in columns.items()}
 
 
@@ -163,19 +166,25 @@ def make_ranker(
     dims=0,
     num_beams=0,
 ) -> ScoreRanker:
-    """The ranker by a model of any kind.
+    """Returns the ranker of a model of any type.
 
-    schema: the features of the log. tables, dims: as of `SequenceRanker`. num_beams: of a search for semantic
-    ids; 0 = as the model's config says.
+    schema: the features of the log. tables, dims: see `SequenceRanker`. num_beams: beams of a generative
+    retrieval model; 0 = as in its config.
 
-    Raises ValueError for more dims than there are.
+    Raises ValueError if dims is set for a generative retrieval model, or is larger than the item vectors.
     """
     config = model.config
     if model.is_generative:
         if dims:
-            raise ValueError(f"dims={dims}: model.type={config.type!r} scores no vectors")
+            raise ValueError(
+                f"dims={dims} is not supported with model.type={config.type!r}, which has no item vectors: "
+                "set dims=0"
+            )
         return BeamRanker(model, params, num_items, max_len, mesh, num_beams or config.num_beams)
     if dims > config.table_dim:
-        raise ValueError(f"dims={dims}: the vectors have {config.table_dim} ({type(config).__name__})")
+        raise ValueError(
+            f"dims={dims} must be at most {config.table_dim}, the dims of the item vectors "
+            f"({type(config).__name__})"
+        )
     schema = tuple(feature for feature in schema if feature.name in model.columns)
     return SequenceRanker(model, params, max_len, mesh, tables, dims, schema)

@@ -1,4 +1,4 @@
-"""Semantic ids: every item as a path of codes, made once a run from what the item is."""
+"""Semantic ids: a path of codes for each item, made from its content once per run."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ import numpy as np
 
 from rec_jax import processes
 
-if TYPE_CHECKING:  # slow to import, and needed to make codes only
+if TYPE_CHECKING:  # slow to import, and needed only to make semantic ids
     from rec_jax.data.datasets import DataConfig, Dataset
 
 _FILE = "semantic_ids.npz"
@@ -21,22 +21,23 @@ _FILE = "semantic_ids.npz"
 
 @dataclass(frozen=True)
 class SemanticIdsConfig:
-    """How items become codes, for models that generate them; no other model reads this.
+    """Settings for making semantic ids; only generative retrieval models use them.
 
-    content: see `data.content.content_vectors`. Items that share all codes are told apart by one more, last
-    level, which counts them, the most frequent in training first.
+    content: see `data.content.content_vectors`. The codes of an item end with one more level, which
+    distinguishes items whose other codes are the same: it counts them from 0, the most frequent in training
+    first.
     """
 
     content: str = ""
-    content_dims: int = 512  # that words and attributes are hashed to
+    content_dims: int = 512  # dims of content vectors if words or attributes are hashed
     method: Literal["rqvae", "kmeans"] = "rqvae"
-    num_levels: int = 3  # before the one that counts
+    num_levels: int = 3  # without the last level, which counts
     codebook_size: int = 256  # of each level
     epochs: int = 60  # rqvae
-    width: int = 256  # rqvae: hidden units of encoder and decoder
+    width: int = 256  # rqvae: hidden units of the encoder and of the decoder
     latent: int = 32  # rqvae: dims that are quantised
-    min_used: float = 0.5  # an error, if fewer of a level's codes stand for an item
-    max_shared: float = 0.5  # an error, if more of the items share their codes before the last level
+    min_used: float = 0.5  # error if a smaller share of the codes of a level is used
+    max_shared: float = 0.5  # error if a larger share of the items needs the last level to be distinguished
 
     def __post_init__(self):
         for name in ("content_dims", "num_levels", "epochs", "width", "latent"):
@@ -50,10 +51,10 @@ class SemanticIdsConfig:
 
 
 class SemanticIds:
-    """The codes of a catalogue, and their trie; a constant of a module, compared by value.
+    """The semantic ids of a catalogue, and their trie. A constant of a module, compared by value.
 
-    codes_VQ: int32[V + 1, Q] of 0..codebook_size - 1, no two items alike; row 0 is padding and is not read.
-    report: a line about them.
+    codes_VQ: int32[V + 1, Q] in 0..codebook_size - 1; no two items have the same codes. Entry 0 is padding
+    and is not read. report: a line of text about the codes.
     """
 
     def __init__(self, codes_VQ: np.ndarray, codebook_size: int, report: str = ""):
@@ -62,7 +63,8 @@ class SemanticIds:
         items = self.codes_VQ[1:]
         if items.min() < 0 or items.max() >= codebook_size or len(np.unique(items, axis=0)) < len(items):
             raise ValueError(
-                f"items need codes in 0..{codebook_size - 1}, no two of them the same (SemanticIds)"
+                f"codes must be in 0..{codebook_size - 1}, and no two items may have the same ones "
+                "(SemanticIds)"
             )
 
     def __eq__(self, other):
@@ -83,52 +85,52 @@ class SemanticIds:
 
 
 class Trie:
-    """Which codes may follow which, in memory linear in the number of items.
+    """The trie of the codes: which codes may follow a prefix. Memory is linear in the number of items.
 
-    The nodes of a level are numbered in the order of their paths, so the children of a node are neighbours;
-    level 0 has the root alone, level Q the items.
+    Level 0 has one node, the root; the nodes of level Q are the items. The nodes of a level are numbered in
+    the order of their paths, so the children of a node have consecutive numbers.
 
-    first: of level q int32[nodes of q, and 1], the first child of each node, and behind the last one's.
-    codes: of level q int32[nodes of level q + 1], the code that leads to each.
-    most: of level q the most children that a node has.
-    items: int32[nodes of Q], the item at the end of each path.
-    paths_VQ: int32[V + 1, Q], the nodes on the way to each item; row 0, of padding, is 0.
+    first_child: for each level q, int32[nodes of level q, plus 1]: the first child of each node. Node n has
+    the children from first_child[q][n] to first_child[q][n + 1] - 1.
+    codes: for each level q, int32[nodes of level q + 1]: the code that leads to each of these nodes.
+    max_children: for each level q, the largest number of children of a node.
+    items: int32[nodes of level Q]: the item of each.
+    paths_VQ: int32[V + 1, Q]: the nodes on the path to each item; entry 0 (padding) is 0.
     """
 
     def __init__(self, semantic_ids: SemanticIds):
         order = np.lexsort(semantic_ids.codes_VQ[1:].T[::-1])
         self.items = (order + 1).astype(np.int32)
         node_V = np.zeros(len(order), np.int64)
-        self.first, self.codes, self.most = [], [], []
+        self.first_child, self.codes, self.max_children = [], [], []
         self.paths_VQ = np.zeros_like(semantic_ids.codes_VQ)
         for level, code_V in enumerate(semantic_ids.codes_VQ[1:][order].T):
             keys, child_V = np.unique(node_V * semantic_ids.codebook_size + code_V, return_inverse=True)
             num_children = np.bincount(keys // semantic_ids.codebook_size)
-            self.first.append(np.concatenate([[0], np.cumsum(num_children)]).astype(np.int32))
+            self.first_child.append(np.concatenate([[0], np.cumsum(num_children)]).astype(np.int32))
             self.codes.append((keys % semantic_ids.codebook_size).astype(np.int32))
-            self.most.append(int(num_children.max()))
+            self.max_children.append(int(num_children.max()))
             self.paths_VQ[self.items, level] = node_V = child_V
 
 
 def numbered_semantic_ids(num_items: int, config: SemanticIdsConfig) -> SemanticIds:
-    """Codes that say nothing: the digits of the item's number. For plans and tests without data."""
+    """Returns placeholder codes, the digits of the item's number, for uses without data."""
     num_levels = 1
     while config.codebook_size**num_levels < num_items:
         num_levels += 1
     num_levels = max(num_levels, config.num_levels + 1)
     powers = config.codebook_size ** np.arange(num_levels - 1, -1, -1, dtype=np.int64)
     digits_VQ = np.arange(num_items)[:, None] // powers % config.codebook_size
-    return SemanticIds(
-        np.pad(digits_VQ, ((1, 0), (0, 0))), config.codebook_size, "codes are numbers of items"
-    )
+    return SemanticIds(np.pad(digits_VQ, ((1, 0), (0, 0))), config.codebook_size, "codes are item numbers")
 
 
 def make_semantic_ids(
     vectors_VF: np.ndarray, config: SemanticIdsConfig, counts_V: np.ndarray, seed: int
 ) -> SemanticIds:
-    """vectors_VF: f32[V + 1, F] of the items, row 0 not read; counts_V: training events of each.
+    """Returns the semantic ids of items with content vectors f32[V + 1, F]; entry 0 is not read.
 
-    Raises ValueError if codes lie idle or too many items share theirs.
+    counts_V: the number of training events of each item.
+    Raises ValueError if too few codes are used, or too many items share theirs.
     """
     from rec_jax.models.quantizers import residual_kmeans, rqvae
 
@@ -138,66 +140,69 @@ def make_semantic_ids(
     else:
         codes_NQ = rqvae(x_NF, *sizes, seed, epochs=config.epochs, width=config.width, latent=config.latent)
     used = [len(np.unique(codes_N)) / config.codebook_size for codes_N in codes_NQ.T]
-    place_N, group_N = count_within(codes_NQ, counts_V[1:])
-    shared, largest = float(np.mean(group_N > 1)), int(group_N.max())
+    last_code_N, group_size_N = count_within(codes_NQ, counts_V[1:])
+    shared, largest = float(np.mean(group_size_N > 1)), int(group_size_N.max())
     _check(config, used, shared, largest)
-    codes_NQ = np.column_stack([codes_NQ, place_N])
+    codes_NQ = np.column_stack([codes_NQ, last_code_N])
     report = (
-        f"codes by {config.method}: used {', '.join(f'{x:.0%}' for x in used)} of {config.codebook_size} a "
-        f"level; {shared:.1%} of the items share theirs, {largest} at most, and are counted by the last level"
+        f"codes by {config.method}: levels use {', '.join(f'{x:.0%}' for x in used)} of "
+        f"{config.codebook_size} codes; {shared:.1%} of the items share their codes, at most {largest} the "
+        "same ones, and are counted by one more level"
     )
     return SemanticIds(np.pad(codes_NQ, ((1, 0), (0, 0))), config.codebook_size, report)
 
 
 def count_within(codes_NQ: np.ndarray, counts_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(place int[N] of each item among those that share its codes, how many these are int[N]).
+    """Returns (rank int[N], size int[N]): the rank of each item among the items with the same codes, and the
+    number of these items.
 
-    Places count from 0, the largest of `counts_N` first: the last code alone then tells the frequent from the
-    rare. Source: TIGER, section 3.1, which leaves their order open.
+    Ranks start at 0, the largest of `counts_N` first, so that the last code alone distinguishes frequent from
+    rare items. Source: TIGER, section 3.1, which leaves the order open.
     """
     group_N = np.unique(codes_NQ, axis=0, return_inverse=True)[1].reshape(-1)
     order = np.lexsort((-counts_N, group_N))
     sizes = np.bincount(group_N)
-    place_N = np.empty(len(order), np.int64)
-    place_N[order] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return place_N, sizes[group_N]
+    rank_N = np.empty(len(order), np.int64)
+    rank_N[order] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return rank_N, sizes[group_N]
 
 
 def _check(config: SemanticIdsConfig, used: list[float], shared: float, largest: int) -> None:
     for level, share in enumerate(used):
         if share < config.min_used:
             raise ValueError(
-                f"semantic_ids.min_used={config.min_used}: of level {level} only {share:.3f} of the "
-                f"{config.codebook_size} codes are used: lower codebook_size or num_levels, use method='kmeans', or "
+                f"semantic_ids.min_used={config.min_used}: level {level} uses only {share:.3f} of its "
+                f"{config.codebook_size} codes: lower codebook_size or num_levels, use method='kmeans', or "
                 "lower min_used (SemanticIdsConfig)"
             )
     if shared > config.max_shared:
         raise ValueError(
-            f"semantic_ids.max_shared={config.max_shared}: {shared:.3f} of the items share their codes, up to "
-            f"{largest}: raise codebook_size or num_levels, give content that tells them apart, or raise "
-            "max_shared (SemanticIdsConfig)"
+            f"semantic_ids.max_shared={config.max_shared}: {shared:.3f} of the items share their codes, at "
+            f"most {largest} the same ones: raise codebook_size or num_levels, use content that "
+            "distinguishes items better, or raise max_shared (SemanticIdsConfig)"
         )
     if largest > config.codebook_size:
         raise ValueError(
-            f"semantic_ids.codebook_size={config.codebook_size}: {largest} items share their codes, which the last level "
-            "cannot count: raise codebook_size or num_levels, or give content that tells them apart (SemanticIdsConfig)"
+            f"semantic_ids.codebook_size={config.codebook_size}: {largest} items share the same codes, more "
+            "than the last level can count: raise codebook_size or num_levels, or use content that "
+            "distinguishes items better (SemanticIdsConfig)"
         )
 
 
 def load_semantic_ids(
     config: SemanticIdsConfig, data: "DataConfig", dataset: "Dataset", workdir: Path, seed: int
 ) -> SemanticIds:
-    """The codes of a run, made unless they are in its workdir.
+    """Returns the semantic ids of a run: those in its workdir, or new ones, which it saves there.
 
-    Raises ValueError for codes that were made from another config, log, split or content, and where a trained
-    model has lost its codes.
+    Raises ValueError if saved ones were made from another config, log, split or content, or if there are
+    checkpoints but no saved ones.
     """
     from rec_jax.data.content import content_digest, content_vectors
 
     path = Path(workdir) / _FILE
     if not path.exists() and (Path(workdir) / "checkpoints").exists():
         raise ValueError(
-            f"{path} is missing, and the model in {workdir} can only be read with it: bring it back, or "
+            f"{path} is missing, and the model in {workdir} cannot be used without it: restore it, or "
             "train in another workdir"
         )
     ids = "\n".join(str(name) for name in dataset.histories.item_ids)
@@ -226,7 +231,7 @@ def load_semantic_ids(
     with np.load(path) as file:
         if str(file["made_from"]) != made_from:
             raise ValueError(
-                f"{path} was made from {file['made_from']}, this run asks for {made_from}: use another "
+                f"{path} was made from {file['made_from']}, but this run needs {made_from}: use another "
                 "workdir (SemanticIdsConfig)"
             )
         return SemanticIds(file["codes"], config.codebook_size, str(file["report"]))

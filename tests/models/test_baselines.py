@@ -1,3 +1,5 @@
+"""Baselines against small examples by hand, loops, and planted tastes."""
+
 import dataclasses
 
 import numpy as np
@@ -27,11 +29,11 @@ def make_data(rows, num_items, times=None):
 
 @pytest.fixture
 def data():
-    """Four users; the last two events of each are held out: 5 and 6 occur there alone."""
+    """Four users. The last two events of each are held out; items 5 and 6 occur only in these."""
     return make_data([[1, 2, 3, 5, 6], [1, 2, 4, 5, 6], [2, 1, 2, 5, 6], [3, 4, 6, 5]], 6)
 
 
-def test_popularity_counts_training_events_alone(data):
+def test_popularity_counts_only_training_events(data):
     histories, split = data
     scores = scores_of(popularity(histories, split), histories, np.array([0, 3]), np.array([3, 16]))
     np.testing.assert_array_equal(scores, [[0, 3, 4, 2, 2, 0, 0]] * 2)
@@ -43,19 +45,19 @@ def test_bigram_counts_followers_within_users(data):
     scores = scores_of(bigram(histories, split), histories, np.array([0, 3]), np.array([2, 17]))
     after_2 = {1: 1, 3: 1, 4: 1}
     np.testing.assert_array_equal(np.floor(scores[0]), [after_2.get(v, 0) for v in range(7)])
-    # 4 is never followed in training: popularity decides, and stays below any seen pair.
+    # Item 4 is never followed in training, so popularity decides, with scores below those of pairs.
     np.testing.assert_allclose(scores[1], np.array([0, 3, 4, 2, 2, 0, 0]) / 5)
 
 
 def test_item_knn_is_the_summed_cosine(data):
     histories, split = data
     train = [{1, 2, 3}, {1, 2, 4}, {1, 2}, {3, 4}]
-    owners = {v: {u for u, items in enumerate(train) if v in items} for v in range(1, 7)}
+    users = {v: {u for u, items in enumerate(train) if v in items} for v in range(1, 7)}
 
     def cosine(a, b):
-        if a == b or not owners[a] or not owners[b]:
+        if a == b or not users[a] or not users[b]:
             return 0.0
-        return len(owners[a] & owners[b]) / np.sqrt(len(owners[a]) * len(owners[b]))
+        return len(users[a] & users[b]) / np.sqrt(len(users[a]) * len(users[b]))
 
     scores = scores_of(item_knn(histories, split), histories, np.array([0, 2]), np.array([3, 13]))
     for row, history in zip(scores, [[1, 2, 3], [2, 1, 2]], strict=True):
@@ -63,10 +65,10 @@ def test_item_knn_is_the_summed_cosine(data):
         np.testing.assert_allclose(row, expected, rtol=1e-6)
 
 
-def test_item_knn_keeps_the_nearest_alone(data):
+def test_item_knn_uses_only_the_nearest_items(data):
     histories, split = data
     scores = scores_of(item_knn(histories, split, num_neighbours=1), histories, np.array([0]), np.array([1]))
-    assert np.count_nonzero(scores[0]) == 1 and np.argmax(scores[0]) == 2  # 1 and 2 share all users
+    assert np.count_nonzero(scores[0]) == 1 and np.argmax(scores[0]) == 2  # 1 and 2 have the same users
 
 
 def test_recent_popularity_without_times_counts_the_last_events_of_each_user(data):
@@ -78,9 +80,9 @@ def test_recent_popularity_without_times_counts_the_last_events_of_each_user(dat
     np.testing.assert_allclose(scores, [[0, 3 / 5, 1 + 4 / 5, 1 + 2 / 5, 2 + 2 / 5, 0, 0]] * 2)
 
 
-def test_recent_popularity_with_times_counts_the_last_part_of_the_time_of_training(data):
+def test_recent_popularity_with_times_counts_the_last_part_of_the_training_period(data):
     histories, split = data
-    # Training ends at 100: its last tenth begins at 90. Held-out events come later.
+    # Training ends at time 100, so its last tenth starts at 90. Held-out events come later.
     times = [0, 10, 20, 200, 300, 50, 89, 90, 200, 300, 95, 95, 100, 200, 300, 10, 20, 200, 300]
     histories = dataclasses.replace(histories, times=np.array(times))
     scores = scores_of(
@@ -89,23 +91,24 @@ def test_recent_popularity_with_times_counts_the_last_part_of_the_time_of_traini
     np.testing.assert_allclose(scores, [[0, 1 + 3 / 5, 2 + 4 / 5, 2 / 5, 1 + 2 / 5, 0, 0]])
 
 
-def test_ease_is_the_best_guess_of_each_item_from_the_others(data):
+def test_ease_is_a_ridge_regression_of_each_item_on_the_others(data):
     histories, split = data
     ranker = ease(histories, split, regularization=0.7)
     seen_UV = np.zeros((4, 7))
     for user, items in enumerate([{1, 2, 3}, {1, 2, 4}, {1, 2}, {3, 4}]):
         seen_UV[user, list(items)] = 1
     weights_VV = np.zeros((7, 7))
-    for item in range(7):  # ridge regression of one column on all others
+    for item in range(7):
         others = np.arange(7) != item
         x, y = seen_UV[:, others], seen_UV[:, item]
         weights_VV[others, item] = np.linalg.solve(x.T @ x + 0.7 * np.eye(6), x.T @ y)
-    # User 2 has item 2 twice: it counts once. One item alone gives its row, 0 on the diagonal.
-    twice = scores_of(ranker, histories, [2], [13])
-    np.testing.assert_allclose(twice[0], seen_UV[2] @ weights_VV, atol=1e-6)
-    alone = scores_of(ranker, histories, [0, 3], [1, 16])
-    np.testing.assert_allclose(alone, weights_VV[[1, 3]], atol=1e-6)
-    assert alone[0, 1] == alone[1, 3] == 0
+    # User 2 has item 2 twice; it counts once. The scores after a single item are its weights, 0 on the
+    # diagonal.
+    repeated = scores_of(ranker, histories, [2], [13])
+    np.testing.assert_allclose(repeated[0], seen_UV[2] @ weights_VV, atol=1e-6)
+    single = scores_of(ranker, histories, [0, 3], [1, 16])
+    np.testing.assert_allclose(single, weights_VV[[1, 3]], atol=1e-6)
+    assert single[0, 1] == single[1, 3] == 0
 
 
 def test_ease_refuses_large_catalogues(data):
@@ -115,7 +118,7 @@ def test_ease_refuses_large_catalogues(data):
 
 @pytest.fixture(scope="module")
 def two_tastes():
-    """Half of the users have items 1 to 10, half 11 to 20, in random orders, eight each."""
+    """Half of the users have items from 1 to 10, the others from 11 to 20; eight each, in random order."""
     rng = np.random.default_rng(0)
     return make_data([rng.permutation(10)[:8] + 1 + 10 * (user % 2) for user in range(60)], 20)
 
@@ -125,47 +128,49 @@ def test_bpr_learns_the_taste_of_each_user(two_tastes):
     users, ends = np.arange(60), split.train_end
     ranker = bpr(histories, split, width=8, epochs=60, learning_rate=0.05)
     scores_UV = scores_of(ranker, histories, users, ends)
-    ahead = scores_of(popularity(histories, split), histories, users, ends)
-    own = (np.arange(21) - 1) // 10 == users[:, None] % 2
-    other = ~own & (np.arange(21) > 0)
+    popular_UV = scores_of(popularity(histories, split), histories, users, ends)
+    own_taste = (np.arange(21) - 1) // 10 == users[:, None] % 2
+    other_taste = ~own_taste & (np.arange(21) > 0)
 
-    def share_ahead(scores_UV):
-        """Of the other taste's items, those below the target that is held out."""
+    def share_below(scores_UV):
+        """The share of the other taste's items that score below the held-out item."""
         target_U1 = scores_UV[users, histories.items[ends]][:, None]
-        return np.mean((scores_UV < target_U1)[other])
+        return np.mean((scores_UV < target_U1)[other_taste])
 
-    assert share_ahead(scores_UV) > 0.98 > 0.6 > share_ahead(ahead)
+    assert share_below(scores_UV) > 0.98 > 0.6 > share_below(popular_UV)
 
 
-def test_bpr_is_the_same_for_the_same_seed(two_tastes):
-    at = two_tastes[0], np.arange(60), two_tastes[1].train_end
+def test_bpr_depends_only_on_its_seed(two_tastes):
+    queries = two_tastes[0], np.arange(60), two_tastes[1].train_end
     rankers = (bpr(*two_tastes, width=8, epochs=2, seed=seed) for seed in (3, 3, 4))
-    first, again, other = (scores_of(ranker, *at) for ranker in rankers)
+    first, again, other = (scores_of(ranker, *queries) for ranker in rankers)
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-4
 
 
-def test_bpr_gives_users_without_training_the_biases_alone(two_tastes):
+def test_bpr_scores_are_biases_for_users_without_training_events(two_tastes):
     histories, split = two_tastes
     train_end = split.train_end.copy()
     train_end[[4, 7]] = histories.offsets[[4, 7]]
     ranker = bpr(histories, dataclasses.replace(split, train_end=train_end), width=8, epochs=2)
     known, *unknown = scores_of(ranker, histories, np.array([0, 4, 7]), np.array([1, 33, 57]))
     np.testing.assert_array_equal(*unknown)
-    np.testing.assert_array_equal(ranker.scores(Queries.one([3])).values_BV[0], unknown[0])  # of nobody
+    np.testing.assert_array_equal(
+        ranker.scores(Queries.one([3])).values_BV[0], unknown[0]
+    )  # user not in the log
     assert np.any(known != unknown[0])
 
 
-def test_negatives_are_all_items_but_the_users_own_alike():
-    own = {0: [2, 4, 2], 1: [1], 2: [5], 3: [1, 2, 3, 4, 5], 5: [1, 2, 4, 5]}  # user 4 has no event
-    users = np.repeat(list(own), [len(items) for items in own.values()])
-    positives = np.concatenate(list(own.values()))
+def test_negatives_are_drawn_uniformly_from_items_that_the_user_does_not_have():
+    items_of = {0: [2, 4, 2], 1: [1], 2: [5], 3: [1, 2, 3, 4, 5], 5: [1, 2, 4, 5]}  # user 4 has no event
+    users = np.repeat(list(items_of), [len(items) for items in items_of.values()])
+    positives = np.concatenate(list(items_of.values()))
     draw, rng = make_negatives(users, positives, 5), np.random.default_rng(0)
     drawn = np.array([draw(rng) for _ in range(600)])
     for event, (user, positive) in enumerate(zip(users, positives, strict=True)):
-        free = sorted(set(range(1, 6)) - set(own[user])) or [positive]
-        found, counts = np.unique(drawn[:, event], return_counts=True)
-        assert found.tolist() == free
+        free = sorted(set(range(1, 6)) - set(items_of[user])) or [positive]
+        negatives, counts = np.unique(drawn[:, event], return_counts=True)
+        assert negatives.tolist() == free
         assert abs(counts - 600 / len(free)).max() < 60  # five standard deviations
 
 
@@ -177,16 +182,15 @@ def test_held_out_events_are_not_read(two_tastes, name):
     other = dataclasses.replace(
         histories, items=np.where(in_train, histories.items, 21 - histories.items), times=None
     )
-    at = np.arange(60), split.train_end
-    for with_times in (None, times):
-        before = dataclasses.replace(histories, times=with_times)
-        after = dataclasses.replace(other, times=with_times if with_times is None else with_times + ~in_train)
-        before, after = (scores_of(BASELINES[name](x, split), x, *at) for x in (before, after))
-        np.testing.assert_array_equal(before, after)
+    with_times = dataclasses.replace(histories, times=times)
+    other_times = dataclasses.replace(other, times=times + ~in_train)
+    for pair in ((histories, other), (with_times, other_times)):
+        scores = (scores_of(BASELINES[name](x, split), x, np.arange(60), split.train_end) for x in pair)
+        np.testing.assert_array_equal(*scores)
 
 
 def test_item_knn_is_the_same_in_blocks_of_items(two_tastes, monkeypatch):
-    at = two_tastes[0], np.arange(60), two_tastes[1].train_end
-    at_once = scores_of(item_knn(*two_tastes), *at)
+    queries = two_tastes[0], np.arange(60), two_tastes[1].train_end
+    in_one_block = scores_of(item_knn(*two_tastes), *queries)
     monkeypatch.setattr(baselines, "_BLOCK_SCORES", 40)
-    np.testing.assert_array_equal(scores_of(item_knn(*two_tastes), *at), at_once)
+    np.testing.assert_array_equal(scores_of(item_knn(*two_tastes), *queries), in_one_block)

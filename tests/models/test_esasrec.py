@@ -1,4 +1,5 @@
-"""eSASRec against its formulas in plain NumPy. What every model promises is in test_contracts.py."""
+"""eSASRec against its formulas in plain NumPy. test_contracts.py has the tests that are common to all
+models."""
 
 import dataclasses
 
@@ -6,26 +7,25 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from packed_rows import pack
+from packed_rows import encode, random_params
 
+from rec_jax.config import build
 from rec_jax.mesh import MeshConfig, make_mesh
-from rec_jax.models.base import init_model
+from rec_jax.models.base import define_model
 from rec_jax.models.esasrec import ESASRec, ESASRecConfig
 from rec_jax.nn.parallel import partition
 
-NUM_ITEMS, MAX_LEN = 20, 9
+NUM_ITEMS, MAX_LEN = 20, 12
 CONFIG = ESASRecConfig(width=8, ff_width=12, num_heads=2, dropout=0.0)
 
 
 def make(**kwargs):
     config = dataclasses.replace(CONFIG, **kwargs)
-    model, params = init_model(lambda rngs: ESASRec(config, NUM_ITEMS, MAX_LEN, rngs=rngs), seed=0)
-    rng = np.random.default_rng(1)  # far from their start, so that every gate, scale and bias takes part
-    return model, jax.tree.map(lambda x: np.asarray(x + 0.3 * rng.normal(size=x.shape), np.float32), params)
+    return define_model(lambda rngs: ESASRec(config, NUM_ITEMS, MAX_LEN, rngs=rngs))
 
 
 def reference(params, history):
-    """f64[S, D], one head and one query at a time."""
+    """Returns f64[S, D], the query vectors, computed for one head and one query at a time."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
     def norm(x, p):
@@ -43,7 +43,8 @@ def reference(params, history):
         return sum(y * taps for y, taps in zip(earlier, p["taps"], strict=True)) + p["bias"]
 
     def rotate(x):
-        """Each pair (i, i + 2) of the four dims of a head as a complex number, turned by its position."""
+        """Rotates each pair (i, i + 2) of the four dims of a head, as a complex number, by an angle that is
+        proportional to its position."""
         angle = np.arange(len(x))[:, None] * 10_000.0 ** (-np.arange(2) / 2)
         turned = (x[:, :2] + 1j * x[:, 2:]) * np.exp(1j * angle)
         return np.concatenate([turned.real, turned.imag], axis=1)
@@ -81,21 +82,19 @@ def reference(params, history):
 
 @pytest.mark.parametrize("kwargs", [{}, {"position": "learned", "conv_width": 0}], ids=str)
 def test_equals_the_reference(kwargs):
-    model, params = make(**kwargs)
-    history = np.array([3, 7, 7, 1, 20])
-    batch = pack([[history]], length=MAX_LEN)
-    params_on_device = jax.tree.map(jax.numpy.asarray, params)
-    x_SD = np.asarray(jax.jit(lambda batch: model.bind(params_on_device)(batch))(batch))[0, :5]
+    model, history = make(**kwargs), np.array([3, 7, 7, 1, 20])
+    params = random_params(model)
+    x_SD = encode(model, params, [[history]])[0, :5]
     np.testing.assert_allclose(x_SD, reference(params, history), rtol=2e-4, atol=2e-5)
 
 
-def test_a_convolution_of_less_than_nothing_is_refused():
+def test_a_negative_conv_width_is_refused():
     with pytest.raises(ValueError, match="conv_width=-1 must be at least 0"):
         ESASRecConfig(conv_width=-1)
 
 
-def test_channels_of_the_feed_forward_lie_over_the_mesh():
-    model, _ = make()
+def test_channels_of_the_feed_forward_are_sharded():
+    model = make()
     mesh = make_mesh(MeshConfig(data=2, model=4))
     specs = partition(model.abstract_params, model.dims, mesh, fully_sharded=False)
     ff = specs["blocks"][0]["ff"]
@@ -103,8 +102,6 @@ def test_channels_of_the_feed_forward_lie_over_the_mesh():
     assert ff["down"]["kernel"] == P("model", None) and ff["down"]["bias"] == P(None)
 
 
-def test_the_order_of_its_norms_is_fixed():
+def test_only_norm_pre_is_accepted():
     with pytest.raises(ValueError, match="norm='post' is not one of 'pre'"):
-        from rec_jax.config import build
-
         build(ESASRecConfig, {"type": "esasrec", "norm": "post"})

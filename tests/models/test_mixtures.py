@@ -1,4 +1,4 @@
-"""Models with a mixture of experts keep the promises of every model."""
+"""Models with a mixture of experts have the properties of every model."""
 
 import pytest
 import test_contracts as contracts
@@ -14,12 +14,12 @@ class MixtureSASRec(SASRecConfig):
 @pytest.mark.parametrize(
     "contract",
     [
-        contracts.test_a_history_is_encoded_the_same_in_any_company,
-        contracts.test_nothing_that_comes_later_is_seen,
-        contracts.test_asked_tokens_are_those_of_the_whole,
-        contracts.test_dropout_follows_from_its_key,
+        contracts.test_encoding_of_a_history_does_not_depend_on_its_row,
+        contracts.test_later_events_are_not_used,
+        contracts.test_query_positions_select_tokens,
+        contracts.test_dropout_depends_only_on_its_key,
     ],
     ids=lambda contract: contract.__name__,
 )
-def test_a_mixture_keeps_the_contracts(contract):
+def test_a_mixture_fulfils_the_contracts(contract):
     contract(MixtureSASRec)

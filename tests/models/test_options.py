@@ -1,4 +1,4 @@
-"""Every model goes with every loss and view that it should: traced, not compiled."""
+"""Every model works with every loss and augmentation that it supports. Steps are traced, not compiled."""
 
 import jax
 import numpy as np
@@ -24,16 +24,16 @@ from rec_jax.training import make_step
 )
 def test_all_options_at_once(config_class):
     is_causal = MODELS[config_class].is_causal
-    views = {
+    augmentation = {
         "augment": AugmentConfig(crop=0.5, reorder=0.5),
         "contrastive": ContrastiveConfig(weight=0.1, view="augment"),
     }
     config = ExperimentConfig(
         data=DataConfig(max_len=MAX_LEN),
-        model=small(config_class, num_future=2 if is_causal else 1),
+        model=small(config_class, num_layers=1, num_future=2 if is_causal else 1),
         loss=SoftmaxConfig(ips_power=0.5, popularity_discount=0.5, matryoshka=(2, 4)),
         train=TrainConfig(batch_rows=4, micro_rows=2),
-        **views if is_causal else {},
+        **augmentation if is_causal else {},
     )
     model = define_model(model_builder(config.model, NUM_ITEMS, MAX_LEN))
     step = make_step(config, model, np.ones(NUM_ITEMS + 1), make_mesh(MeshConfig(data=1)))
@@ -57,6 +57,6 @@ def test_all_options_at_once(config_class):
         {"model": TigerConfig(num_future=2)},
     ],
 )
-def test_a_model_that_writes_codes_has_a_loss_of_its_own(options):
+def test_a_generative_retrieval_model_accepts_only_its_own_loss(options):
     with pytest.raises(ValueError, match="leave it at its default"):
         ExperimentConfig(**{"model": TigerConfig(), **options})

@@ -1,4 +1,5 @@
-"""What every ranker promises to the evaluator and the recommender, each against loops over its scores."""
+"""Properties that every ranker must have, for evaluation and recommendation, against loops over its
+scores."""
 
 import functools
 
@@ -6,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from packed_rows import random_params
 
 from rec_jax.compress.quant import QuantConfig, quantize_params
 from rec_jax.data.batch import Batch
@@ -14,7 +16,7 @@ from rec_jax.data.queries import Queries
 from rec_jax.data.simulator import SimulatorConfig, World
 from rec_jax.eval.ensemble import EnsembleRanker
 from rec_jax.mesh import MeshConfig, make_mesh, replicate
-from rec_jax.models.base import init_model
+from rec_jax.models.base import define_model
 from rec_jax.models.baselines import BASELINES
 from rec_jax.models.beam import BeamRanker
 from rec_jax.models.bert4rec import BERT4RecConfig
@@ -39,11 +41,14 @@ RNG = np.random.default_rng(0)
 SAMPLED = np.argsort(RNG.random((len(QUERIES), NUM_ITEMS)))[:, :5] + 1  # five distinct items each
 
 
-@functools.cache
+@functools.cache  # tests of one model share its programs
+def random_model(config, **options):
+    model = define_model(model_builder(config, NUM_ITEMS, MAX_LEN, **options))
+    return model, jax.tree.map(jnp.asarray, random_params(model))
+
+
 def sasrec():
-    build = model_builder(SASRecConfig(width=8, ff_width=8, dropout=0.0), NUM_ITEMS, MAX_LEN)
-    model, params = init_model(build, seed=0)
-    return model, jax.tree.map(lambda x: x + jnp.asarray(0.3 * RNG.normal(size=x.shape), jnp.float32), params)
+    return random_model(SASRecConfig(width=8, ff_width=8, num_layers=1, dropout=0.0))
 
 
 def sequence(change=lambda params: params, **options):
@@ -62,7 +67,7 @@ def row_sharded():
 def beam():
     config = TigerConfig(width=8, ff_width=8, num_heads=2, num_layers=1, dropout=0.0)
     semantic_ids = numbered_semantic_ids(NUM_ITEMS, SemanticIdsConfig(codebook_size=3))
-    model, params = init_model(model_builder(config, NUM_ITEMS, MAX_LEN, semantic_ids), seed=0)
+    model, params = random_model(config, semantic_ids=semantic_ids)
     return BeamRanker(model, params, NUM_ITEMS, MAX_LEN, make_mesh(MeshConfig(data=2)), num_beams=7)
 
 
@@ -84,6 +89,7 @@ def ranker(request):
 
 
 def history(row):
+    """Returns the items of a history, as a set."""
     return set(HISTORIES.items[QUERIES.starts[row] : QUERIES.ends[row]].tolist())
 
 
@@ -95,31 +101,31 @@ def test_ranks_equal_a_loop_over_scores(ranker, filter_seen):
     ranks = jax.device_get(ranks)
     assert not ranks.num_nan.any()
     for row, target in enumerate(EXAMPLES.targets):
-        scores, of_target = scores_BV[row], scores_BV[row, target]
-        everything = [v for v in range(1, NUM_ITEMS + 1) if v != target]
-        unseen = [v for v in everything if v not in history(row)]
+        scores, target_score = scores_BV[row], scores_BV[row, target]
+        others = [v for v in range(1, NUM_ITEMS + 1) if v != target]
+        unseen = [v for v in others if v not in history(row)]
         for rivals, greater, equal in (
             (unseen, ranks.greater, ranks.equal),
-            (everything, ranks.greater_unfiltered, ranks.equal_unfiltered),
+            (others, ranks.greater_unfiltered, ranks.equal_unfiltered),
             (SAMPLED[row], ranks.sampled_greater, ranks.sampled_equal),
         ):
-            assert greater[row] == np.sum(scores[rivals] > of_target)
-            assert equal[row] == 1 + np.sum(scores[rivals] == of_target)
-        listed = [target, *(unseen if filter_seen else everything)]
-        check_list(ranks.top_BK[row], scores, listed, 6)
+            assert greater[row] == np.sum(scores[rivals] > target_score)
+            assert equal[row] == 1 + np.sum(scores[rivals] == target_score)
+        check_list(ranks.top_BK[row], scores, [target, *(unseen if filter_seen else others)], 6)
 
 
-def check_list(ids, scores, listed, k):
-    """The k best of what may be listed, best first; equal scores in any order."""
-    found = [v for v in ids.tolist() if v]
-    assert len(set(found)) == len(found) == min(k, len(listed)) and set(found) <= set(listed)
-    assert not ids[len(found) :].any()
-    np.testing.assert_array_equal(scores[found], np.sort(scores[listed])[::-1][: len(found)])
+def check_list(ids, scores, candidates, k):
+    """Checks that ids are the k best candidates, best first; equal scores may be in any order."""
+    items = [v for v in ids.tolist() if v]
+    assert len(set(items)) == len(items) == min(k, len(candidates)) and set(items) <= set(candidates)
+    assert not ids[len(items) :].any()
+    np.testing.assert_array_equal(scores[items], np.sort(scores[candidates])[::-1][: len(items)])
 
 
-@pytest.mark.parametrize("k", [5, NUM_ITEMS, NUM_ITEMS + 9])
-@pytest.mark.parametrize("excludes", [True, False])
-@pytest.mark.parametrize("restricts", [True, False])
+@pytest.mark.parametrize(
+    "k, excludes, restricts",
+    [(5, True, False), (NUM_ITEMS, False, True), (NUM_ITEMS + 9, True, True), (NUM_ITEMS + 9, False, False)],
+)
 def test_the_best_items_equal_a_sort_of_scores(ranker, k, excludes, restricts):
     scores_BV = np.asarray(ranker.scores(QUERIES).whole())
     allowed = np.arange(NUM_ITEMS + 1) % 3 > 0
@@ -127,21 +133,21 @@ def test_the_best_items_equal_a_sort_of_scores(ranker, k, excludes, restricts):
     best_BK, ids_BK = jax.device_get(ranker.top_k(QUERIES, k, exclude, allowed if restricts else None))
     assert best_BK.shape == ids_BK.shape == (len(QUERIES), k)
     for row, scores in enumerate(scores_BV):
-        listed = [v for v in range(1, NUM_ITEMS + 1) if allowed[v] or not restricts]
-        listed = [v for v in listed if not (excludes and v in history(row))]
-        check_list(ids_BK[row], scores, [v for v in listed if scores[v] > -np.inf], k)
+        candidates = [v for v in range(1, NUM_ITEMS + 1) if allowed[v] or not restricts]
+        candidates = [v for v in candidates if not (excludes and v in history(row))]
+        check_list(ids_BK[row], scores, [v for v in candidates if scores[v] > -np.inf], k)
         expected = np.where(ids_BK[row] > 0, scores[ids_BK[row]], -np.inf)
         np.testing.assert_array_equal(best_BK[row], expected)
 
 
-def test_a_query_alone_scores_as_in_company(ranker):
+def test_scores_of_a_query_do_not_depend_on_other_queries(ranker):
     scores_BV = np.asarray(ranker.scores(QUERIES).whole())
     for row in (0, 5):
         alone = np.asarray(ranker.scores(QUERIES[row : row + 1]).whole())
         np.testing.assert_allclose(alone[0], scores_BV[row], rtol=1e-4, atol=1e-5)
 
 
-def test_a_catalogue_scores_some_items_and_the_best_without_a_ranker():
+def test_a_catalogue_scores_given_items_and_lists_the_best():
     model, params = sasrec()
     table_VD = np.asarray(params["items"]["embedding"])
     x_BD = RNG.normal(size=(3, 8)).astype(np.float32)
@@ -156,7 +162,7 @@ def test_a_catalogue_scores_some_items_and_the_best_without_a_ranker():
         np.testing.assert_array_equal(each.scores(x_BD).top_k(4)[1], order)
 
 
-def test_padding_is_never_listed():
+def test_padding_is_not_listed():
     codes = jnp.full((4, 2), -100, jnp.int8).at[0].set(127)
     table = QuantizedTable(codes, jnp.ones(4, jnp.bfloat16), None, 8, 2)
     for vectors in (table, table.dequantize()):
@@ -164,21 +170,9 @@ def test_padding_is_never_listed():
         assert sorted(np.asarray(ids)[0].tolist()) == [0, 1, 2, 3] and ids[0, 3] == 0
 
 
-def test_one_program_gives_the_best_items_of_whole_histories():
-    model, params = sasrec()
-    items = np.array([[3, 1, 7, 0], [5, 0, 0, 0]], np.int32)
-    batch = Batch({"item": items}, (items > 0).astype(np.int32), np.arange(4) * (items > 0))
-    best_BK, ids_BK = top_items(model, params, batch, 5)
-    for row, history in enumerate(([3, 1, 7], [5])):
-        scores, ids = sequence().top_k(Queries.one(history), 5)
-        np.testing.assert_array_equal(ids_BK[row], ids[0])
-        np.testing.assert_allclose(best_BK[row], scores[0], rtol=1e-4, atol=1e-5)
-
-
-def test_the_program_asks_a_query_token_where_the_model_is_not_causal():
-    config = BERT4RecConfig(width=8, ff_width=8)
-    model, params = init_model(model_builder(config, NUM_ITEMS, MAX_LEN), seed=0)
-    params = jax.tree.map(lambda x: x * 3, params)
+@pytest.mark.parametrize("config_class", [SASRecConfig, BERT4RecConfig])  # causal, and with a query token
+def test_top_items_equal_those_of_a_ranker(config_class):
+    model, params = random_model(config_class(width=8, ff_width=8, num_layers=1, dropout=0.0))
     items = np.array([[3, 1, 7, 0], [5, 0, 0, 0]], np.int32)
     batch = Batch({"item": items}, (items > 0).astype(np.int32), np.arange(4) * (items > 0))
     best_BK, ids_BK = top_items(model, params, batch, 5)

@@ -1,4 +1,4 @@
-"""SASRec against its formulas in plain NumPy, and the promises of packed rows."""
+"""SASRec against its formulas in plain NumPy, and properties of packed rows."""
 
 from functools import cache, partial
 
@@ -7,29 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from packed_rows import pack
+from packed_rows import encode_queries, pack, random_params
 
 from rec_jax.hashing import row_keys
 from rec_jax.mesh import MeshConfig, make_mesh
-from rec_jax.models.base import init_model
+from rec_jax.models.base import define_model, init_model
 from rec_jax.models.sasrec import SASRec, SASRecConfig
 from rec_jax.nn.parallel import partition
 
 NUM_ITEMS, MAX_LEN = 20, 12
 
 
-@cache  # tests of one model share its compilation
+@cache  # tests of one model share its programs
 def make(**kwargs):
     config = SASRecConfig(**({"width": 8, "ff_width": 12, "num_heads": 2, "dropout": 0.0} | kwargs))
-    model, params = init_model(lambda rngs: SASRec(config, NUM_ITEMS, MAX_LEN, rngs=rngs), seed=0)
-    # Far from their start, so that scales, biases and the logits of the attention take part.
-    rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda x: np.asarray(x + 0.3 * rng.normal(size=x.shape), np.float32), params)
-    return config, model, params
+    model = define_model(lambda rngs: SASRec(config, NUM_ITEMS, MAX_LEN, rngs=rngs))
+    return config, model, random_params(model)
 
 
 def encode(model, params, histories, key_B=None):
-    """x_SD of one packed row."""
+    """Returns x_SD of one packed row."""
     return np.asarray(_encode(model, params, pack([histories]), key_B))[0]
 
 
@@ -39,16 +36,16 @@ def _encode(model, params, batch, key_B):
 
 
 def reference(config, params, history, hidden=None):
-    """The encoding of every position of one history, f64[S, D], one head and one query at a time.
+    """Returns f64[S, D], the query vector at every event of one history, computed for one head and one query
+    at a time.
 
-    hidden: a list that gets the output of each layer."""
+    hidden: a list to which the output of each layer is appended."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-
     full_width = config.full_width or config.width
-    missing = ((0, 0), (0, full_width - config.width))
+    removed_dims = ((0, 0), (0, full_width - config.width))
 
     def norm(x, p):
-        x = np.pad(x, missing)
+        x = np.pad(x, removed_dims)
         x = x - x.mean(-1, keepdims=True)
         unit = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
         return unit[:, : config.width] * p["scale"] + p["bias"]
@@ -111,13 +108,19 @@ def reference(config, params, history, hidden=None):
 HISTORIES = [[3, 7, 7, 1], [20], [5, 6, 2, 9, 11]]
 
 
-@pytest.mark.parametrize("norm", ["pre", "post", "original"])
-@pytest.mark.parametrize("position", ["learned", "rotary"])
+def references(config, params):
+    return np.concatenate([reference(config, params, history) for history in HISTORIES])
+
+
+def assert_equals_reference(x_SD, config, params):
+    expected = references(config, params)
+    np.testing.assert_allclose(x_SD[: len(expected)], expected, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("norm, position", [("pre", "rotary"), ("post", "learned"), ("original", "rotary")])
 def test_packed_rows_equal_the_reference_of_each_history(norm, position):
     config, model, params = make(norm=norm, position=position)
-    x_SD = encode(model, params, HISTORIES)
-    expected = np.concatenate([reference(config, params, history) for history in HISTORIES])
-    np.testing.assert_allclose(x_SD[: len(expected)], expected, rtol=2e-4, atol=2e-5)
+    assert_equals_reference(encode(model, params, HISTORIES), config, params)
 
 
 OPTIONS = [
@@ -138,23 +141,21 @@ OPTIONS = [
 @pytest.mark.parametrize("kwargs", OPTIONS, ids=str)
 def test_smaller_models_equal_the_reference(kwargs):
     config, model, params = make(**kwargs)
-    x_SD = encode(model, params, HISTORIES)
-    expected = np.concatenate([reference(config, params, history) for history in HISTORIES])
-    np.testing.assert_allclose(x_SD[: len(expected)], expected, rtol=2e-4, atol=2e-5)
+    assert_equals_reference(encode(model, params, HISTORIES), config, params)
     table = model.bind(params).item_vectors()
     assert table.shape == (NUM_ITEMS + 1, config.item_dim or config.width)
     np.testing.assert_array_equal(table, params["items"]["embedding"])
 
 
-def test_a_factorised_table_starts_with_inputs_as_large_as_those_of_a_plain_one():
+def test_initial_inputs_with_a_projection_are_as_large_as_without():
     config = SASRecConfig(width=128, item_dim=16, num_layers=0)
     _, params = init_model(lambda rngs: SASRec(config, 500, MAX_LEN, rngs=rngs), seed=0)
     assert list(params["project"]) == ["kernel"]
     assert np.std(params["items"]["embedding"] @ params["project"]["kernel"]) == pytest.approx(0.02, rel=0.1)
 
 
-def test_heads_wider_than_the_input_can_be_split_over_devices():
-    """Each of two devices has half the heads, which are as wide as the whole input."""
+def test_heads_wider_than_the_input_can_be_sharded():
+    """Each of two devices has half of the heads, which together are as wide as the input."""
     config, model, params = make(num_heads=4, head_width=4, num_layers=1)
     mesh = make_mesh(MeshConfig(data=1, model=2))
     specs = partition(params, model.dims, mesh, fully_sharded=False)
@@ -165,15 +166,13 @@ def test_heads_wider_than_the_input_can_be_split_over_devices():
     def run(params, batch):
         return model.bind(params)(batch)
 
-    x_SD = run(params, pack([HISTORIES]))[0]
-    expected = np.concatenate([reference(config, params, history) for history in HISTORIES])
-    np.testing.assert_allclose(x_SD[: len(expected)], expected, rtol=2e-4, atol=2e-5)
+    assert_equals_reference(run(params, pack([HISTORIES]))[0], config, params)
 
 
-def test_shared_layers_have_one_block_and_a_dropout_each():
+def test_shared_layers_have_one_block_but_separate_dropout():
     _, model, params = make(share_layers=True, num_layers=2, dropout=0.5, norm="pre")
     assert list(params["blocks"]) == [0]
-    # A block that adds only a bias, and so shows its dropout.
+    # A block that only adds a bias, so that its output shows the dropout mask.
     silent = jax.tree.map(np.zeros_like, params)
     silent["blocks"][0]["ff"]["down"]["bias"] += 1.0
 
@@ -189,36 +188,28 @@ def test_shared_layers_have_one_block_and_a_dropout_each():
     assert np.any(first != second)
 
 
-@pytest.mark.parametrize("kwargs", [{}, *OPTIONS[-2:]], ids=str)
-def test_some_tokens_alone_and_the_hidden_states_of_every_layer(kwargs):
+@pytest.mark.parametrize("kwargs", [{"norm": "post", "position": "learned"}, *OPTIONS[-2:]], ids=str)
+def test_query_positions_and_outputs_of_layers(kwargs):
     config, model, params = make(**kwargs)
-    query_positions = np.array([0, 0]), np.array([3, 9])  # the last of the first history and of the third
-
-    @jax.jit
-    def run(params, batch):
-        hidden = []
-        return model.bind(params)(batch, query_positions=query_positions, hidden=hidden), hidden
-
-    x_QD, hidden = run(params, pack([HISTORIES]))
-    np.testing.assert_allclose(
-        x_QD, encode(model, params, HISTORIES)[query_positions[1]], rtol=1e-5, atol=1e-6
-    )
+    columns = np.array([3, 9])  # the last events of the first history and of the third
+    x_QD, hidden = encode_queries(model, params, pack([HISTORIES]), (np.zeros(2, int), columns))
+    np.testing.assert_allclose(x_QD, encode(model, params, HISTORIES)[columns], rtol=1e-5, atol=1e-6)
     expected = []
     reference(config, params, HISTORIES[2], expected)
     assert len(hidden) == len(expected) == config.num_layers
-    for x, wanted in zip(hidden[:-1], expected[:-1], strict=True):
-        np.testing.assert_allclose(x[0, 5:10], wanted, rtol=2e-4, atol=2e-5)
+    for x_BSD, expected_SD in zip(hidden[:-1], expected[:-1], strict=True):
+        np.testing.assert_allclose(x_BSD[0, 5:10], expected_SD, rtol=2e-4, atol=2e-5)
     if hidden:
         np.testing.assert_allclose(hidden[-1][1], expected[-1][-1], rtol=2e-4, atol=2e-5)
 
 
-def test_a_kernel_that_is_no_array_projects_by_its_own_methods():
+def test_a_kernel_that_is_not_an_array_projects_by_its_own_methods():
     _, model, params = make(**OPTIONS[-1])
     kernel = params["project"]["kernel"]
 
     @jax.tree_util.register_pytree_node_class
     class Halves:
-        """Of the kernel, as a quantized one would hold integers."""
+        """A kernel that stores its halves, as a quantized kernel stores codes."""
 
         def __init__(self, half):
             self.half = half
@@ -250,7 +241,7 @@ def test_a_kernel_that_is_no_array_projects_by_its_own_methods():
 
 
 @pytest.mark.parametrize("is_unit", [False, True])
-def test_a_table_that_is_no_array_is_returned_as_it_is_or_normalised(is_unit):
+def test_a_table_that_is_not_an_array_is_returned_as_it_is_or_normalised(is_unit):
     _, model, params = make(l2_normalize=is_unit)
 
     class Doubled:
@@ -272,10 +263,10 @@ def test_a_table_that_is_no_array_is_returned_as_it_is_or_normalised(is_unit):
         assert vectors is table
 
 
-def test_normalised_scoring_is_the_cosine_over_the_temperature():
-    config, model, params = make(l2_normalize=True, temperature=0.05)
+def test_normalised_scores_are_cosines_divided_by_the_temperature():
+    config, model, params = make(l2_normalize=True, temperature=0.05, num_layers=1)
     x_SD = encode(model, params, HISTORIES)
-    expected = np.concatenate([reference(config, params, history) for history in HISTORIES])
+    expected = references(config, params)
     table = np.asarray(params["items"]["embedding"], np.float64)
     table /= np.linalg.norm(table, axis=1, keepdims=True)
     scores = x_SD @ model.bind(params).item_vectors().T
@@ -284,23 +275,13 @@ def test_normalised_scoring_is_the_cosine_over_the_temperature():
 
 
 @pytest.mark.parametrize("norm, position", [("post", "learned"), ("original", "rotary")])
-def test_nothing_leaks_from_later_events_or_other_histories(norm, position):
+def test_later_events_and_other_histories_are_not_used(norm, position):
     _, model, params = make(norm=norm, position=position)
     x_SD = encode(model, params, HISTORIES)
-    changed = [[3, 7, 7, 8], [20], [5, 6, 2, 10, 4]]
-    y_SD = encode(model, params, changed)
-    same = np.array([0, 1, 2, 4, 5, 6, 7])  # all before the events that changed
-    np.testing.assert_array_equal(x_SD[same], y_SD[same])
-    changes = np.array([3, 8, 9])
-    assert np.all(np.any(x_SD[changes] != y_SD[changes], axis=1))
-
-
-def test_dropout_changes_with_the_key_and_not_without_one():
-    _, model, params = make(dropout=0.5)
-    keys = [row_keys(jnp.uint32(seed), jnp.arange(1)) for seed in (0, 0, 1)]
-    a, again, other = (encode(model, params, HISTORIES, key) for key in keys)
-    np.testing.assert_array_equal(a, again)
-    assert np.any(a != other) and np.any(a != encode(model, params, HISTORIES))
+    y_SD = encode(model, params, [[3, 7, 7, 8], [20], [5, 6, 2, 10, 4]])
+    earlier, changed = [0, 1, 2, 4, 5, 6, 7], [3, 8, 9]
+    np.testing.assert_array_equal(x_SD[earlier], y_SD[earlier])
+    assert np.all(np.any(x_SD[changed] != y_SD[changed], axis=1))
 
 
 @pytest.mark.parametrize(
@@ -322,6 +303,6 @@ def test_dropout_changes_with_the_key_and_not_without_one():
         ({"full_width": -1}, "full_width=-1"),
     ],
 )
-def test_mistakes_in_the_config(kwargs, message):
+def test_invalid_configs_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         SASRecConfig(**kwargs)

@@ -1,4 +1,4 @@
-"""Codes: quantizers find planted structure, every item gets a path of its own, bad codes stop the run."""
+"""Quantizers find planted groups, every item gets its own path, and codes of low quality are refused."""
 
 import dataclasses
 
@@ -22,7 +22,8 @@ SMALL = SemanticIdsConfig(
 
 
 def planted(seed=0):
-    """(f32[161, 6], int[160, 2]): 4 far groups of 4 near ones of 10 vectors; row 0 is padding."""
+    """Returns (vectors f32[161, 6], groups int[160, 2]): 4 distant groups of 4 close groups of 10 vectors
+    each. Entry 0 of the vectors is padding."""
     rng = np.random.default_rng(seed)
     far, near = 10 * np.eye(4, 6), np.pad(np.eye(2)[:, ::-1], ((0, 2), (4, 0))) * 2
     near[2:] = -near[:2]
@@ -44,8 +45,8 @@ def test_residual_kmeans_finds_groups_within_groups():
     assert np.abs(rebuilt - x_VF[1:]).max() < 0.1
 
 
-def test_a_centre_that_loses_its_vectors_moves():
-    # Few different vectors, mostly of one kind: every one must get a centre.
+def test_a_centre_without_vectors_moves():
+    # Five distinct vectors, one of which is most frequent: each must get a centre.
     x_NF = np.repeat(np.eye(5, dtype=np.float32), [100, 1, 1, 1, 1], axis=0)
     centres = kmeans(x_NF, 5, np.random.default_rng(0))
     assert {tuple(c) for c in centres} == {tuple(x) for x in np.eye(5)}
@@ -57,7 +58,7 @@ def test_fewer_vectors_than_codes():
     assert len(np.unique(codes_NQ)) == 3
 
 
-def test_the_autoencoder_tells_groups_apart_and_follows_from_its_seed():
+def test_the_autoencoder_separates_groups_and_depends_only_on_its_seed():
     x_VF, groups = planted()
 
     def run():
@@ -66,14 +67,14 @@ def test_the_autoencoder_tells_groups_apart_and_follows_from_its_seed():
     codes = run()
     np.testing.assert_array_equal(codes, run())
     assert len(np.unique(codes, axis=0)) >= 8
-    together = np.unique(np.column_stack([groups[:, :1], codes]), axis=0)
-    assert len(together) == len(np.unique(codes, axis=0))  # no codes stand for two of the far groups
+    pairs = np.unique(np.column_stack([groups[:, :1], codes]), axis=0)
+    assert len(pairs) == len(np.unique(codes, axis=0))  # distant groups share no codes
 
 
-def test_items_with_the_same_codes_are_counted_the_frequent_first():
+def test_items_with_the_same_codes_are_counted_most_frequent_first():
     codes_NQ = np.array([[1, 1], [0, 2], [1, 1], [1, 1], [0, 1]])
-    place, size = count_within(codes_NQ, np.array([5, 9, 7, 5, 1]))
-    np.testing.assert_array_equal(place, [1, 0, 0, 2, 0])
+    rank, size = count_within(codes_NQ, np.array([5, 9, 7, 5, 1]))
+    np.testing.assert_array_equal(rank, [1, 0, 0, 2, 0])
     np.testing.assert_array_equal(size, [3, 1, 3, 3, 1])
 
 
@@ -81,16 +82,16 @@ def test_the_trie_by_hand():
     # Paths, sorted: 00 (item 2), 02 (item 3), 21 (item 1).
     trie = SemanticIds(np.array([[0, 0], [2, 1], [0, 0], [0, 2]]), codebook_size=3).trie
     np.testing.assert_array_equal(trie.items, [2, 3, 1])
-    np.testing.assert_array_equal(trie.first[0], [0, 2])
-    np.testing.assert_array_equal(trie.first[1], [0, 2, 3])
+    np.testing.assert_array_equal(trie.first_child[0], [0, 2])
+    np.testing.assert_array_equal(trie.first_child[1], [0, 2, 3])
     np.testing.assert_array_equal(trie.codes[0], [0, 2])
     np.testing.assert_array_equal(trie.codes[1], [0, 2, 1])
-    assert trie.most == [2, 2]
+    assert trie.max_children == [2, 2]
     np.testing.assert_array_equal(trie.paths_VQ[1:], [[1, 2], [0, 0], [0, 1]])
 
 
 def test_codes_of_two_items_must_differ():
-    with pytest.raises(ValueError, match="no two of them the same"):
+    with pytest.raises(ValueError, match="no two items may have the same ones"):
         SemanticIds(np.array([[0, 0], [1, 1], [1, 1]]), codebook_size=2)
     with pytest.raises(ValueError, match=r"0\.\.1"):
         SemanticIds(np.array([[0, 0], [1, 2]]), codebook_size=2)
@@ -99,26 +100,26 @@ def test_codes_of_two_items_must_differ():
 @pytest.mark.parametrize(
     "fields, repeats, message",
     [
-        ({"min_used": 0.9, "codebook_size": 16}, 1, "min_used=0.9: of level 1 only 0.062"),
+        ({"min_used": 0.9, "codebook_size": 16}, 1, "min_used=0.9: level 1 uses only 0.062"),
         ({"max_shared": 0.5}, 1, "max_shared=0.5: 1.000 of the items"),
-        ({"codebook_size": 4}, 30, "codebook_size=4: [0-9]+ items share"),
+        ({"codebook_size": 4}, 30, "codebook_size=4: [0-9]+ items share the same codes"),
     ],
 )
-def test_bad_codes_stop_the_run(fields, repeats, message):
+def test_codes_of_low_quality_are_refused(fields, repeats, message):
     x_VF, _ = planted()
-    x_VF = np.round(np.concatenate([x_VF, np.tile(x_VF[1], (repeats, 1))]))  # nothing left for level 1
+    x_VF = np.round(np.concatenate([x_VF, np.tile(x_VF[1], (repeats, 1))]))  # residuals of level 0 are zero
     config = dataclasses.replace(SMALL, method="kmeans", **fields)
     with pytest.raises(ValueError, match=message):
         make_semantic_ids(x_VF, config, np.ones(len(x_VF)), seed=0)
 
 
 @pytest.mark.parametrize("fields", [{"codebook_size": 1}, {"min_used": 1.5}, {"epochs": 0}])
-def test_bad_configs_of_codes_are_refused(fields):
+def test_invalid_configs_are_refused(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         SemanticIdsConfig(**fields)
 
 
-def test_codes_are_made_once_a_run(tmp_path):
+def test_semantic_ids_are_made_once_per_run(tmp_path):
     sim = SimulatorConfig(num_items=40, num_users=30, num_interests=4, mean_len=8)
     data = DataConfig(format="simulator", sim=sim)
     dataset = load_dataset(data, tmp_path / "data")

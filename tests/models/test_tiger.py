@@ -1,4 +1,5 @@
-"""Generative retrieval: the search finds what scoring every item finds, and nothing that is no item."""
+"""Generative retrieval: beam search returns items only, with the scores and in the order that scoring every
+item gives."""
 
 import dataclasses
 import functools
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from packed_rows import pack
+from packed_rows import pack, random_params
 
 from rec_jax.compress.config import CompressConfig
 from rec_jax.config import build
@@ -27,11 +28,11 @@ from rec_jax.train.precision import PrecisionConfig
 from rec_jax.training import make_step
 
 NUM_CODES, LEVELS, MAX_LEN = 4, 3, 8
-SMALL = TigerConfig(width=8, ff_width=12, num_heads=2, num_layers=2, dropout=0.0)
+SMALL = TigerConfig(width=8, ff_width=12, num_heads=2, num_layers=1, dropout=0.0)
 
 
-def some_codes(num_items, seed=0):
-    """`num_items` of the 64 paths, in any order."""
+def random_semantic_ids(num_items, seed=0):
+    """Returns `num_items` of the 64 possible paths, in random order."""
     paths = np.stack(np.unravel_index(np.arange(NUM_CODES**LEVELS), (NUM_CODES,) * LEVELS), axis=1)
     chosen = np.random.default_rng(seed).permutation(paths)[:num_items]
     return SemanticIds(np.pad(chosen, ((1, 0), (0, 0))), NUM_CODES)
@@ -40,16 +41,13 @@ def some_codes(num_items, seed=0):
 @functools.cache
 def make(num_items, norm, prefix_embeddings):
     config = dataclasses.replace(SMALL, norm=norm, prefix_embeddings=prefix_embeddings)
-    semantic_ids = some_codes(num_items)
-    model, params = init_model(
-        lambda rngs: Tiger(config, num_items, MAX_LEN, semantic_ids=semantic_ids, rngs=rngs), seed=0
-    )
-    rng = np.random.default_rng(1)  # far from their start, so that probabilities differ
-    return model, jax.tree.map(lambda x: x + jnp.asarray(0.4 * rng.normal(size=x.shape), jnp.float32), params)
+    semantic_ids = random_semantic_ids(num_items)
+    model = define_model(lambda rngs: Tiger(config, num_items, MAX_LEN, semantic_ids=semantic_ids, rngs=rngs))
+    return model, jax.tree.map(jnp.asarray, random_params(model, std=0.4))
 
 
 def packed():
-    """One row of two histories, of 5 and 3 events; the last of each are at columns 4 and 7."""
+    """Returns one row with histories of 5 and 3 events. Their last events are at columns 4 and 7."""
     return pack([[[3, 1, 7, 2, 5], [9, 4, 1]]], length=MAX_LEN)
 
 
@@ -60,17 +58,15 @@ def losses(*which):
 
 
 def search(which, columns, num_beams):
-    """What a beam search finds behind these columns, as NumPy arrays."""
+    """Returns the results of a beam search after the events at these columns, as NumPy arrays."""
     model, params = make(*which)
     query_positions = (np.zeros(len(columns), int), np.array(columns))
-    found = jax.jit(lambda batch: beam_search(model.bind(params), batch, query_positions, num_beams))(
-        packed()
-    )
-    return tuple(np.asarray(x) for x in found)
+    run = jax.jit(lambda batch: beam_search(model.bind(params), batch, query_positions, num_beams))
+    return tuple(np.asarray(x) for x in run(packed()))
 
 
 def every_item(which, column):
-    """f32[V]: log p(item | history up to `column`), each by one plain forward pass."""
+    """Returns f32[V], log p(item | history up to `column`), each by a full forward pass."""
     num_items, loss = which[0], losses(*which)
     targets = np.zeros((num_items, 1, MAX_LEN), np.int32)
     targets[:, 0, column] = 1 + np.arange(num_items)
@@ -85,31 +81,32 @@ def test_a_wide_beam_ranks_like_scoring_every_item(which):
     items_NK, log_prob_NK = search(which, [4, 7], 100)
     assert items_NK.shape == (2, which[0])
     for column, items, log_probs in zip((4, 7), items_NK, log_prob_NK, strict=True):
-        slow = every_item(which, column)
-        np.testing.assert_array_equal(items, 1 + np.argsort(-slow))
-        np.testing.assert_allclose(log_probs, np.sort(slow)[::-1], rtol=1e-4, atol=1e-5)
+        expected = every_item(which, column)
+        np.testing.assert_array_equal(items, 1 + np.argsort(-expected))
+        np.testing.assert_allclose(log_probs, np.sort(expected)[::-1], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(np.exp(log_prob_NK).sum(axis=1), 1, atol=1e-5)
 
 
 @pytest.mark.parametrize("prefix_embeddings, products", [(False, 64), (True, 64), (True, 0)])
-def test_children_are_scored_by_their_codes_and_themselves(prefix_embeddings, products, monkeypatch):
-    """Against one node at a time, in NumPy; by products with all nodes, and by gathered vectors."""
+def test_children_are_scored_by_their_codes_and_nodes(prefix_embeddings, products, monkeypatch):
+    """Log-probabilities equal those computed for one node at a time in NumPy, both by products with all nodes
+    and by gathered vectors."""
     monkeypatch.setattr(tiger, "_PRODUCTS", products)
     model, params = make(20, "pre", prefix_embeddings)
     x_ND = np.random.default_rng(2).normal(size=(3, SMALL.width)).astype(np.float32)
     codes_VQ = model.bind(params).semantic_ids.codes_VQ
-    beginnings = np.unique(codes_VQ[1:, :1], axis=0)[:3]  # nodes 0, 1 and 2 of level 1
-    found = jax.jit(lambda x: model.bind(params).log_probs(x, jnp.arange(3), level=1))(x_ND)
+    prefixes = np.unique(codes_VQ[1:, :1], axis=0)[:3]  # nodes 0, 1 and 2 of level 1
+    log_prob_NM = jax.jit(lambda x: model.bind(params).log_probs(x, jnp.arange(3), level=1))(x_ND)
     table = np.asarray(params["code_table"]["embedding"])
     paths = np.unique(codes_VQ[1:, :2], axis=0)
-    for x_D, beginning, log_prob_M in zip(x_ND, beginnings, np.asarray(found), strict=True):
+    for x_D, prefix, log_prob_M in zip(x_ND, prefixes, np.asarray(log_prob_NM), strict=True):
         scores = []
-        for place, path in enumerate(paths):
-            if path[0] == beginning[0]:
+        for node, path in enumerate(paths):
+            if path[0] == prefix[0]:
                 vector = table[1 + NUM_CODES + path[1]]
                 if prefix_embeddings:
                     num_first = len(np.unique(codes_VQ[1:, 0]))
-                    vector = vector + params["nodes"]["embedding"][1 + num_first + place]
+                    vector = vector + params["nodes"]["embedding"][1 + num_first + node]
                 scores.append(float(x_D @ vector))
         expected = np.array(scores) - np.log(np.exp(scores).sum())
         np.testing.assert_allclose(log_prob_M[: len(expected)], expected, rtol=1e-4, atol=1e-5)
@@ -117,36 +114,31 @@ def test_children_are_scored_by_their_codes_and_themselves(prefix_embeddings, pr
 
 
 @pytest.mark.parametrize("which", [PLAIN, (20, "pre", True)])
-def test_a_narrow_beam_gives_items_that_exist_each_once_and_at_their_own_probability(which):
+def test_a_narrow_beam_returns_distinct_items_with_their_probabilities(which):
     items_NK, log_prob_NK = search(which, [4], 6)
     assert len(set(items_NK[0])) == 6 and items_NK.min() >= 1 and items_NK.max() <= 20
     assert np.all(np.diff(log_prob_NK[0]) <= 0)
     np.testing.assert_allclose(log_prob_NK[0], every_item(which, 4)[items_NK[0] - 1], rtol=1e-4, atol=1e-5)
 
 
-def test_a_target_is_not_seen_before_it_is_foretold():
-    """The same history foretells the same, whatever the targets of its earlier columns and other segments."""
+def test_targets_do_not_leak_into_predictions():
+    """The loss at a column does not depend on the targets of earlier columns and other segments."""
 
-    def query_positions(**targets):
+    def loss(targets):
         row = np.zeros((1, MAX_LEN), np.int32)
-        for column, target in targets.items():
-            row[0, int(column[1:])] = target
+        row[0, list(targets)] = list(targets.values())
         return float(losses(*PLAIN)(packed().with_targets(row)))
 
-    # Column 3 really is followed by item 5: with it as the target, nothing new is to be seen at column 4.
-    assert query_positions(c3=5, c4=11) == pytest.approx(
-        query_positions(c3=5) + query_positions(c4=11), rel=1e-5
-    )
-    assert query_positions(c4=11, c5=8) == pytest.approx(
-        query_positions(c4=11) + query_positions(c5=8), rel=1e-5
-    )
+    # Item 5 does follow column 3, so this target adds no information at column 4.
+    assert loss({3: 5, 4: 11}) == pytest.approx(loss({3: 5}) + loss({4: 11}), rel=1e-5)
+    assert loss({4: 11, 5: 8}) == pytest.approx(loss({4: 11}) + loss({5: 8}), rel=1e-5)
 
 
 def run_steps(**mesh):
     semantic_ids = numbered_semantic_ids(20, SemanticIdsConfig(codebook_size=NUM_CODES, num_levels=2))
     config = ExperimentConfig(
         data=DataConfig(max_len=MAX_LEN),
-        model=dataclasses.replace(SMALL, num_layers=1, dropout=0.3),
+        model=dataclasses.replace(SMALL, dropout=0.3),
         mesh=MeshConfig(**mesh),
     )
     build = model_builder(config.model, 20, MAX_LEN, semantic_ids)
@@ -159,10 +151,10 @@ def run_steps(**mesh):
         yield [float(metrics[name][0]) for name in ("loss", "grad_norm", "tokens")]
 
 
-def test_a_step_is_the_same_when_heads_and_channels_are_split():
-    alone, split = list(run_steps(data=1)), list(run_steps(data=2, model=2))
-    np.testing.assert_allclose(split, alone, rtol=1e-4)
-    assert alone[0][2] == 32
+def test_steps_are_equal_if_heads_and_channels_are_sharded():
+    one_device, sharded = list(run_steps(data=1)), list(run_steps(data=2, model=2))
+    np.testing.assert_allclose(sharded, one_device, rtol=1e-4)
+    assert one_device[0][2] == 32
 
 
 @pytest.mark.parametrize(
@@ -174,15 +166,15 @@ def test_a_step_is_the_same_when_heads_and_channels_are_split():
         ({"precision": PrecisionConfig(output="f32")}, "precision.output='f32'"),
     ],
 )
-def test_settings_of_a_table_of_items_are_refused(fields, message):
+def test_settings_of_an_item_embedding_table_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         ExperimentConfig(model=SMALL, **fields)
 
 
-def test_bad_models_are_refused():
+def test_invalid_models_are_refused():
     with pytest.raises(ValueError, match="num_heads=3"):
         build(TigerConfig, {"type": "tiger", "width": 8, "num_heads": 3})
     with pytest.raises(ValueError, match="l2_normalize"):
         TigerConfig(l2_normalize=True)
-    with pytest.raises(ValueError, match="codes of 20 items, and 21"):
-        init_model(lambda rngs: Tiger(SMALL, 21, MAX_LEN, semantic_ids=some_codes(20), rngs=rngs), seed=0)
+    with pytest.raises(ValueError, match="num_items=21, but there are semantic ids of 20 items"):
+        define_model(lambda rngs: Tiger(SMALL, 21, MAX_LEN, semantic_ids=random_semantic_ids(20), rngs=rngs))
