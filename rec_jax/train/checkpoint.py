@@ -78,7 +78,7 @@ class Saver:
                 self._managers[kind] = ocp.CheckpointManager(path, options=options)
 
     def save(self, state, record: dict, *, best: bool) -> None:
-        """Starts writing `state` under record["step"]; returns when the next step may take it as donated."""
+        """Starts writing `state` under record["step"]; returns once it may be donated to the next step."""
         self.wait()
         self._pending = step = record["step"]
         record = plain_json({"digests": _digests(state), **record})

@@ -171,9 +171,7 @@ class TrainStep:
         batch = self.objective.prepare(batch, context)
         reads, batch, negatives, context = self._read(arrays, table_states, batch, context)
 
-        whole = cast_floats(
-            parallel.gather(dense, specs), jnp.float32
-        )  # the dtype in which gradients are summed
+        whole = cast_floats(parallel.gather(dense, specs), jnp.float32)  # to sum gradients in f32
         trained = whole, reads.rows, tables.shards(arrays)
         sums, grads = self._sum_micro_batches(trained, batch, negatives, context)
         loss, tokens = parallel.reduce(sums, (P(), P()))

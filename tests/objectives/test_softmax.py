@@ -59,7 +59,7 @@ def check(args, rtol=2e-5, loss_and_grads=None):
         np.testing.assert_allclose(grad, expected, rtol=rtol, atol=rtol * np.abs(expected).max())
 
 
-# With tiles of 8 tokens by 256 items: less than a tile, one exactly, one more token or item, and several tiles.
+# With tiles of 8 tokens by 256 items: less than a tile, exactly one, one more token or item, several tiles.
 @pytest.mark.parametrize(
     "schedule, num_tokens, num_rows",
     [("token_tiles", num_tokens, 256) for num_tokens in (1, 7, 8, 9, 24)]

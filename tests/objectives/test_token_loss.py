@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,12 +62,18 @@ def sum_over_tokens(token_loss):
     return sum(token_loss(token_scores(*token), targets_BS[token]) for token in TOKENS)
 
 
-def compute(config, sampler, x=X, table=TABLE, keys=KEYS, prior=None):
-    prior, negatives = prior or ItemPrior(sampler), None
+def compute(config, sampler, x=X, table=TABLE, prior=None):
+    """The loss of BATCH. sampler: used if there is no prior."""
+    return _compute(config, x, table, prior or ItemPrior(sampler))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compute(config, x, table, prior):
+    negatives = None
     if is_sampled(config) and config.sharing == "batch":
         negatives = draw_shared(config, prior.sampler, SEED, BATCH.targets)
     elif is_sampled(config):
-        negatives = draw_by_row(config, prior.sampler, keys, X.shape[1])
+        negatives = draw_by_row(config, prior.sampler, KEYS, X.shape[1])
     return make_token_loss(config)(x, Catalogue(table), BATCH, negatives, prior)
 
 
