@@ -1,11 +1,13 @@
-"""Evaluates the trained model of a run, and baselines, on the split with which it was trained.
+"""Evaluates trained runs and baselines on the split with which the runs were trained.
 
 python -m experiments.evaluate --workdir=runs/ml1m --split=test
 python -m experiments.evaluate --workdir=runs/ml1m --dims=32    # only the first 32 dims (loss.matryoshka)
-python -m experiments.evaluate --workdir=run0,run1,run2         # each run, and the mean of their scores
+python -m experiments.evaluate --workdir=run0,run1,run2         # a comparison, and their ensemble
 python -m experiments.evaluate --workdir=runs/ml1m --config.eval.sampled_negatives=100   # any key of eval
 
-Prints the metrics and writes them to evaluation_SPLIT.json in the (first) working directory.
+Prints the metrics and writes them to evaluation_SPLIT.json in the working directory. Several runs are
+compared with the best of them; metrics and a plot go to comparison_SPLIT.json and comparison_SPLIT.png in
+the first working directory.
 """
 
 from absl import flags
@@ -14,7 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from experiments.launch import known_keys, launch
 
 _WORKDIR = flags.DEFINE_list(
-    "workdir", None, "Directory of a trained run. Several, separated by commas, form an ensemble."
+    "workdir", None, "Directory of a trained run. Several, separated by commas, are compared."
 )
 _SPLIT = flags.DEFINE_enum("split", "test", ["val", "test"], "The held-out part to evaluate.")
 _DIMS = flags.DEFINE_integer(
@@ -27,35 +29,53 @@ flags.mark_flag_as_required("workdir")
 
 
 def main():
-    from rec_jax.eval.ensemble import EnsembleRanker
     from rec_jax.experiment import Experiment, write_json
-    from rec_jax.report import print_breakdown, print_scores
+    from rec_jax.report import plot_comparison, print_breakdown, print_scores
+    from rec_jax.train.monitor import read_metrics
     from rec_jax.trained import TrainedModel, check_same_split
 
-    models = [TrainedModel.load(workdir) for workdir in _WORKDIR.value]
+    models = [TrainedModel.load(workdir) for workdir in dict.fromkeys(_WORKDIR.value)]
     check_same_split(models)
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     experiment, part = Experiment.open(_WORKDIR.value[0], overrides), _SPLIT.value
-    rankers = {str(model.workdir): model.ranker(experiment.mesh, _DIMS.value) for model in models}
-    is_one = len(models) == 1
-    model = next(iter(rankers.values())) if is_one else EnsembleRanker(rankers.values())
-    singles = {} if is_one else {name: experiment.evaluate(each, part) for name, each in rankers.items()}
-    scores = {"model" if is_one else "ensemble": experiment.evaluate(model, part)}
-    scores = singles | scores | experiment.evaluate_baselines(part)
-    print_scores(scores, part=part)
-    if is_one:
+    rankers = _rankers(models, experiment.mesh)
+    scores = {name: experiment.evaluate(ranker, part) for name, ranker in rankers.items()}
+    baselines = experiment.evaluate_baselines(part)
+    print_scores(scores | baselines, part=part)
+    suffix = f"_{_DIMS.value}dims" if _DIMS.value else ""
+    if len(models) == 1:
         print_breakdown(scores["model"])
+        path = experiment.workdir / f"evaluation_{part}{suffix}.json"
     else:
-        scores["ensemble"]["over"] = _compare(experiment, model, rankers)
-    suffix = (f"_{_DIMS.value}dims" if _DIMS.value else "") + ("" if is_one else "_ensemble")
-    path = experiment.workdir / f"evaluation_{part}{suffix}.json"
-    write_json(path, scores)
+        _compare(experiment, rankers, scores)
+        path = experiment.workdir / f"comparison_{part}{suffix}.json"
+        curves = {str(model.workdir): read_metrics(model.workdir / "metrics.jsonl") for model in models}
+        plot_comparison(scores, baselines, curves, path.with_suffix(".png"))
+        print(f"wrote {path.with_suffix('.png')}")
+    write_json(path, scores | baselines)
     print(f"wrote {path}")
 
 
-def _compare(experiment, ensemble, rankers: dict) -> dict[str, dict]:
-    """Prints and returns the ratio of the ensemble's NDCG@10 to that of each run, with its bootstrap interval
-    and the p-value of a paired randomization test."""
+def _rankers(models, mesh) -> dict:
+    """Returns {name: ranker} of one model, or of each model and their ensemble."""
+    from rec_jax.eval.ensemble import EnsembleRanker
+
+    rankers = {str(model.workdir): model.ranker(mesh, _DIMS.value) for model in models}
+    if len(models) == 1:
+        return {"model": rankers.popitem()[1]}
+    generative = [str(model.workdir) for model in models if model.model.is_generative]
+    if generative:
+        print(
+            f"note: not in the ensemble: {', '.join(generative)}, which scores only the items that its beam "
+            "search finds"
+        )
+    members = [ranker for name, ranker in rankers.items() if name not in generative]
+    return rankers | ({"ensemble": EnsembleRanker(members)} if len(members) > 1 else {})
+
+
+def _compare(experiment, rankers: dict, scores: dict[str, dict]) -> None:
+    """Compares the best run with the others: prints the ratio of their NDCG@10, its bootstrap interval and the
+    p-value of a paired randomization test, and adds them to the scores of the best as "over"."""
     from rec_jax.eval.evaluator import per_example
     from rec_jax.eval.metrics import bootstrap_ratio, paired_test
     from rec_jax.report import print_table
@@ -66,15 +86,19 @@ def _compare(experiment, ensemble, rankers: dict) -> dict[str, dict]:
         metrics = per_example(ranker, experiment.histories, experiment.split, _SPLIT.value, config, seed)
         return metrics["ndcg@10"], metrics["users"]
 
-    (ours, users), over, rows = values(ensemble), {}, []
+    best = max(scores, key=lambda name: scores[name]["ndcg@10"])
+    (ours, users), over, rows = values(rankers[best]), {}, []
     for name, ranker in rankers.items():
+        if name == best:
+            continue
         theirs, _ = values(ranker)
         ratio, (low, high) = bootstrap_ratio(ours, theirs, 1000, seed, users=users)
         p = paired_test(ours, theirs, 2000, seed, users)
         over[name] = {"ratio": ratio, "ratio_ci": [low, high], "p": p}
         rows.append((name, f"{ratio:.3f}", f"{low:.3f}..{high:.3f}", f"{p:.4f}"))
-    print_table(("ndcg@10 of the ensemble over", "times", "95 % interval", "p"), rows)
-    return over
+    print()
+    print_table((f"ndcg@10 of {best} over", "ratio", "95 % interval", "p"), rows)
+    scores[best]["over"] = over
 
 
 def _define_config():

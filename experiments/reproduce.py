@@ -243,22 +243,16 @@ def format_markdown(figures: dict[str, dict], baselines: dict[str, dict]) -> str
 def _plot(figures: dict[str, dict], baselines: dict[str, dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    names = [*figures, *baselines][::-1]
-    figure = Figure(figsize=(8, 1 + 0.35 * len(names)), layout="constrained")
+    from rec_jax.report import draw_scores
+
+    figure = Figure(figsize=(8, 1 + 0.35 * len(figures | baselines)), layout="constrained")
     axes = figure.subplots()
-    for y, name in enumerate(names):
-        row = figures[name] if name in figures else baselines[name]
-        mean = row["ndcg@10"]
-        low, high = row["ndcg@10_ci"] if "ndcg@10_ci" in row else (mean, mean)
-        color = "tab:blue" if name in figures else "tab:grey"
-        axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=3)
-        if name in figures:
-            axes.plot(row["ndcg@10_of_seeds"], [y] * row["seeds"], "|", color="black", markersize=9)
-            if row["ndcg@10_published"] is not None:
-                axes.plot(row["ndcg@10_published"], y, "x", color="tab:red")
-    axes.set_yticks(range(len(names)), names)
+    draw_scores(axes, figures, baselines)
+    for y, row in enumerate(reversed(figures.values()), len(baselines)):
+        axes.plot(row["ndcg@10_of_seeds"], [y] * row["seeds"], "|", color="black", markersize=9)
+        if row["ndcg@10_published"] is not None:
+            axes.plot(row["ndcg@10_published"], y, "x", color="tab:red")
     axes.set_xlabel("test NDCG@10: mean and interval (dot), seeds (bars), published (cross)")
-    axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
 
 

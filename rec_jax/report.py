@@ -1,4 +1,4 @@
-"""Tables of text for the commands' output."""
+"""Tables and plots of scores."""
 
 
 def format_table(head, rows) -> str:
@@ -61,3 +61,42 @@ def print_breakdown(metrics: dict) -> None:
         ]
         print()
         print_table((title, "examples", "hr@10", "ndcg@10"), rows)
+
+
+def draw_scores(axes, scores: dict[str, dict], baselines: dict[str, dict]) -> None:
+    """Draws NDCG@10 with its interval, one line per ranker, the first at the top; baselines are grey.
+
+    axes: Matplotlib axes. scores, baselines: {name: metrics}.
+    """
+    for y, (name, metrics) in enumerate(reversed((scores | baselines).items())):
+        mean = metrics["ndcg@10"]
+        low, high = metrics.get("ndcg@10_ci", (mean, mean))
+        color = "tab:blue" if name in scores else "tab:grey"
+        axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=3)
+    axes.set_yticks(range(len(scores | baselines)), list(scores | baselines)[::-1])
+    axes.grid(alpha=0.3)
+
+
+def plot_comparison(scores, baselines, curves: dict[str, list[dict]], path) -> None:
+    """Writes a plot of NDCG@10 with intervals, beside the validation curves of the runs.
+
+    scores, baselines: {name: metrics}. curves: {name: lines of metrics.jsonl}.
+    """
+    from matplotlib.figure import Figure
+
+    height = max(3.5, 1 + 0.35 * len(scores | baselines))
+    figure = Figure(figsize=(12, height), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_scores(left, scores, baselines)
+    left.set_xlabel("NDCG@10 and its 95 % interval")
+    for name, lines in curves.items():
+        points = [
+            (line["epoch"], line["val/ndcg@10"]) for line in lines if line.get("val/ndcg@10") is not None
+        ]
+        if points:
+            right.plot(*zip(*points, strict=True), "o-", markersize=3, label=name)
+    right.set(xlabel="epoch", ylabel="validation NDCG@10")
+    right.grid(alpha=0.3)
+    if right.lines:
+        right.legend()
+    figure.savefig(path, dpi=120)

@@ -334,15 +334,9 @@ class TrainedModel:
 
 
 def check_same_split(models: list[TrainedModel]) -> None:
-    """Raises ValueError for models that cannot form an ensemble: models of different splits (one may have
-    been trained on the other's test targets), or models that do not score every item."""
+    """Raises ValueError for models of different splits: one may have been trained on the other's test
+    targets."""
     first, *others = models
-    for model in models if others else ():
-        if model.model.is_generative:
-            raise ValueError(
-                f"--workdir: {model.workdir} (model.type={model.model_config.type!r}) scores only the items "
-                "that its beam search finds, so its scores cannot be averaged with others: leave it out"
-            )
     for other in others:
         for name in ("split", "vocabulary"):
             ours, theirs = getattr(first, name), getattr(other, name)
@@ -351,6 +345,18 @@ def check_same_split(models: list[TrainedModel]) -> None:
                     f"--workdir: {other.workdir} was trained on {name} {theirs}, {first.workdir} on {name} "
                     f"{ours}: name only runs of one split"
                 )
+
+
+def check_ensemble(models: list[TrainedModel]) -> None:
+    """Raises ValueError for models that cannot form an ensemble: models of different splits, or models that do
+    not score every item."""
+    check_same_split(models)
+    for model in models if len(models) > 1 else ():
+        if model.model.is_generative:
+            raise ValueError(
+                f"--workdir: {model.workdir} (model.type={model.model_config.type!r}) scores only the items "
+                "that its beam search finds, so its scores cannot be averaged with others: leave it out"
+            )
 
 
 def _flatten(tree, prefix="") -> dict:

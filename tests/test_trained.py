@@ -278,15 +278,16 @@ def test_other_data_are_refused(params, tmp_path):
 
 def test_an_ensemble_needs_one_split_and_models_that_score_every_item(params, tmp_path):
     one, two = save(tmp_path / "a", params), save(tmp_path / "b", params)
-    trained.check_same_split([one, two])
+    trained.check_ensemble([one, two])
     two.about["made_of"]["split"] = "f00"
     with pytest.raises(ValueError, match=f"b was trained on split f00, .*a on split {one.split}"):
-        trained.check_same_split([one, two])
+        trained.check_ensemble([one, two])
     two.about["made_of"]["split"] = one.split
     object.__setattr__(two.model, "is_generative", True)
-    trained.check_same_split([two])  # alone it is accepted
+    trained.check_same_split([one, two])  # they can be compared
+    trained.check_ensemble([two])  # alone it is accepted
     with pytest.raises(ValueError, match="scores cannot be averaged with others: leave it out"):
-        trained.check_same_split([one, two])
+        trained.check_ensemble([one, two])
 
 
 def test_strings_are_stored_without_loss():

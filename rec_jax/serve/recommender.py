@@ -14,7 +14,7 @@ import numpy as np
 
 from rec_jax.data.queries import Queries, ranges
 from rec_jax.mesh import MeshConfig, make_mesh
-from rec_jax.trained import TrainedModel, check_same_split
+from rec_jax.trained import TrainedModel, check_ensemble
 
 _SCORE_BYTES = 2**26  # limit for the scores of one batch of users
 _MAX_BATCH, _MAX_BEAMS = 1024, 1024
@@ -75,7 +75,7 @@ class Recommender:
     """
 
     def __init__(self, models: Sequence[TrainedModel], dims: int = 0, mesh=None):
-        check_same_split(models)
+        check_ensemble(models)
         self.models, self._dims = list(models), dims
         self._mesh = mesh or make_mesh(MeshConfig(data=1))
         self.model = self.models[0]
