@@ -74,7 +74,7 @@ def _rankers(models, mesh) -> dict:
 
 
 def _compare(experiment, rankers: dict, scores: dict[str, dict]) -> None:
-    """Compares the best run with the others: prints the ratio of their NDCG@10, its bootstrap interval and the
+    """Compares the best run with the others: prints the ratio of NDCG@10, its bootstrap interval and the
     p-value of a paired randomization test, and adds them to the scores of the best as "over"."""
     from rec_jax.eval.evaluator import per_example
     from rec_jax.eval.metrics import bootstrap_ratio, paired_test
