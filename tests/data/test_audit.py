@@ -22,7 +22,7 @@ def make_histories(rows):
 
 @pytest.fixture
 def log():
-    """Two ties, one of them at a target; one repeat; users 2 and 3 are twins; all are without the last event."""
+    """Two ties, one of them at a target; one repeat; users 2 and 3 are twins."""
     return make_histories(
         [
             [(0, 1), (10, 2), (10, 3), (20, 1)],
