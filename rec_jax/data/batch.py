@@ -79,7 +79,7 @@ class Batch:
         return self.map_tokens(lambda x: jnp.where(is_kept_BS, x, jnp.zeros((), x.dtype)))
 
     def hide(self, hidden_BS) -> "Batch":
-        """Hides the items of some tokens, and the outcome features, which would reveal them."""
+        """Hides the items of some tokens and their outcome features, which would reveal the items."""
         outcomes = {feature.name: feature.missing for feature in self.schema if feature.is_outcome}
         missing = {"item": 0} | outcomes
         events = {

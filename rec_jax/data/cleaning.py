@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from rec_jax.data.interactions import InteractionLog, compact
+from rec_jax.data.textfile import count
 
 REPORT_HEAD = ("rule", "users", "items", "events", "removed")
 
@@ -43,7 +44,7 @@ def clean(
         keep = kept
         rows.append(_row(rule, log, keep, removed))
         if not keep.any():
-            raise ValueError(f"{rule} removes all of the {log.num_events:,} events: choose a weaker rule")
+            raise ValueError(f"{rule} removes all {log.num_events:,} events: choose a weaker rule")
 
     if min_rating:
         if log.ratings is None:
@@ -53,7 +54,7 @@ def clean(
         apply(f"min_rating={min_rating:g}", keep & (log.ratings >= min_rating))
     repeated = _repeated(log, keep, last=duplicates == "last")
     if duplicates == "keep":
-        rows.append((f"duplicates=keep ({int(repeated.sum()):,} repeat a user and item)", *rows[-1][1:4], 0))
+        rows.append((f"duplicates=keep ({count(int(repeated.sum()), 'repeat')})", *rows[-1][1:4], 0))
     else:
         apply(f"duplicates={duplicates}", keep & ~repeated)
     if min_item_events > 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from rec_jax.data.datasets import Dataset, resolve_path
+from rec_jax.data.textfile import count
 from rec_jax.data.titles import read_titles
 
 _HINT = "set semantic_ids.content to vectors (.npy, .npz), attributes (.json) or titles (SemanticIdsConfig)"
@@ -53,8 +54,8 @@ def content_vectors(content: str, dims: int, dataset: Dataset, titles_ids: str =
     num_distinct = len(np.unique(vectors[1:], axis=0))
     source = path.name if path else "the data set"
     text = (
-        f"content from {source}: {len(ids):,} items, {num_distinct:,} distinct vectors, "
-        f"{num_unknown:,} items without content"
+        f"content from {source}: {count(len(ids), 'item')}, {count(num_distinct, 'distinct vector')}, "
+        f"{count(num_unknown, 'item')} without content"
     )
     return vectors, text
 

@@ -53,7 +53,7 @@ class DataConfig:
     time: str = ""
     rating: str = ""
     features: tuple[str, ...] = ()
-    # Features that are known when a recommendation is requested. Rankers still treat them as missing there.
+    # Features that are known when a recommendation is requested. So far, rankers treat them as missing.
     context: tuple[str, ...] = ()
     delimiter: str = ""
     time_unit: Literal["s", "ms", "us", "ns"] = "s"
@@ -250,9 +250,7 @@ def _about_of_directory(config: DataConfig, path: Path) -> dict[str, Any]:
 
 def _load(directory: Path, about: dict[str, Any], config: DataConfig) -> Dataset:
     if about["fingerprint"]["version"] != _VERSION:
-        raise ValueError(
-            f"{directory} was prepared by another version of rec_jax: delete it and prepare again"
-        )
+        raise ValueError(f"{directory} was prepared by another version of rec_jax: prepare the data again")
     try:
         histories = Histories.load(directory / "histories")
         split = Split.load(directory / "split", histories)
@@ -347,6 +345,6 @@ def _report(config, log, cleaning: list[tuple], histories: Histories, split: Spl
     return [
         "\n".join(("Reading", *source)),
         "Cleaning\n" + format_table(REPORT_HEAD, cleaning),
-        "Histories\n" + format_table(("what", "count"), about.items()),
-        f"Split: {split.kind}\n{format_table(('what', 'count'), rows)}\nchecksum {split.checksum}",
+        "Histories\n" + format_table(("quantity", "value"), about.items()),
+        f"Split: {split.kind}\n{format_table(('quantity', 'value'), rows)}\nchecksum {split.checksum}",
     ]

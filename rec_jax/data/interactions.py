@@ -252,7 +252,7 @@ def _parse_times(column: pa.ChunkedArray, where) -> pa.ChunkedArray:
         if value is not None and not any(_casts(value, kind) for kind in readable)
     )
     expected = "a number or an ISO 8601 date" if values[row] == first else f"a time like {first!r}"
-    raise ValueError(f"{where(row)}: time {values[row]!r} is not {expected}")
+    raise ValueError(f"{where(row)}: time {values[row]!r} is not {expected}: correct or remove the line")
 
 
 def _casts(value: str, kind: pa.DataType) -> bool:

@@ -41,8 +41,7 @@ class PackingPlan:
 def plan_packing(num_tokens: np.ndarray, row_len: int) -> PackingPlan:
     """Packs lengths into rows by best-fit decreasing.
 
-    num_tokens: int[U], the number of targets of each user, cut to `row_len`; users without targets get no
-    slot.
+    num_tokens: int[U], the targets of each user, cut to `row_len`; users without targets get no slot.
     Raises ValueError if no user has targets.
     """
     lengths = np.minimum(np.asarray(num_tokens), row_len)

@@ -58,7 +58,7 @@ def read_sasrec(path: Path, names: ColumnNames, delimiter: str) -> Columns:
 def read_sequences(path: Path, names: ColumnNames, delimiter: str) -> Columns:
     """`user item item ...` lines, one per user, oldest item first; separated by blanks by default."""
     _refuse_names(names, "sequences", "user and items")
-    open_bytes(path)  # for its checks
+    open_bytes(path)  # raises if the file is empty or not text
     items, lengths, line_of_user, num_blank = [], [], {}, 0
     for number, line in numbered_lines(path):
         if not line.strip():
@@ -144,7 +144,7 @@ def read_parquet(path: Path, names: ColumnNames, delimiter: str) -> Columns:
 def read_tfds(name: str) -> Columns:
     """MovieLens from TensorFlow Datasets, such as `movielens/1m-ratings`.
 
-    Only the first use needs a network and TensorFlow. TFDS shuffles: the order of rows is not that in time.
+    Only the first use needs a network and TensorFlow. TFDS shuffles the rows, so they are not in time order.
     """
     if not re.fullmatch(r"movielens/[\w-]+-ratings(:[\d.]+)?", name):
         raise ValueError(
@@ -269,7 +269,7 @@ def detect_format(path: Path) -> tuple[str, str]:
     suffix = path.suffix.lower()
     if suffix in (".parquet", ".pq"):
         return "parquet", f"detected by the name (*{suffix})"
-    open_bytes(path)  # for its checks
+    open_bytes(path)  # raises if the file is empty or not text
     lines = head_lines(path)
     if suffix == ".inter":
         return "recbole", "detected by the name (*.inter)"

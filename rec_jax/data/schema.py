@@ -36,8 +36,8 @@ class Feature:
 
     @property
     def missing(self):
-        """The value 0 of tokens without a known event and of missing values: id 0, the mean of a number, or
-        the start of the segment."""
+        """0, the value for tokens without a known event and for missing values: no id, the mean of a number,
+        or the start of the segment."""
         return self.dtype(0)
 
     def encode(self, values) -> np.ndarray:

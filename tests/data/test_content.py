@@ -34,7 +34,7 @@ def test_attributes_and_titles_make_the_same_vectors(tmp_path):
     vectors, text = content_vectors(str(tmp_path / "x.json"), 64, dataset())
     assert vectors.shape == (4, 64) and vectors.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), [0, 1, 0, 1], rtol=1e-6)
-    assert "3 items" in text and "1 items without content" in text
+    assert "3 items" in text and "1 item without content" in text
     titles, _ = content_vectors("", 64, dataset({"a": "Old red", "c": "Red!"}))
     np.testing.assert_allclose(titles, vectors)
     (tmp_path / "x.dat").write_text("a::Old::Red\nc::Red::\n")
@@ -50,7 +50,7 @@ def test_vectors_in_item_order_and_by_id_agree(tmp_path):
     by_id, text = content_vectors(str(tmp_path / "x.npz"), 64, dataset())
     np.testing.assert_allclose(in_order, [[0, 0], [0.6, 0.8], [0, 1], [0, 0]], rtol=1e-6)
     np.testing.assert_array_equal(in_order, by_id)
-    assert "1 items without content" in text
+    assert "1 item without content" in text
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def test_a_packed_row_for_masked_items_by_hand(small):
 
 
 def test_the_model_adds_its_columns_to_the_input(small):
-    """Without layers, the output is the normalised sum of the embeddings, the dwell vector and the position."""
+    """Without layers, the output is the normalised sum of the embeddings and the dwell vector."""
     model, params = initialised(DeviceSASRec, num_layers=0)
     assert model.columns == ("device", "dwell")
     batch = source_of(small)[0]

@@ -272,8 +272,8 @@ def test_malformed_files_are_refused(write, name, content, options, message):
 def test_the_line_of_an_error_in_a_later_block_is_exact(write):
     """Arrow parses in blocks of a megabyte, in parallel; the error is in the second block."""
     lines = [f"{row},{row}" for row in range(100_000)]
-    lines[90_000] = "a,b,c"
-    with pytest.raises(ValueError, match=r"line 90002: 'a,b,c' has 3 fields, expected 2"):
+    lines[95_000] = "a,b,c"
+    with pytest.raises(ValueError, match=r"line 95002: 'a,b,c' has 3 fields, expected 2"):
         read_log(write("log.csv", "user,item\n" + "\n".join(lines)))
 
 
@@ -367,7 +367,7 @@ def test_clean_keeps_everything_by_default():
     assert cleaned is log
     assert report == [
         ("as read", 2, 2, 3, 0),
-        ("duplicates=keep (1 repeat a user and item)", 2, 2, 3, 0),
+        ("duplicates=keep (1 repeat)", 2, 2, 3, 0),
     ]
 
 
@@ -402,7 +402,7 @@ def test_minimum_counts_apply_once_and_k_core_until_stable():
     assert pairs(core) == ["ax", "aw", "bx", "bw"]
     assert report[-1] == ("k_core=2", 2, 2, 4, 3)
     assert core.item_ids.tolist() == ["", "w", "x"] and core.user_ids.tolist() == ["a", "b"]
-    with pytest.raises(ValueError, match="k_core=3 removes all of the 7 events"):
+    with pytest.raises(ValueError, match="k_core=3 removes all 7 events"):
         clean(log, k_core=3)
 
 
