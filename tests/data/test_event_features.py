@@ -378,10 +378,17 @@ def run_config(monkeypatch):
     )
 
 
+@functools.cache
+def built(config, schema):
+    """Returns (model, params) for a config of a model."""
+    model, params = init_model(model_builder(config, NUM_ITEMS, MAX_LEN, schema=schema), seed=0)
+    return model, jax.device_get(params)
+
+
 def two_steps(config, dataset):
     """Returns (losses, parameters before, parameters after)."""
-    model, params = init_model(model_builder(config.model, NUM_ITEMS, MAX_LEN, schema=dataset.schema), seed=0)
-    before, losses = jax.device_get(params), []
+    model, before = built(config.model, dataset.schema)
+    losses = []
     counts = dataset.split.train_item_counts(dataset.histories)
     step = make_step(config, model, counts, make_mesh(config.mesh), neighbours_VK=NEIGHBOURS)
     state, source = step.init(before), source_of(dataset, batch_rows=16)
