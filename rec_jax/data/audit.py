@@ -1,4 +1,4 @@
-"""What a reader must know of a log and its split before trusting a benchmark on them."""
+"""Audit of a log and its split: what to check before trusting a benchmark on them."""
 
 import hashlib
 from collections import Counter
@@ -14,14 +14,15 @@ from rec_jax.data.histories import examples
 
 _SECS_PER_DAY = 86_400
 _NO_TIMES = (
-    "The log has no times: ties, ages of items and leakage from the future cannot be known.\n"
-    "The order of the file is taken on trust, and ties that its source had are hidden in it."
+    "The log has no times: ties, item ages and leakage from the future cannot be measured.\n"
+    "The order of the file is assumed to be the order in time; ties in its source are invisible."
 )
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of the audit: its value reads `what`, and matters because of `meaning`."""
+    """One figure of the audit. `what` completes the sentence that its value begins; `meaning` says why it
+    matters."""
 
     section: str
     unit: Literal["share", "days", "count", "number"]
@@ -29,143 +30,146 @@ class Figure:
     meaning: str
 
 
-_ORDER, _REPEATS, _RULES = "Order in time", "Repeats", "How far simple rules go (seen items filtered)"
-_NEW, _SPREAD, _TWINS, _FUTURE = "What is new", "Spread", "Users who are alike", "Leakage from the future"
+_ORDER, _REPEATS, _RULES = "Order in time", "Repeats", "Simple rules (seen items are filtered out)"
+_NEW, _DISTRIBUTION, _TWINS = "New items and users", "Distribution of events", "Users with equal histories"
+_FUTURE = "Leakage from the future"
 FIGURES = {
     "tied_events": Figure(
         _ORDER,
         "share",
-        "of events are in the same second as the user's event before or after",
-        "their order is an accident of the file: re-sorting would change the sequences to learn from",
+        "of events are in the same second as the user's previous or next event",
+        "only the file decides their order: re-sorting it would change the sequences to learn from",
     ),
     "tied_test_targets": Figure(
         _ORDER,
         "share",
         "of test targets are in the same second as the event before them",
-        "which of the two is the target is an accident of the file: re-sorting would change the test",
+        "only the file decides which of the two is the target: re-sorting it would change the test",
     ),
     "repeat_events": Figure(
         _REPEATS,
         "share",
-        "of events are of an item that the user had before",
-        "if high, read unfiltered metrics; if 0, the log (or its cleaning) keeps no second use",
+        "of events are with an item that the user had before",
+        "if high, use unfiltered metrics; if 0, the log (or its cleaning) has one event per user and item",
     ),
     "repeat_test_targets": Figure(
         _REPEATS,
         "share",
-        "of test targets are of an item that the user had before",
-        "the filter of seen items keeps such a target and removes rivals: unfiltered ranks are fairer",
+        "of test targets are items that the user had before",
+        "the filter of seen items keeps such a target and removes its rivals: unfiltered ranks are fairer",
     ),
     "bigram_hit@1": Figure(
         _RULES,
         "share",
-        "of test targets are first by what followed the user's last item in training",
-        "solved by the last item alone: no evidence that a model reads longer histories",
+        "of test targets are ranked first by how often they followed the user's last item in training",
+        "the last item alone is enough for these: they do not show that a model reads longer histories",
     ),
     "bigram_hit@10": Figure(
         _RULES,
         "share",
-        "of test targets are among the first 10 by the same rule",
-        "a sequence model must beat this before its HR@10 says anything",
+        "of test targets are ranked in the top 10 by the same rule",
+        "the HR@10 of a sequence model means something only if it is higher",
     ),
     "popularity_hit@1": Figure(
         _RULES,
         "share",
-        "of test targets are the most popular item that the user lacks",
-        "solved without knowing the user",
+        "of test targets are the most popular item that the user has not had",
+        "no knowledge of the user is needed for these",
     ),
     "popularity_hit@10": Figure(
         _RULES,
         "share",
-        "of test targets are among the 10 most popular",
-        "any personal model must beat this",
+        "of test targets are among the 10 most popular items that the user has not had",
+        "any personalised model must beat this",
     ),
     "cold_test_targets": Figure(
         _NEW,
         "share",
         "of test targets are items without a training event",
-        "no model that learns items by id can know them: HR cannot reach 1 by about this much",
+        "a model that learns items by id cannot predict them: HR can reach about 1 minus this share",
     ),
     "cold_user_targets": Figure(
         _NEW,
         "share",
-        "of test targets are of users without a training event",
-        "a vector per user knows nothing of them; a sequence model has the events before the target alone",
+        "of test targets belong to users without a training event",
+        "a user embedding knows nothing about them; a sequence model has only the events before the target",
     ),
     "item_age_events_days": Figure(
         _NEW,
         "days",
-        "is the median age of an item at an event, counted from anyone's first event with it",
-        "short against the length of the log: items come and go, and what is recent matters",
+        "is the median age of an item at an event, counted from the item's first event with any user",
+        "if this is short compared with the length of the log, items come and go, and recency matters",
     ),
     "item_age_test_days": Figure(
         _NEW,
         "days",
-        "is the same at a test target",
-        "if far from the line above, the test asks for other items than training shows",
+        "is the median age of an item at a test target",
+        "if far from the line above, the items of the test differ from those that training shows",
     ),
     "events_per_user": Figure(
-        _SPREAD,
+        _DISTRIBUTION,
         "number",
         "events are in the history of the median user",
-        "short histories leave little to a sequence model, long ones are cut by data.max_len",
+        "short histories leave little for a sequence model to learn; long ones are cut to data.max_len",
     ),
     "popularity_gini": Figure(
-        _SPREAD,
+        _DISTRIBUTION,
         "number",
-        "is the Gini coefficient of events over items (0 all alike, 1 all on one item)",
-        "the nearer to 1, the further popularity alone goes, and the less HR says of rare items",
+        "is the Gini coefficient of events per item (0: equal for all items, 1: one item has all events)",
+        "the closer to 1, the better popularity alone ranks, and the less HR says about rare items",
     ),
     "top_items_share": Figure(
-        _SPREAD,
+        _DISTRIBUTION,
         "share",
-        "of events fall on the top 1 % of items",
-        "means over events are means over these items: look at metrics by popularity",
+        "of events are with the most popular 1 % of the items",
+        "if high, averages over events mostly describe these items: look at metrics by popularity",
     ),
     "twin_users": Figure(
         _TWINS,
         "count",
-        "users have the very history of another user",
-        "copies (bots, imports, double accounts) are counted several times and reward memory",
+        "users have exactly the history of another user",
+        "copies (bots, imports, double accounts) are counted several times and reward memorisation",
     ),
     "twin_users_before_last": Figure(
         _TWINS,
         "count",
-        "users have the history of another user up to the last event of each",
-        "one input with several answers: no model can put all of them first",
+        "users have the history of another user if the last event of each is ignored",
+        "one input has several answers: no model can rank all of them first",
     ),
     "targets_before_end_of_training": Figure(
         _FUTURE,
         "share",
-        "of test targets are earlier than some training event",
-        "a model may learn from what came after the moment it predicts; 0 in a global temporal split",
+        "of test targets are earlier than at least one training event",
+        "a model may learn from events after the moment it predicts; 0 in a global temporal split",
     ),
     "training_after_target": Figure(
         _FUTURE,
         "share",
-        "of training events are later than the target, in the mean over test targets",
-        "how much of the future there is to learn from",
+        "of training events are later than the test target (mean over test targets)",
+        "this is how much of the future a model can learn from",
     ),
     "first_with_others_later": Figure(
         _FUTURE,
         "share",
-        "of test targets are of an item that other users meet only later",
-        "at that moment nobody else had the item: where training knows it, it knows it from the future",
+        "of test targets are items that other users had only later",
+        "no other user had the item at that moment: all that training knows of it comes from the future",
     ),
 }
 
 
 def audit(histories, split) -> dict[str, float]:
-    """Figures of `FIGURES` about a log and the test part of its split: shares in 0..1, days, counts.
+    """Returns {name: value} of the `FIGURES` of a log and the test part of its split: shares, days, counts.
 
-    Those that need times are missing where the log has none, and the hit rates of rules are for the caller
-    to add. Raises ValueError if no test target has a history.
+    Figures that need times are left out if the log has none. The hit rates of simple rules are not computed
+    here: the caller adds them. Raises ValueError if no test target has a history.
     """
     items, offsets = np.asarray(histories.items), histories.offsets
     users = np.repeat(np.arange(histories.num_users), np.diff(offsets))
     ex = examples(histories, split, "test")
     if len(ex.targets) == 0:
-        raise ValueError("no test target has an event of its user before it: nothing to audit")
+        raise ValueError(
+            "no test target has an earlier event of its user, so there is nothing to audit: use another split"
+        )
     figures = {}
     if histories.times is not None:
         times = np.asarray(histories.times)
@@ -199,7 +203,7 @@ def audit(histories, split) -> dict[str, float]:
 
 
 def item_age_days(histories) -> np.ndarray:
-    """f64[N]: days from the first event with an item, of any user, to the event."""
+    """f64[N]: for each event, the days since the first event of any user with its item."""
     times, items = np.asarray(histories.times), np.asarray(histories.items)
     first_V = np.full(histories.num_items + 1, _NEVER)
     np.minimum.at(first_V, items, times)
@@ -210,14 +214,14 @@ _NEVER = np.iinfo(np.int64).max
 
 
 def _first_by_others(items, users, times, target_users, targets) -> np.ndarray:
-    """int64[E]: when a user other than the target's first had the item; _NEVER if none had."""
+    """int64[E]: the first time that a user other than the target's had the item; _NEVER if none had it."""
 
     def first_of_each_item(events):
-        """(time, user) of the earliest of `events` of each item."""
+        """Returns (time_V, user_V): the time and user of each item's earliest event among `events`."""
         events = events[np.lexsort((times[events], items[events]))]
-        found, at = np.unique(items[events], return_index=True)
+        present, first = np.unique(items[events], return_index=True)
         time_V, user_V = np.full(items.max() + 1, _NEVER), np.full(items.max() + 1, -1)
-        time_V[found], user_V[found] = times[events[at]], users[events[at]]
+        time_V[present], user_V[present] = times[events[first]], users[events[first]]
         return time_V, user_V
 
     first_V, user_V = first_of_each_item(np.arange(len(items)))
@@ -226,14 +230,14 @@ def _first_by_others(items, users, times, target_users, targets) -> np.ndarray:
 
 
 def _num_twins(items, starts, ends) -> int:
-    """Users whose items[start:end], if there are any, are another user's too."""
+    """The number of users with a non-empty items[start:end] equal to that of another user."""
     spans = zip(starts, ends, strict=True)
     digests = (hashlib.sha256(items[start:end]).digest() for start, end in spans if end > start)
     return sum(num for num in Counter(digests).values() if num > 1)
 
 
 def _item_counts(histories) -> np.ndarray:
-    """int64[V]: events of each item, padding left out."""
+    """int64[V]: events of each item, without padding."""
     return np.bincount(histories.items, minlength=histories.num_items + 1)[1:]
 
 
@@ -247,7 +251,7 @@ def _one_percent(counts: np.ndarray) -> int:
 
 
 def format_audit(histories, split, figures: dict[str, float]) -> str:
-    """The report that people read: each figure with what it means for trust."""
+    """The text report: each figure with its meaning."""
     num_test = len(examples(histories, split, "test").users)
     lines = [f"Audit: {_title(histories, split)}, {num_test:,} test targets with a history"]
     if histories.times is None:
@@ -276,7 +280,7 @@ def _text(value: float, unit: str) -> str:
 
 
 def plot_audit(histories, split, figures: dict[str, float], path: Path) -> None:
-    """Four panels: lengths of histories, popularity, age of items (or popularity of targets), shares."""
+    """Saves four panels: history lengths, popularity, item ages (or popularity of targets), shares."""
     canvas = Canvas(figsize=(13, 9), layout="constrained")
     (lengths, popularity), (ages, shares) = canvas.subplots(2, 2)
     _plot_lengths(histories, lengths)
@@ -285,14 +289,16 @@ def plot_audit(histories, split, figures: dict[str, float], path: Path) -> None:
     if histories.times is not None:
         days = item_age_days(histories)
         _plot_shares_up_to(ages, {"all events": days, "test targets": days[ex.ends]})
-        ages.set(xlabel="days since the first event with the item", title="Age of items when used")
+        ages.set(xlabel="days since the first event with the item", title="Age of items at their events")
     else:
         counts_V = split.train_item_counts(histories)
         in_training = np.repeat(counts_V, counts_V)
         _plot_shares_up_to(ages, {"training events": in_training, "test targets": counts_V[ex.targets]})
         ages.set_xscale("symlog", linthresh=1)
         ages.set(
-            xlabel="training events of the item (0: cold)", title="Which items the test has", xlim=(0, None)
+            xlabel="training events of the item (0: cold)",
+            title="Popularity of the test items",
+            xlim=(0, None),
         )
         ages.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     _plot_shares(figures, shares)
@@ -306,7 +312,7 @@ def _plot_lengths(histories, axes) -> None:
     axes.hist(lengths, np.unique(np.floor(edges)))
     median = np.median(lengths)
     axes.axvline(median, color="black", linestyle="--", label=f"median {median:,.0f}")
-    axes.set(xscale="log", xlabel="events of a user", ylabel="users", title="Lengths of histories")
+    axes.set(xscale="log", xlabel="events per user", ylabel="users", title="History lengths")
     _plain_numbers(axes.xaxis)
     axes.legend()
 
@@ -317,7 +323,7 @@ def _plot_popularity(histories, figures, axes) -> None:
     top = f"top 1 %: {figures['top_items_share']:.1%} of events"
     axes.axvspan(1, max(_one_percent(counts), 1.05), color="tab:orange", alpha=0.3, label=top)
     axes.legend(loc="lower left")
-    title = f"Popularity of items, Gini {figures['popularity_gini']:.2f}"
+    title = f"Item popularity, Gini {figures['popularity_gini']:.2f}"
     axes.set(xlabel="item, most popular first", ylabel="events", title=title)
     _plain_numbers(axes.xaxis)
     _plain_numbers(axes.yaxis)
@@ -327,7 +333,7 @@ def _plot_shares_up_to(axes, parts: dict[str, np.ndarray]) -> None:
     share = np.linspace(0, 1, 1001)
     for name, values in parts.items():
         axes.plot(np.quantile(values, share), share, label=name)
-    axes.set(ylabel="share up to there", ylim=(0, 1))
+    axes.set(ylabel="cumulative share", ylim=(0, 1))
     axes.legend(loc="upper left")
 
 
@@ -336,12 +342,12 @@ def _plot_shares(figures, axes) -> None:
     values = [figures[name] for name in names]
     bars = axes.barh([name.replace("_", " ") for name in names], values)
     axes.bar_label(bars, fmt="{:.1%}", padding=3)
-    xlabel = "share; audit.json says of what, and what it means"
-    axes.set(xlim=(0, 1.12), xlabel=xlabel, title="Before trusting a benchmark on it")
+    xlabel = "share (audit.json explains each one)"
+    axes.set(xlim=(0, 1.12), xlabel=xlabel, title="Shares to check before trusting a benchmark")
 
 
 def _plain_numbers(axis) -> None:
-    """1, 10, 100, ... on a logarithmic axis, and 2, 5, 20, ... where there is room."""
+    """Labels a logarithmic axis with 1, 10, 100, ..., and with 2, 5, 20, ... if there is room."""
     low, high = axis.get_data_interval()
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
     axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

@@ -1,4 +1,4 @@
-"""A batch of packed rows: all that a model and its loss read of some histories."""
+"""Batch: packed rows of histories, with everything that a model and its loss read."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -15,22 +15,22 @@ _TOKEN_ALIGNED = ("events", "next", "users", "labels", "segments", "positions", 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """B rows of S tokens. A row holds the events of several histories, one segment each, then padding.
+    """B rows of S tokens. A row contains the events of several histories, one segment each, then padding.
 
-    Every array but row_ids, local_ids and views is [B, S], so whatever moves, drops or hides tokens treats them
-    alike; a new column needs no code here.
+    All arrays except row_ids, local_ids and views are [B, S]. Code that moves, drops or hides tokens treats
+    them all alike, so a new column needs no code here.
 
     events: columns of the event at each token: "item", int32 ids (0 = padding, or hidden), and the features
       of the schema that the model reads.
-    next: what is known of the event to predict at each token: "item", the target (0 = nothing to learn),
-      and the context features of the schema.
+    next: columns of the event to predict at each token: "item", the target (0 = no target), and the context
+      features of the schema.
     segments: int32, 1, 2, ... within a row, 0 = padding. positions: int32, from 0 in each segment.
-    users, labels: further columns by token (a packed row holds several users).
-    is_query: bool, the tokens that stand for an event to predict, of models that see both sides; else None.
-    weights: f32 of the targets; None = 1.
-    row_ids: int32[B], the number of each row in the batch of all devices; random numbers follow from it.
-    local_ids: {table: {use: int32}} for tables of which only some entries were read: where each id of a use is
-      among them. The ids themselves stay.
+    users, labels: other columns, one value per token (a packed row contains several users).
+    is_query: bool, whether the token is a query position (bidirectional models); None for causal models.
+    weights: f32, one weight per target; None = 1.
+    row_ids: int32[B], the number of each row in the batch of all devices; it seeds the row's random numbers.
+    local_ids: {table: {use: int32}} for tables of which only some entries were read: the index of each id
+      among the entries read for its use. The ids themselves do not change.
     views: augmented copies, for a contrastive loss.
     """
 
@@ -56,8 +56,8 @@ class Batch:
         return self.next["item"]
 
     def lookup_ids(self, table: str, use: str, ids):
-        """Where the ids of a use are among the entries of a table that were read; the ids themselves where
-        the whole table is at hand."""
+        """The index of each id among the table entries that were read for a use; the ids themselves if the
+        whole table is available."""
         return self.local_ids[table][use] if table in self.local_ids else ids
 
     def replace(self, **changes) -> "Batch":
@@ -70,16 +70,16 @@ class Batch:
         return self.replace(next={**self.next, "item": targets_BS})
 
     def map_tokens(self, change) -> "Batch":
-        """The batch with change(array) for every token-aligned array."""
+        """Applies change(array) to every token-aligned array."""
         parts = {name: getattr(self, name) for name in _TOKEN_ALIGNED}
         return self.replace(**jax.tree.map(change, parts))
 
     def keep(self, is_kept_BS) -> "Batch":
-        """Padding in place of all other tokens."""
+        """Replaces all tokens that are not kept by padding."""
         return self.map_tokens(lambda x: jnp.where(is_kept_BS, x, jnp.zeros((), x.dtype)))
 
     def hide(self, hidden_BS) -> "Batch":
-        """The batch without the items of some tokens, nor anything else that gives them away."""
+        """Hides the items of some tokens and their outcome features, which would reveal the items."""
         outcomes = {feature.name: feature.missing for feature in self.schema if feature.is_outcome}
         missing = {"item": 0} | outcomes
         events = {
@@ -89,8 +89,8 @@ class Batch:
         return self.replace(events=events)
 
     def shift_targets(self, steps: int) -> "Batch":
-        """The batch with, at each token, what is to be predicted `steps` tokens later in its segment; targets
-        are 0 where there is none."""
+        """Replaces the target of each token by the target `steps` tokens later in its segment, or 0 if the
+        segment ends before. Context features and weights move with the targets."""
 
         def later(x_BS):
             return jnp.pad(x_BS[:, steps:], ((0, 0), (0, steps)))
@@ -108,7 +108,7 @@ class Batch:
 
 
 def select(choice_BS, batches: list[Batch]) -> Batch:
-    """At each token what batches[choice] have there."""
+    """Returns a batch that takes each token from batches[choice_BS]."""
 
     def pick(*arrays):
         chosen = arrays[0]

@@ -1,10 +1,11 @@
-"""Rules that remove events from a log. Each is stated, counted and off by default."""
+"""Rules that remove events from a log. Each is off by default, and the report counts what it removes."""
 
 import dataclasses
 
 import numpy as np
 
 from rec_jax.data.interactions import InteractionLog, compact
+from rec_jax.data.textfile import count
 
 REPORT_HEAD = ("rule", "users", "items", "events", "removed")
 
@@ -18,19 +19,19 @@ def clean(
     min_user_events: int = 1,
     k_core: int = 0,
 ) -> tuple[InteractionLog, list[tuple]]:
-    """(the log, a row of REPORT_HEAD for each rule): applies the rules in the order of the arguments.
+    """Applies the rules in the order of the arguments. Returns (log, report): one REPORT_HEAD tuple per rule.
 
     Users and items that lose all their events leave the vocabulary; the others keep their order.
 
     Args:
-      min_rating: the least rating of an event; events without a rating go too. 0 is off.
-      duplicates: which events of the same user with the same item stay: "keep" for all of them, else the
-        "first" or the "last" in time.
-      min_item_events, min_user_events: the fewest events of an item, then of a user; each once, so that
-        the second can bring an item below the first again.
-      k_core: the fewest events of both users and items, repeated until both hold. 0 is off.
+      min_rating: events with a lower rating, or without one, are removed. 0: off.
+      duplicates: which events of the same user with the same item are kept: "keep" keeps all of them,
+        "first" and "last" keep the first or the last in time.
+      min_item_events, min_user_events: items, then users, with fewer events are removed. Each rule is
+        applied once, so the second may leave items with fewer than min_item_events.
+      k_core: users and items with fewer events are removed, repeatedly, until none is left. 0: off.
 
-    Raises ValueError for a rule that is unknown, lacks its column, or leaves nothing.
+    Raises ValueError if a rule is unknown, needs a column that the log does not have, or removes all events.
     """
     if duplicates not in ("keep", "first", "last"):
         raise ValueError(f"duplicates={duplicates!r} is not one of keep, first, last")
@@ -43,15 +44,17 @@ def clean(
         keep = kept
         rows.append(_row(rule, log, keep, removed))
         if not keep.any():
-            raise ValueError(f"{rule} leaves no event of {log.num_events:,}")
+            raise ValueError(f"{rule} removes all {log.num_events:,} events: choose a weaker rule")
 
     if min_rating:
         if log.ratings is None:
-            raise ValueError(f"min_rating={min_rating} needs ratings, and the log has none (set rating)")
+            raise ValueError(
+                f"min_rating={min_rating} needs ratings, but the log has none: set rating to its column"
+            )
         apply(f"min_rating={min_rating:g}", keep & (log.ratings >= min_rating))
     repeated = _repeated(log, keep, last=duplicates == "last")
     if duplicates == "keep":
-        rows.append((f"duplicates=keep ({int(repeated.sum()):,} repeat a user and item)", *rows[-1][1:4], 0))
+        rows.append((f"duplicates=keep ({count(int(repeated.sum()), 'repeat')})", *rows[-1][1:4], 0))
     else:
         apply(f"duplicates={duplicates}", keep & ~repeated)
     if min_item_events > 1:
@@ -74,23 +77,23 @@ def _row(rule: str, log: InteractionLog, keep: np.ndarray, removed: int):
 
 
 def _frequent(codes: np.ndarray, keep: np.ndarray, least: int) -> np.ndarray:
-    """bool[N]: does the row's code have at least `least` events among the kept ones?"""
+    """bool[N]: whether the event's user or item (its code) has at least `least` events among those kept."""
     return np.bincount(codes[keep], minlength=int(codes.max()) + 1)[codes] >= least
 
 
 def _repeated(log: InteractionLog, keep: np.ndarray, last: bool) -> np.ndarray:
-    """bool[N]: kept events whose user and item have an earlier event (later, if `last`)."""
-    rows = np.flatnonzero(keep)
+    """bool[N]: whether a kept event has an earlier one (a later one if `last`) of the same user and item."""
+    events = np.flatnonzero(keep)
     if log.times is not None:
-        rows = rows[np.argsort(log.times[rows], kind="stable")]
+        events = events[np.argsort(log.times[events], kind="stable")]
     if last:
-        rows = rows[::-1]
-    pairs = log.users[rows].astype(np.int64) * len(log.item_ids) + log.items[rows]
+        events = events[::-1]
+    pairs = log.users[events].astype(np.int64) * len(log.item_ids) + log.items[events]
     by_pair = np.argsort(pairs, kind="stable")
-    again = np.zeros(len(rows), bool)
-    again[by_pair[1:]] = pairs[by_pair[1:]] == pairs[by_pair[:-1]]
+    is_repeat = np.zeros(len(events), bool)
+    is_repeat[by_pair[1:]] = pairs[by_pair[1:]] == pairs[by_pair[:-1]]
     repeated = np.zeros(log.num_events, bool)
-    repeated[rows[again]] = True
+    repeated[events[is_repeat]] = True
     return repeated
 
 

@@ -1,4 +1,4 @@
-"""From a config to histories and their split, read once and kept on disk."""
+"""Data sets: a config becomes histories and their split, which are prepared once and kept on disk."""
 
 import dataclasses
 import json
@@ -27,8 +27,8 @@ from rec_jax.data.titles import read_titles
 from rec_jax.report import format_table
 
 _ABOUT = "prepared.json"
-_VERSION = 2  # of the files on disk and of the rules behind them; raise it when either changes
-# Fields of DataConfig by what reads them.
+_VERSION = 2  # of the files on disk and of the rules that make them: raise it when either changes
+# Fields of DataConfig, by the step that reads them.
 _READING = ("format", "user", "item", "time", "rating", "features", "delimiter", "time_unit")
 _CLEANING = ("min_rating", "duplicates", "min_item_events", "min_user_events", "k_core")
 _SPLIT = ("split", "val_time", "test_time", "val_fraction", "test_fraction")
@@ -37,11 +37,11 @@ _NOT_PREPARED = ("path", "max_len", "context")  # fields that do not change what
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where interactions come from, how they are cleaned and how they are split.
+    """The source of the interactions, the rules that clean them, and their split.
 
     path: a file, a directory that prepare_data wrote, or for format "tfds" a name (movielens/1m-ratings).
-    A relative one is looked up in the current directory, then in $REC_JAX_DATA; titles and titles_ids too.
-    The fields up to time_unit are as in `read_log`, those up to k_core as in `clean`.
+    Relative paths (path, titles, titles_ids) are looked up in the current directory, then in $REC_JAX_DATA.
+    The fields from user to time_unit are as in `read_log`, those from min_rating to k_core as in `clean`.
     """
 
     path: str = ""
@@ -53,23 +53,23 @@ class DataConfig:
     time: str = ""
     rating: str = ""
     features: tuple[str, ...] = ()
-    # Features that are known when a recommendation is requested; there they count as missing so far.
+    # Features that are known when a recommendation is requested. So far, rankers treat them as missing.
     context: tuple[str, ...] = ()
     delimiter: str = ""
     time_unit: Literal["s", "ms", "us", "ns"] = "s"
-    titles: str = ""  # a file of titles: movies.dat, a RecBole .item file, csv, tsv
-    titles_ids: str = ""  # a file of `item id_in_titles` lines, where the log's items were renumbered
+    titles: str = ""  # a file with titles: movies.dat, a RecBole .item file, csv, tsv
+    titles_ids: str = ""  # a file with `item id_in_titles` lines, if the log's items were renumbered
     min_rating: float = 0.0
     duplicates: Literal["keep", "first", "last"] = "keep"
     min_item_events: int = 1
     min_user_events: int = 1
     k_core: int = 0
     split: Literal["leave_one_out", "global_temporal"] = "leave_one_out"
-    val_time: int = 0  # global_temporal: the first second of validation and of test;
-    test_time: int = 0  # 0 takes them from the fractions of events below
+    val_time: int = 0  # global_temporal: the first second (UTC) of validation and of test;
+    test_time: int = 0  # 0: computed from the two fractions of events below
     val_fraction: float = 0.1
     test_fraction: float = 0.1
-    max_len: int = 200  # events of a user that a model sees
+    max_len: int = 200  # a model reads the last max_len events of a user
     sim: SimulatorConfig = SimulatorConfig()  # format "simulator"
 
     def __post_init__(self):
@@ -77,31 +77,38 @@ class DataConfig:
             raise ValueError(f"max_len={self.max_len} must be 1 or more (DataConfig)")
         if (self.val_time == 0) != (self.test_time == 0):
             raise ValueError(
-                f"val_time={self.val_time}, test_time={self.test_time}: set both, or none (DataConfig)"
+                f"val_time={self.val_time}, test_time={self.test_time}: set both or neither (DataConfig)"
             )
         if self.split != "global_temporal" and self.val_time:
-            raise ValueError(f"val_time={self.val_time} has no use with split={self.split!r} (DataConfig)")
+            raise ValueError(
+                f"val_time={self.val_time} has no effect with split={self.split!r}: set "
+                "split='global_temporal', or remove val_time and test_time (DataConfig)"
+            )
         val, test = self.val_fraction, self.test_fraction
         if not (0 < val and 0 < test and val + test < 1):
             raise ValueError(
-                f"val_fraction={val} and test_fraction={test} must be above 0 and together below 1 "
+                f"val_fraction={val} and test_fraction={test} must be above 0, and their sum below 1 "
                 "(DataConfig)"
             )
         if reserved := {"item", "time"} & set(self.features):
             raise ValueError(
-                f"features={self.features}: {' and '.join(sorted(reserved))} name the item and the time of "
-                "an event themselves: leave them out, or rename the columns in the file (DataConfig)"
+                f"features={self.features}: {' and '.join(sorted(reserved))} is reserved for the item or the "
+                "time of an event and cannot be a feature: remove it, or rename the column in the file "
+                "(DataConfig)"
             )
         if self.titles_ids and not self.titles:
-            raise ValueError(f"titles_ids={self.titles_ids!r} needs titles (DataConfig)")
+            raise ValueError(
+                f"titles_ids={self.titles_ids!r} has no effect without titles: set titles (DataConfig)"
+            )
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Histories, their split and the schema of their features.
 
-    report: text tables of what was read, removed and held out. world: the simulator that drew the log, or
-    None."""
+    report: text tables about reading, cleaning, histories and split. world: the simulator that drew the log,
+    or None.
+    """
 
     histories: Histories
     split: Split
@@ -111,13 +118,13 @@ class Dataset:
 
 
 def load_dataset(config: DataConfig, directory: Path | str, *, is_used: bool = False) -> Dataset:
-    """The data set of a config, prepared in `directory` unless it is there already.
+    """Returns the data set of a config, and prepares it in `directory` if it is not there yet.
 
-    A directory made from another config, or from a file that has changed since, is prepared anew. Prints
-    the report of what is new, and a line of what was there.
+    A directory made from another config, or from a file that has changed since, is prepared again. Prints the
+    report of a new preparation, or one line about an existing one.
 
-    is_used: a run has been trained on what is in `directory`, which must then stay what it is.
-    Raises ValueError for whatever is wrong with the files or the config, with the way out.
+    is_used: whether a run was trained on the data in `directory`, which must then not change.
+    Raises ValueError for mistakes in the files or the config, and says how to correct them.
     """
     dataset, is_new = prepare_dataset(config, directory, is_used=is_used)
     if is_new:
@@ -133,8 +140,8 @@ def load_dataset(config: DataConfig, directory: Path | str, *, is_used: bool = F
 
 
 def load_prepared(config: DataConfig, directory: Path | str) -> Dataset:
-    """The data set that a run has prepared in `directory`, or the prepared directory that its config names:
-    never anything that would have to be prepared anew. Raises ValueError if it is missing or damaged.
+    """Returns the data set that a run has prepared in `directory`, or that its config names as a prepared
+    directory. Never prepares a data set. Raises ValueError if it is missing or damaged.
     """
     directory = Path(directory)
     if (about := _read_about(directory)) is not None:
@@ -142,8 +149,8 @@ def load_prepared(config: DataConfig, directory: Path | str) -> Dataset:
     path = Path(_source(config))
     if not path.is_dir():
         raise ValueError(
-            f"{directory / _ABOUT} is missing: the split that the run was trained on was prepared there, and "
-            f"another preparation of {str(path)!r} could be another split: bring it back, or train again"
+            f"{directory / _ABOUT} is missing: the run was trained on the split in this directory, and "
+            f"preparing {str(path)!r} again could give another split: restore the directory, or train again"
         )
     return _load(path, _about_of_directory(config, path), config)
 
@@ -151,7 +158,7 @@ def load_prepared(config: DataConfig, directory: Path | str) -> Dataset:
 def prepare_dataset(
     config: DataConfig, directory: Path | str, *, is_used: bool = False
 ) -> tuple[Dataset, bool]:
-    """As `load_dataset`, but prints nothing, and tells whether the data set was prepared just now."""
+    """Returns (data set, whether it was prepared just now). As `load_dataset`, but prints nothing."""
     directory, path = Path(directory), _source(config)
     if path and Path(path).is_dir():
         return _load(Path(path), _about_of_directory(config, Path(path)), config), False
@@ -159,44 +166,44 @@ def prepare_dataset(
     about = _read_about(directory)
     is_new = about is None or about["fingerprint"] != fingerprint
     if is_new:
-        before = dataclasses.replace(config, context=())  # whose columns may be new
+        before = dataclasses.replace(config, context=())  # the old data may lack these columns
         used = (about, _load(directory, about, before)) if about and is_used else None
         about = _prepare(config, path, directory, fingerprint, used)
     return _load(directory, about, config), is_new
 
 
 def resolve_path(path: str, name: str) -> Path:
-    """An existing path: in the current directory, or else in $REC_JAX_DATA.
+    """Finds an existing path in the current directory, or else in $REC_JAX_DATA.
 
-    Raises ValueError saying where it was looked for.
+    Raises ValueError with the paths that were tried.
     """
     root = os.environ.get("REC_JAX_DATA")
-    places = [Path(path)] + ([Path(root) / path] if root else [])
-    for place in places:
-        if place.exists():
-            return place.resolve()
-    looked = " and ".join(str(place.absolute()) for place in dict.fromkeys(places))
-    hint = "" if root else ", or put the directory of your data sets into the variable REC_JAX_DATA"
+    candidates = [Path(path)] + ([Path(root) / path] if root else [])
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate.resolve()
+    tried = " and ".join(str(candidate.absolute()) for candidate in dict.fromkeys(candidates))
+    hint = "" if root else ", or set the environment variable REC_JAX_DATA to the directory of your data sets"
     tfds = "; for TFDS set format='tfds'" if path.startswith("movielens/") else ""
-    raise ValueError(f"{name}={path!r} does not exist (looked for {looked}): give the right path{hint}{tfds}")
+    raise ValueError(f"{name}={path!r} does not exist (tried {tried}): correct the path{hint}{tfds}")
 
 
 def _source(config: DataConfig) -> str:
-    """The resolved path, the TFDS name, or "" for the simulator."""
+    """Returns the resolved path, the TFDS name, or "" for the simulator."""
     if config.format == "simulator":
         if config.path:
             raise ValueError(
-                f"path={config.path!r} has no use with format='simulator': set data.format=auto to read it "
-                "(DataConfig)"
+                f"path={config.path!r} has no effect with format='simulator': set data.format=auto to "
+                "read it (DataConfig)"
             )
         return ""
     if not config.path:
-        raise ValueError("path is empty: give a file, or set format='simulator' (DataConfig)")
+        raise ValueError("path='' is empty: set it to a file, or set format='simulator' (DataConfig)")
     return config.path if config.format == "tfds" else str(resolve_path(config.path, "path"))
 
 
 def _fingerprint(config: DataConfig, path: str) -> dict[str, Any]:
-    """What the files on disk were made from."""
+    """Returns the config and source files that the prepared files depend on."""
     files = [Path(path)] if path and config.format != "tfds" else []
     files += [resolve_path(getattr(config, x), x) for x in ("titles", "titles_ids") if getattr(config, x)]
     left_out = _NOT_PREPARED if config.format == "simulator" else (*_NOT_PREPARED, "sim")
@@ -206,7 +213,7 @@ def _fingerprint(config: DataConfig, path: str) -> dict[str, Any]:
         "config": {name: x for name, x in dataclasses.asdict(config).items() if name not in left_out},
         "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
     }
-    return json.loads(json.dumps(fingerprint))  # as it will be read back: tuples are lists
+    return json.loads(json.dumps(fingerprint))  # as read back from disk: tuples become lists
 
 
 def _read_about(directory: Path) -> dict[str, Any] | None:
@@ -218,24 +225,25 @@ def _read_about(directory: Path) -> dict[str, Any] | None:
 
 
 def _damaged(directory: Path, error: Exception) -> ValueError:
-    return ValueError(f"{directory} is damaged: delete it, so that the data are prepared again ({error})")
+    return ValueError(f"{directory} is damaged ({error}): delete it, and the data will be prepared again")
 
 
 def _about_of_directory(config: DataConfig, path: Path) -> dict[str, Any]:
-    """What a prepared directory says of itself. A config with other cleaning or another split is an error."""
+    """Reads the description of a prepared directory. Raises ValueError if the config asks for other cleaning
+    rules or another split."""
     about = _read_about(path)
     if about is None:
         raise ValueError(
-            f"path={str(path)!r} is a directory, but not one that experiments.prepare_data wrote "
-            f"({_ABOUT} is missing): give a file"
+            f"path={str(path)!r} is a directory without {_ABOUT}, so experiments.prepare_data did not "
+            "write it: set path to a file, or to a prepared directory (DataConfig)"
         )
     made_with, default = about["fingerprint"]["config"], DataConfig()
     for name in _CLEANING + _SPLIT:
-        asked = getattr(config, name)
-        if asked != made_with[name] and (name == "split" or asked != getattr(default, name)):
+        value = getattr(config, name)
+        if value != made_with[name] and (name == "split" or value != getattr(default, name)):
             raise ValueError(
-                f"{name}={asked!r}, but {path} was prepared with {name}={made_with[name]!r}: set it to that, "
-                "or prepare the data again (DataConfig)"
+                f"{name}={value!r}, but {path} was prepared with {name}={made_with[name]!r}: set "
+                f"{name}={made_with[name]!r}, or prepare the data again (DataConfig)"
             )
     return about
 
@@ -272,16 +280,16 @@ def _prepare(config: DataConfig, path: str, directory: Path, fingerprint, used=N
             histories.save(new / "histories")
             split.save(new / "split")
             (new / _ABOUT).write_text(json.dumps(about, indent=1))
-    except OSError:  # Another process of the same run may have put its copy there first.
-        if (there := _read_about(directory)) is None or there["fingerprint"] != fingerprint:
+    except OSError:  # Another process of the same run may have written the directory first.
+        if (present := _read_about(directory)) is None or present["fingerprint"] != fingerprint:
             raise
     return about
 
 
 def _check_unchanged(about, dataset: Dataset, fingerprint, histories, split, directory: Path) -> None:
-    """Raises ValueError, naming what has changed, where a run would go on with other data than it had."""
+    """Raises ValueError with a list of the changes if a run would resume with data other than it had."""
 
-    def facts(histories, split, made_from) -> dict[str, Any]:
+    def summary(histories, split, made_from) -> dict[str, Any]:
         return {
             **{f"data.{name}": value for name, value in made_from["config"].items()},
             "users": histories.num_users,
@@ -292,16 +300,20 @@ def _check_unchanged(about, dataset: Dataset, fingerprint, histories, split, dir
             **{f"column {name}": digest[:12] for name, digest in histories.column_digests.items()},
         }
 
-    then = facts(dataset.histories, dataset.split, about["fingerprint"])
-    now = facts(histories, split, fingerprint)
-    changed = [f"{x} ({then.get(x, 'nothing')} then, {now[x]} now)" for x in now if then.get(x) != now[x]]
+    old = summary(dataset.histories, dataset.split, about["fingerprint"])
+    new = summary(histories, split, fingerprint)
+    changed = [f"{x} (was {old.get(x, 'missing')}, is now {new[x]})" for x in new if old.get(x) != new[x]]
     before = dataset.histories
-    same = [(before.vocabulary, histories.vocabulary), (before.column_digests, histories.column_digests)]
-    if any(old != new for old, new in [(dataset.split.checksum, split.checksum), *same]):
+    is_same = (
+        dataset.split.checksum == split.checksum
+        and before.vocabulary == histories.vocabulary
+        and before.column_digests == histories.column_digests
+    )
+    if not is_same:
         raise ValueError(
-            f"the data are not those that the run in {directory.parent} was trained on, which stay in "
-            f"{directory}: {', '.join(changed)}. Bring back the log and the settings of then to resume, or "
-            "train in another workdir"
+            f"the data differ from those that the run in {directory.parent} was trained on (kept in "
+            f"{directory}): {', '.join(changed)}. To resume, restore the log and these settings; to use the "
+            "new data, train in another workdir"
         )
 
 
@@ -333,6 +345,6 @@ def _report(config, log, cleaning: list[tuple], histories: Histories, split: Spl
     return [
         "\n".join(("Reading", *source)),
         "Cleaning\n" + format_table(REPORT_HEAD, cleaning),
-        "Histories\n" + format_table(("what", "count"), about.items()),
-        f"Split: {split.kind}\n{format_table(('what', 'count'), rows)}\nchecksum {split.checksum}",
+        "Histories\n" + format_table(("quantity", "value"), about.items()),
+        f"Split: {split.kind}\n{format_table(('quantity', 'value'), rows)}\nchecksum {split.checksum}",
     ]

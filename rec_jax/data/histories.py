@@ -1,7 +1,6 @@
-"""Histories: every user's events in time order, as memory-mapped CSR files, and their splits."""
+"""Histories: the events of every user in time order, as memory-mapped CSR arrays, and their splits."""
 
 import contextlib
-import functools
 import hashlib
 import json
 import shutil
@@ -23,8 +22,8 @@ class Histories:
     items: int32[N] in 1..V, an array or a memory map. times: int64[N] seconds UTC, or None.
     offsets: int64[U + 1]. user_ids: str[U] and item_ids: str[V + 1] are the ids of the log;
     item_ids[0] == "" is padding. titles: item id -> title, where known. features: other columns of the
-    events, [N] each: numbers as float64 with NaN where missing, texts as int32 codes of feature_values, 0
-    where missing. notes: what sorting met.
+    events, [N] each: numbers as float64, NaN = missing; texts as int32 indices into feature_values, 0 =
+    missing. notes: counts from sorting.
     """
 
     items: np.ndarray
@@ -51,12 +50,12 @@ class Histories:
 
     @cached_property
     def vocabulary(self) -> str:
-        """sha256 of the item ids in their order: models of equal vocabularies mean the same by a row."""
+        """sha256 of the item ids in order: with equal vocabularies, two models number the items alike."""
         return hashlib.sha256("\0".join(map(str, self.item_ids)).encode()).hexdigest()
 
-    @functools.cached_property
+    @cached_property
     def column_digests(self) -> dict[str, str]:
-        """sha256 of each column but the items (a split's checksum covers them) and of what its codes mean."""
+        """sha256 of each column and its feature_values, except the items, which a split's checksum covers."""
         digests = {}
         for name, column in self.columns.items():
             digest = hashlib.sha256("\0".join(self.feature_values.get(name, ())).encode())
@@ -66,12 +65,12 @@ class Histories:
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
-        """All columns of the events by name: "item", "time" where the log has times, and the features."""
+        """All columns of the events by name: "item", "time" if the log has times, and the features."""
         times = {} if self.times is None else {"time": self.times}
         return {"item": self.items} | times | self.features
 
     def save(self, directory: Path) -> None:
-        """Writes the arrays, all or nothing; `load` maps them into memory."""
+        """Writes all arrays, or none if anything fails; `load` maps them into memory."""
         with replaced_directory(Path(directory), "vocabulary.json") as new:
             arrays = {"items": np.asarray(self.items, np.int32), "offsets": self.offsets}
             arrays |= {} if self.times is None else {"times": self.times}
@@ -111,19 +110,24 @@ class Histories:
 
 @contextlib.contextmanager
 def replaced_directory(directory: Path, mark: str) -> Iterator[Path]:
-    """A new, empty directory to fill, which takes the place of `directory` once all went well.
+    """Yields a new, empty directory to fill, and renames it to `directory` if no exception was raised.
 
-    mark: a file that tells an earlier version of it. Raises ValueError if `directory` holds other things.
+    mark: a file that an older version of `directory` contains. Raises ValueError if `directory` contains
+    other files and no `mark`.
     """
     if directory.exists() and any(directory.iterdir()) and not (directory / mark).exists():
-        raise ValueError(f"{directory} holds other files and would be replaced: give an empty or a new one")
+        raise ValueError(
+            f"{directory} contains other files, which would be deleted: choose an empty or a new directory"
+        )
     directory.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    new.chmod(0o755)  # mkdtemp's is private
+    new.chmod(0o755)  # mkdtemp makes it private
     try:
         yield new
         old = new.with_name(new.name + ".old")
-        if directory.exists():  # Renamed away first: a directory can only be renamed onto an empty one.
+        if (
+            directory.exists()
+        ):  # A directory can only be renamed to an empty one, so rename the old one first.
             directory.rename(old)
         new.rename(directory)
         shutil.rmtree(old, ignore_errors=True)
@@ -135,7 +139,7 @@ def replaced_directory(directory: Path, mark: str) -> Iterator[Path]:
 def build_histories(log, titles: dict[str, str] | None = None) -> Histories:
     """Sorts a log by (user, time); events of equal time keep their order in the log.
 
-    titles: item id -> title; without it, those of the log.
+    titles: item id -> title; None = the titles of the log.
     """
     by_user = np.argsort(log.users, kind="stable")
     order, times, notes = by_user, None, {}
@@ -145,8 +149,10 @@ def build_histories(log, titles: dict[str, str] | None = None) -> Histories:
         same_user = np.diff(log.users[order]) == 0
         earlier, tied = np.diff(log.times[by_user]) < 0, np.diff(times) == 0
         notes = {
-            "events earlier than the one before them in the file, sorted": int((same_user & earlier).sum()),
-            "events at the same time as the one before them, in the order of the file": int(
+            "events earlier than the user's previous event in the file: sorted": int(
+                (same_user & earlier).sum()
+            ),
+            "events at the same time as the user's previous event: in file order": int(
                 (same_user & tied).sum()
             ),
         }
@@ -165,7 +171,8 @@ def build_histories(log, titles: dict[str, str] | None = None) -> Histories:
 
 
 def _features(log, order) -> dict[str, dict]:
-    """The features of the log in that order of events, texts as codes in the order of their alphabet."""
+    """Returns `features` and `feature_values` of Histories: columns in the given order of events, texts as
+    codes in alphabetical order."""
     features, feature_values = {}, {}
     for name, column in log.features.items():
         features[name] = column[order]
@@ -179,11 +186,11 @@ def _features(log, order) -> dict[str, dict]:
 
 @dataclass(frozen=True)
 class Split:
-    """Where each user's training and validation parts end, as indices into `Histories.items`.
+    """The ends of each user's training and validation parts, as indices into `Histories.items`.
 
-    Training is items[offsets[u]:train_end[u]], validation targets items[train_end[u]:val_end[u]], test
-    targets items[val_end[u]:offsets[u + 1]]. checksum: sha256 over items, offsets and bounds: equal
-    checksums are equal splits of equal data.
+    Training events are items[offsets[u]:train_end[u]], validation targets items[train_end[u]:val_end[u]],
+    test targets items[val_end[u]:offsets[u + 1]]. checksum: sha256 of items, offsets and ends; equal
+    checksums mean equal splits of equal data.
     """
 
     kind: str
@@ -193,11 +200,11 @@ class Split:
     notes: dict[str, int]
 
     def in_train(self, histories) -> np.ndarray:
-        """bool[N]: is the event in the training part?"""
+        """bool[N]: whether the event is in the training part."""
         return np.arange(histories.num_events) < np.repeat(self.train_end, np.diff(histories.offsets))
 
     def train_item_counts(self, histories) -> np.ndarray:
-        """int64[V + 1]: training events of each item."""
+        """int64[V + 1]: the number of training events of each item."""
         train_items = np.asarray(histories.items)[self.in_train(histories)]
         return np.bincount(train_items, minlength=histories.num_items + 1)
 
@@ -210,14 +217,14 @@ class Split:
 
     @classmethod
     def load(cls, directory: Path, histories: Histories) -> "Split":
-        """Raises ValueError if the files are not what the checksum was taken of."""
+        """Raises ValueError if the files do not match the checksum."""
         directory = Path(directory)
         about = json.loads((directory / "split.json").read_text())
         train_end, val_end = (np.load(directory / name) for name in _SPLIT_FILES)
         if _checksum(histories, train_end, val_end) != about["checksum"]:
             raise ValueError(
-                f"{directory}: events and bounds do not have the checksum in split.json; the split is of "
-                "other data, or a file is damaged"
+                f"{directory}: events and split do not match the checksum in split.json: the split belongs "
+                "to other data, or a file is damaged"
             )
         return cls(about["kind"], train_end, val_end, about["checksum"], about["notes"])
 
@@ -246,27 +253,30 @@ def _make_split(kind, histories, train_end, val_end, notes) -> Split:
 
 
 def leave_one_out(histories: Histories) -> Split:
-    """The last event of each user is the test, the one before it the validation.
+    """Holds out the last event of each user for test, and the one before it for validation.
 
-    Users with fewer than three events are for training only, and counted. Source: Kang & McAuley, ICDM'18,
-    section IV.A. Raises ValueError if that leaves no target.
+    Users with fewer than three events are used for training only; the notes count them. Source: Kang &
+    McAuley, ICDM'18, section IV.A. Raises ValueError if no user has three events.
     """
     ends = histories.offsets[1:]
     enough = np.diff(histories.offsets) >= 3
     if not enough.any():
-        raise ValueError("split='leave_one_out' needs users with three events or more, and there is none")
+        raise ValueError(
+            "split='leave_one_out' needs a user with three or more events, but no user has that many"
+        )
     notes = {"users with fewer than 3 events, training only": int((~enough).sum())}
     return _make_split("leave_one_out", histories, ends - 2 * enough, ends - enough, notes)
 
 
 def global_temporal(histories: Histories, val_time: int, test_time: int) -> Split:
-    """Training before `val_time`, validation before `test_time`, test from then on (seconds UTC).
+    """Splits at two times, the same for all users: training ends before `val_time`, validation before
+    `test_time` (seconds UTC).
 
-    Every training event is earlier than any held-out one, across users. An event at a cut belongs to the
-    later part. Raises ValueError without times, or if a part is empty.
+    Across all users, every training event is earlier than every held-out event. An event exactly at a cut
+    belongs to the later part. Raises ValueError if the log has no times or a part is empty.
     """
     if histories.times is None:
-        raise ValueError("split='global_temporal' needs times, and this log has none")
+        raise ValueError("split='global_temporal' needs times, but this log has none: set time to its column")
     if not val_time < test_time:
         raise ValueError(f"val_time={val_time} must be before test_time={test_time}")
     users = np.repeat(np.arange(histories.num_users), np.diff(histories.offsets))
@@ -281,28 +291,31 @@ def global_temporal(histories: Histories, val_time: int, test_time: int) -> Spli
         if not split.notes[part]:
             low, high = int(histories.times.min()), int(histories.times.max())
             raise ValueError(
-                f"val_time={val_time}, test_time={test_time} leave no {part}: the times are {low} to {high}"
+                f"val_time={val_time}, test_time={test_time} leave no {part}: choose them between the first "
+                f"and the last time, {low} and {high}"
             )
     return split
 
 
 def temporal_cuts(times: np.ndarray, val_fraction: float, test_fraction: float) -> tuple[int, int]:
-    """(val_time, test_time) such that the last fractions of all events are validation and test.
+    """Returns (val_time, test_time) such that the latest test_fraction of all events is test, and the
+    val_fraction before it is validation.
 
-    Events at the time of a cut go to the later part, so ties make it larger than asked for.
+    Events exactly at a cut belong to the later part, so ties can make it larger than its fraction.
     """
     ordered = np.sort(times)
-    test_at = int(len(ordered) * (1 - test_fraction))
-    val_at = int(len(ordered) * (1 - test_fraction - val_fraction))
-    return int(ordered[val_at]), int(ordered[min(test_at, len(ordered) - 1)])
+    first_test = int(len(ordered) * (1 - test_fraction))
+    first_val = int(len(ordered) * (1 - test_fraction - val_fraction))
+    return int(ordered[first_val]), int(ordered[min(first_test, len(ordered) - 1)])
 
 
 @dataclass(frozen=True)
 class Examples:
     """Example e: predict targets[e] = items[ends[e]] from items[offsets[users[e]]:ends[e]].
 
-    users: int32[E]. ends: int64[E]. targets: int32[E]. num_without_history: held-out events left out,
-    because their user has none before. num_unseen: targets that are in no training part.
+    users: int32[E]. ends: int64[E]. targets: int32[E]. num_without_history: the number of held-out events
+    without an earlier event of their user, which are no examples. num_unseen: the number of targets without
+    a training event.
     """
 
     users: np.ndarray
@@ -313,7 +326,7 @@ class Examples:
 
 
 def examples(histories: Histories, split: Split, part: str) -> Examples:
-    """The held-out events of "val" or "test" that have at least one event before them."""
+    """Returns the held-out events of `part` ("val" or "test") that have an earlier event of their user."""
     bounds = {"val": (split.train_end, split.val_end), "test": (split.val_end, histories.offsets[1:])}
     if part not in bounds:
         raise ValueError(f"part={part!r} must be 'val' or 'test'")
@@ -331,6 +344,6 @@ def examples(histories: Histories, split: Split, part: str) -> Examples:
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The ranges start:start + length, one after the other."""
+    """Concatenates the ranges start:start + length."""
     ends = np.cumsum(lengths)
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)

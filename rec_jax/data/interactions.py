@@ -1,7 +1,7 @@
-"""The interaction log: who did what, and when, as columns. Reading it from files, with nothing silent.
+"""The interaction log: users, items, times and other columns, read from a file.
 
-A thing in the file that no rule covers is a ValueError that quotes the line; whatever a rule changes or
-leaves out is counted in `InteractionLog.notes`.
+Nothing is changed or skipped silently: a line that no rule covers raises a ValueError that quotes it, and
+`InteractionLog.notes` counts what the rules change or leave out.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ _YEAR_2100 = 4_102_444_800
 
 @dataclass(frozen=True)
 class InteractionLog:
-    """One row an event; users count from 0, items from 1 (0 is padding).
+    """Columns with one entry per event. Users are numbered from 0, items from 1 (0 is padding).
 
     users: int32[N] in 0..U-1. items: int32[N] in 1..V. times: int64[N] seconds UTC, or None. ratings:
-    float32[N] (NaN where missing), or None. user_ids: str[U] and item_ids: str[V + 1] are the user's own
-    ids; item_ids[0] == "". features: other columns of the events. titles: item id -> title, where the
-    source knows them. notes: what was chosen, left out and counted while reading.
+    float32[N] (NaN = missing), or None. user_ids: str[U] and item_ids: str[V + 1] are the ids in the file;
+    item_ids[0] == "". features: other columns of the events. titles: item id -> title, if the source has
+    titles. notes: lines that say what was chosen, left out and counted while reading.
 
-    The order of rows is the order of events where times is None, and where times tie.
+    If times is None, or times tie, the order of the entries is the order of the events.
     """
 
     users: np.ndarray
@@ -64,21 +64,21 @@ def read_log(
 ) -> InteractionLog:
     """Reads a log of interactions.
 
-    Ids are text: `7` and `07` differ. Where the format knows only whole numbers (movielens, sasrec,
-    sequences, tfds), anything else is an error. A row without a user, an item or (where there are times)
-    a time is left out and counted. Times are numbers in `time_unit`, or ISO 8601 dates (UTC unless they
-    say otherwise); fractions of a second are dropped, after they have ordered the rows.
+    Ids are text: `7` and `07` differ. Formats whose ids are whole numbers (movielens, sasrec, sequences,
+    tfds) accept no other ids. Rows without a user, an item or (if the log has times) a time are left out and
+    counted. Times are numbers in `time_unit`, or ISO 8601 dates (UTC unless they have a time zone). Fractions
+    of a second are used to order the rows, then dropped.
 
     Args:
       path: a file, or for format "tfds" the name of a data set (`movielens/1m-ratings`).
-      format: one of FORMATS; auto tells by name and content.
-      user, item, time, rating, features: columns, for files with a header. Without a time, the order of
-        the file is the order of events.
-      delimiter: what separates fields, where it is not the usual one; `\\t` is a tab.
-      time_unit: of numeric times: s, ms, us or ns.
+      format: one of FORMATS; auto detects it from the name and the content.
+      user, item, time, rating, features: column names, for files with a header. Without a time column, the
+        order of the file is the order of events.
+      delimiter: separates fields; "" is the usual one of the format, `\\t` a tab.
+      time_unit: unit of numeric times: s, ms, us or ns.
 
     Raises ValueError for a malformed line (with its number and text), an unknown column, an empty file or an
-    implausible time; says what was expected and what to set.
+    implausible time; the message says what was expected and what to set.
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is not one of {', '.join(FORMATS)}")
@@ -87,11 +87,11 @@ def read_log(
     names = ColumnNames(user, item, time, rating, tuple(features))
     if format == "tfds":
         if delimiter or names != ColumnNames():
-            raise ValueError("format='tfds' has its own columns: leave user, item, ... and delimiter empty")
+            raise ValueError("format='tfds' has fixed columns: leave user, item, ... and delimiter empty")
         return _make_log(read_tfds(str(path)), time_unit, (f"{path}: read from TFDS",))
-    path, reason = Path(path), "as told"
+    path, reason = Path(path), "as requested"
     if not path.is_file():
-        raise ValueError(f"{path} is not a file")
+        raise ValueError(f"{path} is not a file: set path to the file of the log")
     if format == "auto":
         format, reason = detect_format(path)
     columns = READERS[format](path, names, delimiter.replace("\\t", "\t"))
@@ -99,7 +99,7 @@ def read_log(
 
 
 def compact(codes: np.ndarray, ids: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
-    """Renumbers `codes` so that every id from `first` on has an event; ids keep their order."""
+    """Drops ids without events, except ids[:first]. Returns (codes, ids): renumbered codes, ids in order."""
     kept = np.bincount(codes, minlength=len(ids)) > 0
     kept[:first] = True
     return (np.cumsum(kept, dtype=np.int32) - 1)[codes], ids[kept]
@@ -125,7 +125,10 @@ def _make_log(columns: Columns, time_unit: str, notes: tuple[str, ...]) -> Inter
     if ratings is not None and (num := int(np.isnan(ratings[keep]).sum())):
         notes.append(f"{count(num, 'event')} without a rating kept")
     if not keep.any():
-        raise ValueError(f"{columns.where(0)}: no row has all of {', '.join(missing)}")
+        raise ValueError(
+            f"{columns.where(0)}: no row has values for all of {', '.join(missing)}: check this "
+            "line, and which columns are read"
+        )
     rows = slice(None) if keep.all() and order is None else np.flatnonzero(keep)
     if order is not None:
         rows = order[keep[order]]
@@ -149,7 +152,7 @@ def _make_log(columns: Columns, time_unit: str, notes: tuple[str, ...]) -> Inter
 
 
 def _encode(column, kind: str, columns: Columns, notes: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(int32[N] codes, -1 where missing; object[U] ids in order of appearance)."""
+    """Returns (int32[N] codes, -1 = missing; object[U] ids in order of appearance)."""
     encoded = _id_text(column, kind, columns.where).dictionary_encode().combine_chunks()
     if isinstance(encoded, pa.ChunkedArray):  # an empty or a very long column
         encoded = encoded.unify_dictionaries().combine_chunks()
@@ -158,28 +161,28 @@ def _encode(column, kind: str, columns: Columns, notes: list[str]) -> tuple[np.n
     ids = [text.strip() for text in raw]
     for code, text in enumerate(raw):
         is_whole = re.fullmatch(r"0|[1-9]\d{0,18}", text, re.ASCII) and int(text) < 2**63
-        wrong = "holds a line end; is a double quote missing?" if "\n" in text or "\r" in text else ""
+        problem = "contains a line end: is a double quote missing?" if "\n" in text or "\r" in text else ""
         if columns.whole_ids and not is_whole:
-            wrong = (
-                "is not a whole number from 0 to 2^63 - 1 without leading zeros; for ids that are text use "
-                "csv or parquet"
+            problem = (
+                "is not a whole number from 0 to 2^63 - 1 without leading zeros: for text ids, set "
+                "format='csv' or 'parquet'"
             )
-        if wrong:
-            raise ValueError(f"{columns.where(int(np.argmax(codes == code)))}: {kind} {text!r} {wrong}")
+        if problem:
+            raise ValueError(f"{columns.where(int(np.argmax(codes == code)))}: {kind} {text!r} {problem}")
     if num := sum(text != stripped for text, stripped in zip(raw, ids, strict=True)):
-        notes.append(f"{count(num, f'{kind} id')} had blanks around, removed")
-    new_codes, seen = np.full(len(ids) + 1, -1, np.int32), {}  # the last one stays -1, for null
+        notes.append(f"{count(num, f'{kind} id')} had blanks at the start or end: removed")
+    new_codes, seen = np.full(len(ids) + 1, -1, np.int32), {}  # the last entry stays -1, for null
     for code, text in enumerate(ids):
         if text not in MISSING:
             new_codes[code] = seen.setdefault(text, len(seen))
     odd = [x for x in seen if re.fullmatch(r"-\d+|\d{19,}", x, re.ASCII) and not 0 <= int(x) < 2**63]
     if odd and not columns.whole_ids and all(re.fullmatch(r"-?\d+", text) for text in seen):
-        notes.append(f"{count(len(odd), f'{kind} id')} negative or beyond 64 bits ({odd[0]}): kept, as text")
+        notes.append(f"{count(len(odd), f'{kind} id')} negative or above 2^63 - 1 ({odd[0]}): kept as text")
     return new_codes[codes], np.array([*seen], object)
 
 
 def _id_text(column: pa.ChunkedArray, kind: str, where) -> pa.ChunkedArray:
-    """Ids as text; whole floats, which pandas makes of integers with gaps, as integers."""
+    """Ids as text. Whole floats become integers: pandas writes integer columns with gaps as floats."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if pa.types.is_floating(column.type):
@@ -187,42 +190,49 @@ def _id_text(column: pa.ChunkedArray, kind: str, where) -> pa.ChunkedArray:
         bad = ~np.isnan(values) & ((values != np.floor(values)) | (np.abs(values) >= 2**53))
         if bad.any():
             row = int(np.argmax(bad))
-            raise ValueError(f"{where(row)}: {kind} {values[row]} is not a whole number; store ids as text")
+            raise ValueError(f"{where(row)}: {kind} {values[row]} is not a whole number: store ids as text")
         column = pc.if_else(pc.is_nan(column), None, column).cast(pa.int64())
     elif not (pa.types.is_integer(column.type) or _is_text(column)):
-        seen = column.type
-        raise ValueError(f"{where(0)}: the {kind} column has type {seen}; expected text or whole numbers")
+        raise ValueError(
+            f"{where(0)}: the {kind} column has type {column.type}, expected text or whole numbers: set "
+            f"{kind} to another column, or convert it"
+        )
     return column.cast(pa.string())
 
 
 def _seconds(column, unit: str, where, notes) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """(int64[N] seconds UTC, bool[N] missing, row order by time where fractions matter, or None)."""
+    """Returns (int64[N] seconds UTC, bool[N] missing, row order by time; None if no time has a fraction)."""
     if _is_text(column):
         column = _parse_times(_null_missing(column), where)
     missing = pc.is_null(column, nan_is_null=True).to_numpy()
     dates = pa.types.is_temporal(column.type)
     if dates:
         if unit != "s":
-            raise ValueError(f"time_unit={unit!r} has no use: the times are dates, not numbers")
+            raise ValueError(f"time_unit={unit!r} has no effect: the times are dates, not numbers; remove it")
         if getattr(column.type, "tz", None) is None:
-            notes.append("times without a time zone read as UTC")
+            notes.append("times have no time zone: read as UTC")
         column, unit = column.cast(pa.timestamp("us")).cast(pa.int64()), "us"
     elif not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
-        raise ValueError(f"{where(0)}: the time column has type {column.type}; expected numbers or dates")
+        raise ValueError(
+            f"{where(0)}: the time column has type {column.type}, expected numbers or dates: set time to "
+            "another column, or convert it"
+        )
     exact = np.where(missing, 0, pc.fill_null(column, 0).to_numpy())
     per_second = _PER_SECOND[unit]
     bad = ~missing & ~((exact >= 0) & (exact < _YEAR_2100 * per_second))  # also catches infinities
     if bad.any():
         row = int(np.argmax(bad))
         fits = [u for u, per in _PER_SECOND.items() if 10**8 * per < exact[row] < _YEAR_2100 * per]
-        hint = f" in {unit}; if it is in {fits[0]}, set time_unit={fits[0]!r}" if fits and not dates else ""
-        seen = f"{exact[row]} is" if not dates else "is"
-        raise ValueError(f"{where(row)}: the time {seen} not between 1970 and 2100{hint}")
+        hint = f" in {unit}: if it is in {fits[0]}, set time_unit={fits[0]!r}" if fits and not dates else ""
+        value = "" if dates else f"{exact[row]} "
+        raise ValueError(f"{where(row)}: the time {value}is not between 1970 and 2100{hint}")
     seconds = (exact // per_second).astype(np.int64)
     num_fractions = int(np.count_nonzero(exact != seconds * per_second))
     if not num_fractions:
         return seconds, missing, None
-    notes.append(f"{count(num_fractions, 'time')} had fractions of a second: dropped, after ordering by them")
+    notes.append(
+        f"{count(num_fractions, 'time')} had fractions of a second: used to order the rows, then dropped"
+    )
     return seconds, missing, np.argsort(exact, kind="stable")
 
 
@@ -232,7 +242,7 @@ def _parse_times(column: pa.ChunkedArray, where) -> pa.ChunkedArray:
     for kind in types:
         with contextlib.suppress(pa.ArrowInvalid):
             return column.cast(kind)
-    # Some value differs from the rest: find the first that cannot be read as the first value can.
+    # Not all values have the same type: find the first that cannot be read like the first value.
     values = column.to_pylist()
     first = next(value for value in values if value is not None)
     readable = [kind for kind in types if _casts(first, kind)]
@@ -242,7 +252,7 @@ def _parse_times(column: pa.ChunkedArray, where) -> pa.ChunkedArray:
         if value is not None and not any(_casts(value, kind) for kind in readable)
     )
     expected = "a number or an ISO 8601 date" if values[row] == first else f"a time like {first!r}"
-    raise ValueError(f"{where(row)}: time {values[row]!r} is not {expected}")
+    raise ValueError(f"{where(row)}: time {values[row]!r} is not {expected}: correct or remove the line")
 
 
 def _casts(value: str, kind: pa.DataType) -> bool:
@@ -254,7 +264,7 @@ def _casts(value: str, kind: pa.DataType) -> bool:
 
 
 def _numbers(column, kind: str, where) -> np.ndarray:
-    """float64[N], NaN where missing."""
+    """float64[N], NaN = missing."""
     if _is_text(column):
         column = _null_missing(column)
     try:
@@ -262,14 +272,16 @@ def _numbers(column, kind: str, where) -> np.ndarray:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         values = column.to_pylist()
         row = next((i for i, v in enumerate(values) if isinstance(v, str) and not _casts(v, pa.float64())), 0)
-        raise ValueError(f"{where(row)}: {kind} {values[row]!r} is not a number") from None
+        raise ValueError(
+            f"{where(row)}: {kind} {values[row]!r} is not a number: correct or remove the line"
+        ) from None
     if np.isinf(values).any():
-        raise ValueError(f"{where(int(np.argmax(np.isinf(values))))}: {kind} is infinite")
+        raise ValueError(f"{where(int(np.argmax(np.isinf(values))))}: the {kind} is infinite: correct it")
     return values
 
 
 def _feature(column: pa.ChunkedArray) -> np.ndarray:
-    """Numbers as float64 with NaN where missing, anything else as text with "" where missing."""
+    """Numbers as float64, NaN = missing; any other column as text, "" = missing."""
     if _is_text(column):
         column = _null_missing(column)
     try:
@@ -283,6 +295,6 @@ def _is_text(column: pa.ChunkedArray) -> bool:
 
 
 def _null_missing(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Trimmed text, null where it spells a missing value."""
+    """Text without blanks at its ends; null if it is one of MISSING."""
     column = pc.utf8_trim_whitespace(column)
     return pc.if_else(pc.is_in(column, pa.array(MISSING, column.type)), None, column)

@@ -1,7 +1,7 @@
-"""Batches of packed rows, as a grain source whose element is a batch.
+"""Batches of packed rows, as a grain source whose elements are batches.
 
-Element `step` depends on (seed, step) alone, so the data position of a run is one number, which grain
-saves and restores, and every host builds only its own rows.
+Element `step` depends only on (seed, step). So one number, which grain saves and restores, is the position of
+a run in its data, and every host builds only its own rows.
 """
 
 from dataclasses import dataclass
@@ -16,24 +16,24 @@ from rec_jax.data.schema import Schema
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """How batches are made of histories: rows of max_len tokens, batch_rows of them a step over all hosts."""
+    """Settings of the batches: batch_rows rows of max_len tokens per step, over all hosts."""
 
     max_len: int
     batch_rows: int
     epochs: int = 1
     seed: int = 0
-    all_windows: bool = False  # whole histories, cut into windows, not only their last max_len targets
+    all_windows: bool = False  # train on whole histories in windows, not only on their last max_len targets
 
 
 class BatchSource:
     """Random access to the training batches of all epochs.
 
-    A user with at least two training events appears once an epoch, with the last `max_len` targets; with
-    all_windows, longer histories appear whole, cut into windows of `max_len` targets from the end. The
-    rows of an epoch are spread evenly over its steps, so a batch may hold a few empty rows.
+    Each user with at least two training events appears once per epoch, with the last `max_len` targets. With
+    all_windows, longer histories are cut into windows of `max_len` targets, from the end, and all windows
+    appear. The rows of an epoch are divided evenly over its steps, so a batch may contain a few empty rows.
 
-    is_causal=False: items end with the last training event instead of the one before it, and `next` is each
-    event itself, for models that predict what is masked. schema: the features that batches have.
+    is_causal=False is for models that predict masked items: the items end with the last training event
+    instead of the one before it, and `next` is the event at the token itself. schema: features in batches.
     """
 
     def __init__(
@@ -49,10 +49,12 @@ class BatchSource:
     ):
         max_len, batch_rows = plan.max_len, plan.batch_rows
         if batch_rows % num_hosts:
-            raise ValueError(f"batch_rows={batch_rows} must be divisible by {num_hosts} hosts (TrainConfig)")
+            raise ValueError(
+                f"batch_rows={batch_rows} must be divisible by the number of hosts, {num_hosts} (TrainConfig)"
+            )
         self._columns, self._schema, self._is_causal = histories.columns, schema, is_causal
         lengths = np.asarray(split.train_end) - histories.offsets[:-1] - is_causal
-        if not is_causal:  # a single event tells nothing of itself
+        if not is_causal:  # a single event cannot be predicted from others
             lengths = np.where(lengths < 2, 0, lengths)
         windows = -(-lengths // max_len) if plan.all_windows else np.minimum(lengths, 1)
         windows = np.maximum(windows, 0)
@@ -79,7 +81,7 @@ class BatchSource:
         return batch.replace(next={name: batch.events[name] for name in batch.next})
 
     def users(self, step: int) -> np.ndarray:
-        """The users (row numbers of the histories) whose events are in the batch of a step."""
+        """The users (their numbers in the histories) with events in the batch of a step."""
         slot_windows, rows = self._rows(step)
         starts = self.plan.row_starts
         windows = [slot_windows[starts[row] : starts[row + 1]] for row in rows]
@@ -97,6 +99,7 @@ class BatchSource:
 
 
 def make_iterator(source: BatchSource):
-    """A grain iterator over the batches in order, read ahead by a thread, with `get_state`/`set_state`."""
+    """Returns a grain iterator over the batches in order, with `get_state` and `set_state`. A thread builds
+    batches ahead."""
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))

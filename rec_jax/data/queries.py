@@ -1,4 +1,4 @@
-"""Histories to predict the next event after: what evaluation and recommendation ask every ranker."""
+"""Queries: histories whose next event is to be predicted, the input of every ranker."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from rec_jax.data.histories import ranges
 class Queries:
     """History b is column[starts[b]:ends[b]] of each column, oldest event first. Nothing is copied.
 
-    columns: {"item": int32[N], "time": int64[N] seconds (where known), ...features}, shared by all histories.
-    starts, ends: int64[B]. users: int64[B] users of the log, or None for histories of nobody in it.
+    columns: {"item": int32[N], "time": int64[N] seconds (if known), ...features}, shared by all histories.
+    starts, ends: int64[B]. users: int64[B] users of the log; None if the histories are not of its users.
     Raises ValueError for an empty history.
     """
 
@@ -25,19 +25,19 @@ class Queries:
     def __post_init__(self):
         if len(self) and self.lengths.min() < 1:
             raise ValueError(
-                f"history {int(np.argmin(self.lengths))} of the batch is empty: give at least one event"
+                f"history {int(np.argmin(self.lengths))} of the batch is empty: give it at least one event"
             )
 
     @classmethod
     def of(cls, histories, users, ends=None) -> "Queries":
-        """The histories of users of the log up to `ends`, as in `Examples`; None = all of their events."""
+        """The histories of users of the log, up to `ends` as in `Examples`; None = all of their events."""
         users = np.asarray(users, np.int64)
         ends = histories.offsets[users + 1] if ends is None else np.asarray(ends, np.int64)
         return cls(histories.columns, histories.offsets[users], ends, users)
 
     @classmethod
     def one(cls, items, times=None) -> "Queries":
-        """One history of given items, oldest first. times: their seconds, if known."""
+        """One history with the given items, oldest first. times: the seconds of the events, if known."""
         columns = {"item": np.asarray(items, np.int32)}
         if times is not None:
             columns["time"] = np.asarray(times, np.int64)
@@ -46,22 +46,23 @@ class Queries:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, rows) -> "Queries":
+    def __getitem__(self, index) -> "Queries":
         """Some of the histories, by indices or a slice."""
-        users = None if self.users is None else self.users[rows]
-        return Queries(self.columns, self.starts[rows], self.ends[rows], users)
+        users = None if self.users is None else self.users[index]
+        return Queries(self.columns, self.starts[index], self.ends[index], users)
 
     @property
     def lengths(self) -> np.ndarray:
         return self.ends - self.starts
 
     def tiles(self, max_rows: int, max_events: int) -> Iterator[np.ndarray]:
-        """Indices of consecutive histories, at most `max_rows` of them and `max_events` events at once, but
-        at least one. A history that only extends the one before it counts its further events alone."""
+        """Yields the indices of consecutive histories: at most `max_rows` histories with `max_events` events
+        per tile, but at least one history. If a history extends the one before it, only its additional events
+        are counted."""
         extends = np.zeros(len(self), bool)
         extends[1:] = (self.starts[1:] == self.starts[:-1]) & (self.ends[1:] >= self.ends[:-1])
-        further = np.where(extends, self.ends - np.append(0, self.ends[:-1]), self.lengths)
-        total = np.cumsum(further)
+        added = np.where(extends, self.ends - np.append(0, self.ends[:-1]), self.lengths)
+        total = np.cumsum(added)
         first = 0
         while first < len(self):
             before = total[first] - self.lengths[first]
@@ -71,20 +72,22 @@ class Queries:
             first = last
 
     def seen(self) -> tuple[np.ndarray, np.ndarray]:
-        """(rows int64[P], items int32[P]): the distinct items of each history."""
+        """Returns (queries int64[P], items int32[P]): one pair for each distinct item of each history."""
         return self._distinct()[:2]
 
     def item_counts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(rows, items, counts int64[P]): the same, and how often each is in the history."""
-        rows, items, ordered, first, ends = self._distinct()
-        return rows, items, np.searchsorted(ordered, ends) - first
+        """Returns (queries, items, counts int64[P]): the pairs of `seen`, and how many events each has."""
+        queries, items, ordered, first, ends = self._distinct()
+        return queries, items, np.searchsorted(ordered, ends) - first
 
     def _distinct(self):
-        """(rows[P], items[P], ordered, first[P], ends[P]): `ordered` are the events in the order of (start,
-        item, place), each as one integer; those of a pair are the ones from number `first` on, below `ends`.
+        """Returns (queries[P], items[P], ordered, first[P], ends[P]).
 
-        Histories with one start share their events: a history has the items whose first event is before its
-        end. So memory is that of the longest history of each start and of the pairs.
+        `ordered` has one integer per event, sorted by (start, item, index). The events of a pair begin at
+        ordered[first] and are below the value `ends`.
+
+        Histories with the same start share their events: a history contains the items whose first event is
+        before its end. So memory grows with the longest history of each start and with the number of pairs.
         """
         starts_G, group_B = np.unique(self.starts, return_inverse=True)
         lengths_G = np.zeros(len(starts_G), np.int64)
@@ -94,16 +97,17 @@ class Queries:
         bits = len(key).bit_length()
         if int(key.max(initial=0)).bit_length() + bits > 63:
             raise ValueError(
-                f"{len(key):,} events of {len(starts_G):,} histories at once: give fewer histories"
+                f"{len(key):,} events of {len(starts_G):,} histories are too many for one call: pass fewer "
+                "histories"
             )
         ordered = np.sort(key << bits | np.arange(len(key)))  # several times as fast as an argsort
         first = np.flatnonzero(np.diff(ordered >> bits, prepend=-1))
-        place = ordered[first] & ((1 << bits) - 1)
-        by_place = np.argsort(place)
-        first, place = first[by_place], place[by_place]
+        index = ordered[first] & ((1 << bits) - 1)
+        by_index = np.argsort(index)
+        first, index = first[by_index], index[by_index]
         offset_B = (np.cumsum(lengths_G) - lengths_G)[group_B]
-        low_B, high_B = np.searchsorted(place, offset_B), np.searchsorted(place, offset_B + self.lengths)
-        rows, pairs = np.repeat(np.arange(len(self)), high_B - low_B), ranges(low_B, high_B - low_B)
+        low_B, high_B = np.searchsorted(index, offset_B), np.searchsorted(index, offset_B + self.lengths)
+        queries, pairs = np.repeat(np.arange(len(self)), high_B - low_B), ranges(low_B, high_B - low_B)
         first = first[pairs]
-        ends = ordered[first] >> bits << bits | (offset_B + self.lengths)[rows]
-        return rows, items[place[pairs]], ordered, first, ends
+        ends = ordered[first] >> bits << bits | (offset_B + self.lengths)[queries]
+        return queries, items[index[pairs]], ordered, first, ends

@@ -1,6 +1,7 @@
-"""One reader a format: a file to columns, as they stand in the file."""
+"""Readers, one per file format: they return the columns of a file, with the values unchanged."""
 
 import difflib
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from rec_jax.data.textfile import TextFile, count, head_lines, is_utf8, numbered_lines, open_bytes, where
 
-# How columns are called when nobody says, in lower case and without "_".
+# The usual column names, in lower case and without "_"; used if the config names no column.
 _USUAL_NAMES = {
     "user": ("userid", "user", "uid"),
     "item": ("itemid", "item", "movieid"),
@@ -24,7 +25,7 @@ _USUAL_NAMES = {
 
 @dataclass(frozen=True)
 class ColumnNames:
-    """Which columns to read; "" takes the usual name if there is one."""
+    """Names of the columns to read; "" = a column with a usual name, if there is one."""
 
     user: str = ""
     item: str = ""
@@ -39,11 +40,11 @@ class Columns:
 
     users: pa.ChunkedArray
     items: pa.ChunkedArray
-    where: Callable[[int], str]  # row -> where it stands and what it says, for messages
+    where: Callable[[int], str]  # row -> its file, line and text, for messages
     times: pa.ChunkedArray | None = None
     ratings: pa.ChunkedArray | None = None
     features: dict[str, pa.ChunkedArray] = field(default_factory=dict)
-    whole_ids: bool = False  # the format knows only whole numbers as ids
+    whole_ids: bool = False  # the format allows only whole numbers as ids
     titles: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -55,37 +56,38 @@ def read_sasrec(path: Path, names: ColumnNames, delimiter: str) -> Columns:
 
 
 def read_sequences(path: Path, names: ColumnNames, delimiter: str) -> Columns:
-    """`user item item ...` lines, oldest item first, one line a user; separated by blanks by default."""
+    """`user item item ...` lines, one per user, oldest item first; separated by blanks by default."""
     _refuse_names(names, "sequences", "user and items")
-    open_bytes(path)  # for its checks
+    open_bytes(path)  # raises if the file is empty or not text
     items, lengths, line_of_user, num_blank = [], [], {}, 0
     for number, line in numbered_lines(path):
         if not line.strip():
             num_blank += 1
             continue
-        user, *its_items = line.split(delimiter or None)
-        if not its_items or not is_utf8(line):
+        user, *user_items = line.split(delimiter or None)
+        if not user_items or not is_utf8(line):
+            separator = repr(delimiter) if delimiter else "blanks (or set delimiter)"
             raise ValueError(
-                f"{where(path, number, line)}: expected `user item item ...` separated by "
-                f"{delimiter!r}, as UTF-8 text" + (" (or set delimiter)" if not delimiter else "")
+                f"{where(path, number, line)}: expected `user item item ...` as UTF-8 text, separated by "
+                f"{separator}"
             )
         if user in line_of_user:
             raise ValueError(
-                f"{where(path, number, line)}: user {user} has line {line_of_user[user]} already; the "
-                "sequences format has one line a user (for `user item` lines set format='sasrec')"
+                f"{where(path, number, line)}: user {user} already has line {line_of_user[user]}, but the "
+                "sequences format has one line per user: for `user item` lines set format='sasrec'"
             )
         line_of_user[user] = number
-        items += its_items
-        lengths.append(len(its_items))
-    rows = np.repeat(np.arange(len(lengths)), lengths)
+        items += user_items
+        lengths.append(len(user_items))
+    user_of_event = np.repeat(np.arange(len(lengths)), lengths)
 
-    def where_event(row: int) -> str:
-        number = [*line_of_user.values()][rows[row]]
-        line = next(line for at, line in numbered_lines(path) if at == number)
-        return f"{where(path, number, line)} (item {items[row]})"
+    def where_event(event: int) -> str:
+        number = [*line_of_user.values()][user_of_event[event]]
+        _, line = next(itertools.islice(numbered_lines(path), number - 1, None))
+        return f"{where(path, number, line)} (item {items[event]})"
 
     return Columns(
-        pa.chunked_array([pa.array([*line_of_user], pa.string()).take(pa.array(rows))]),
+        pa.chunked_array([pa.array([*line_of_user], pa.string()).take(pa.array(user_of_event))]),
         pa.chunked_array([pa.array(items, pa.string())]),
         where_event,
         whole_ids=True,
@@ -94,29 +96,29 @@ def read_sequences(path: Path, names: ColumnNames, delimiter: str) -> Columns:
 
 
 def read_movielens(path: Path, names: ColumnNames, delimiter: str) -> Columns:
-    """GroupLens files: `user::item::rating::time` (ratings.dat), tabs (u.data), or ratings.csv."""
+    """MovieLens files: `user::item::rating::time` lines (ratings.dat), tabs (u.data), or ratings.csv."""
     if path.suffix == ".csv":
         return _read_named(TextFile(path, delimiter or ",", quotes=True), names, whole_ids=True)
     _refuse_names(names, "movielens", "user, item, rating and time")
-    seen = "\t" if "\t" in head_lines(path, 1)[0] else "::"
-    file = TextFile(path, delimiter or seen, ["user", "item", "rating", "time"])
+    usual = "\t" if "\t" in head_lines(path, 1)[0] else "::"
+    file = TextFile(path, delimiter or usual, ["user", "item", "rating", "time"])
     return _read_named(file, ColumnNames(), whole_ids=True)
 
 
 def read_csv(path: Path, names: ColumnNames, delimiter: str) -> Columns:
-    """A header line, then a line an event; commas, or tabs in a .tsv file, unless a delimiter is given."""
+    """A header line, then one line per event; separated by commas (tabs in a .tsv file) by default."""
     usual = "\t" if path.suffix == ".tsv" else ","
     return _read_named(TextFile(path, delimiter or usual, quotes=True), names)
 
 
 def read_recbole(path: Path, names: ColumnNames, delimiter: str) -> Columns:
-    """A RecBole atomic file: the header types each column (`user_id:token`), fields are separated by tabs."""
+    """A RecBole atomic file: the header has the type of each column (`user_id:token`); tabs by default."""
     file = TextFile(path, delimiter or "\t")
     untyped = [name for name in file.names if ":" not in name]
     if untyped:
         raise ValueError(
-            f"{path}: header column {untyped[0]!r} has no type; an atomic file has columns like "
-            "user_id:token (for a plain header set format='csv' and delimiter)"
+            f"{path}: column {untyped[0]!r} of the header has no type, expected a name like user_id:token: "
+            "for a header without types set format='csv' and delimiter"
         )
     file.names = [name.rpartition(":")[0] for name in file.names]
     return _read_named(file, names)
@@ -125,7 +127,7 @@ def read_recbole(path: Path, names: ColumnNames, delimiter: str) -> Columns:
 def read_parquet(path: Path, names: ColumnNames, delimiter: str) -> Columns:
     """A Parquet file with named columns."""
     if delimiter:
-        raise ValueError(f"delimiter={delimiter!r} has no use in a Parquet file ({path})")
+        raise ValueError(f"delimiter={delimiter!r} has no effect on a Parquet file ({path}): remove it")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty: expected at least one event")
     try:
@@ -135,34 +137,37 @@ def read_parquet(path: Path, names: ColumnNames, delimiter: str) -> Columns:
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
     if not table.num_rows:
-        raise ValueError(f"{path} holds no events")
+        raise ValueError(f"{path} contains no events: expected at least one row")
     return _columns(table, picked, lambda row: f"{path}, row {row + 1}")
 
 
 def read_tfds(name: str) -> Columns:
     """MovieLens from TensorFlow Datasets, such as `movielens/1m-ratings`.
 
-    Only the first use needs a network and TensorFlow. Rows come in the order of TFDS, which shuffles.
+    Only the first use needs a network and TensorFlow. TFDS shuffles the rows, so they are not in time order.
     """
     if not re.fullmatch(r"movielens/[\w-]+-ratings(:[\d.]+)?", name):
-        raise ValueError(f"path={name!r} is not a rating set of TFDS MovieLens, such as movielens/1m-ratings")
+        raise ValueError(
+            f"path={name!r} is not a MovieLens ratings data set of TFDS: set it to a name like "
+            "movielens/1m-ratings"
+        )
     try:
         import tensorflow_datasets as tfds
-        import tensorflow_datasets.structured.movielens  # noqa: F401  registers itself
+        import tensorflow_datasets.structured.movielens  # noqa: F401  registers the data sets
     except ImportError as error:
         raise ValueError(
-            f"format='tfds' needs the tfds extra: pip install 'rec_jax[tfds]' ({error})"
+            f"format='tfds' needs TensorFlow Datasets: pip install 'rec_jax[tfds]' ({error})"
         ) from error
     try:
         source = tfds.data_source(name, split="train")
-    except Exception as error:  # TFDS and its downloader raise a dozen unrelated types
+    except Exception as error:  # TFDS and its downloader raise many unrelated types
         raise ValueError(
-            f"TFDS cannot provide {name!r} ({type(error).__name__}: {error}). Its first use needs a network "
-            "and TensorFlow (pip install tensorflow); or download MovieLens from grouplens.org and read its "
-            "ratings file (format='movielens')"
+            f"path={name!r}: TFDS cannot load it ({type(error).__name__}: {error}). The first use needs a "
+            "network and TensorFlow (pip install tensorflow). Or download MovieLens from grouplens.org and "
+            "read its ratings file with format='movielens'"
         ) from error
     fields = ("user_id", "movie_id", "timestamp", "user_rating", "movie_title")
-    # About 0.3 ms an element, most of it in TFDS: minutes for a million, once a prepared data set.
+    # About 0.3 ms per element, mostly in TFDS: minutes for a million events, once per prepared data set.
     rows = [[element[key] for key in fields] for element in tqdm(source, f"reading {name}", disable=None)]
     users, items, times, ratings, titles = zip(*rows, strict=True)
     users, items, titles = ([value.decode() for value in column] for column in (users, items, titles))
@@ -178,23 +183,25 @@ def read_tfds(name: str) -> Columns:
 
 
 def pick_column(kind: str, given: str, available: Sequence[str], path: Path) -> str | None:
-    """The column for `kind`: the given one, or the only one with a usual name, or None.
+    """Returns the name of the column for `kind`: the given one, or the only one with a usual name, or None.
 
-    Raises ValueError listing the columns if the given one is not there, or two have a usual name.
+    Raises ValueError with a list of the columns if the given one does not exist, or two have a usual name.
     """
-    listed = f"the columns are {', '.join(available)}"
     if given:
         if given in available:
             return given
         near = difflib.get_close_matches(given, available, n=1)
         near = near or [name for name in available if name.lower() == given.lower()]
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        todo = f"set {kind} to one of its columns, {', '.join(available)}{hint}"
         if all(re.fullmatch(r"[\d.]*", name) for name in available):
-            hint = "; the first line must name the columns, and it seems to be an event"
-        raise ValueError(f"{path} has no column {given!r} (set {kind}): {listed}{hint}")
+            todo = "its first line looks like an event: add a header line with the column names before it"
+        raise ValueError(f"{path} has no column {given!r}: {todo}")
     usual = [name for name in available if name.lower().replace("_", "") in _USUAL_NAMES[kind]]
     if len(usual) > 1:
-        raise ValueError(f"{path}: the {kind} could be any of {', '.join(usual)}; set {kind}")
+        raise ValueError(
+            f"{path}: the {kind} column could be {' or '.join(usual)}: set {kind} to one of them"
+        )
     return usual[0] if usual else None
 
 
@@ -203,8 +210,8 @@ def _pick_all(names: ColumnNames, available: Sequence[str], path: Path) -> dict[
     for kind in ("user", "item"):
         if picked[kind] is None:
             raise ValueError(
-                f"{path}: which column is the {kind}? Set {kind} to one of its columns: "
-                f"{', '.join(available)} (a file without a header line needs one)"
+                f"{path}: cannot find the {kind} column: set {kind} to one of the columns of the header, "
+                f"{', '.join(available)} (if the first line is not a header, add one)"
             )
     for name in names.features:
         picked[f"feature {name}"] = pick_column("features", name, available, path)
@@ -218,7 +225,7 @@ def _read_named(file: TextFile, names: ColumnNames, whole_ids: bool = False) -> 
 
 
 def _columns(table, picked: dict[str, str], where, whole_ids=False, notes=()) -> Columns:
-    said = ", ".join(f"{kind}={name}" for kind, name in picked.items() if not kind.startswith("feature "))
+    chosen = ", ".join(f"{kind}={name}" for kind, name in picked.items() if not kind.startswith("feature "))
     return Columns(
         table[picked["user"]],
         table[picked["item"]],
@@ -227,7 +234,7 @@ def _columns(table, picked: dict[str, str], where, whole_ids=False, notes=()) ->
         table[picked["rating"]] if "rating" in picked else None,
         {kind[8:]: table[name] for kind, name in picked.items() if kind.startswith("feature ")},
         whole_ids,
-        notes=(f"columns: {said}", *notes),
+        notes=(f"columns: {chosen}", *notes),
     )
 
 
@@ -239,8 +246,8 @@ def _refuse_names(names: ColumnNames, format: str, fixed: str) -> None:
     given = [kind for kind in ("user", "item", "time", "rating", "features") if getattr(names, kind)]
     if given:
         raise ValueError(
-            f"{given[0]}={getattr(names, given[0])!r} has no use: the {format} format has no header, its "
-            f"columns are {fixed}"
+            f"{given[0]}={getattr(names, given[0])!r} has no effect: the {format} format has no header, and "
+            f"its columns are {fixed}; remove it, or set another format"
         )
 
 
@@ -255,33 +262,34 @@ READERS = {
 
 
 def detect_format(path: Path) -> tuple[str, str]:
-    """(format, what it was told by), from the name and the first lines of a file.
+    """Detects the format of a file from its name and its first lines. Returns (format, reason).
 
-    Raises ValueError where they do not tell.
+    Raises ValueError if the format cannot be detected.
     """
     suffix = path.suffix.lower()
     if suffix in (".parquet", ".pq"):
-        return "parquet", f"by its name (*{suffix})"
-    open_bytes(path)  # for its checks
+        return "parquet", f"detected by the name (*{suffix})"
+    open_bytes(path)  # raises if the file is empty or not text
     lines = head_lines(path)
     if suffix == ".inter":
-        return "recbole", "by its name (*.inter)"
+        return "recbole", "detected by the name (*.inter)"
     if suffix == ".csv" and [x.strip() for x in lines[0].split(",")][:2] == ["userId", "movieId"]:
-        return "movielens", "by its header"
+        return "movielens", "detected by the header"
     if suffix in (".csv", ".tsv"):
-        return "csv", f"by its name (*{suffix})"
+        return "csv", f"detected by the name (*{suffix})"
     if "::" in lines[0] or path.name == "u.data":
-        return "movielens", "by '::' in its first line" if "::" in lines[0] else "by its name"
+        evidence = "'::' in the first line" if "::" in lines[0] else "the name"
+        return "movielens", f"detected by {evidence}"
     if all(re.fullmatch(r"[-+\w]+(\s+[-+\w]+)*\s*", line) for line in lines):
         fields = [line.split() for line in lines]
         num_pairs = sum(len(x) == 2 for x in fields)
         users_repeat = len({x[0] for x in fields}) < len(fields)
-        seen = f"by its first {count(len(lines), 'line')}"
+        reason = f"detected by the first {count(len(lines), 'line')}"
         if num_pairs == len(fields) or (users_repeat and num_pairs > len(fields) / 2):
-            return "sasrec", f"{seen}, of two ids each"
+            return "sasrec", f"{reason}, of two ids each"
         if not users_repeat and len({len(x) for x in fields}) > 1:
-            return "sequences", f"{seen}, of various lengths, one a user"
+            return "sequences", f"{reason}, of different lengths, one per user"
     raise ValueError(
-        f"{where(path, 1, lines[0])}: cannot tell the format from this line; set format to one of "
+        f"{where(path, 1, lines[0])}: cannot detect the format from this line: set format to one of "
         f"{', '.join(READERS)}"
     )

@@ -1,4 +1,4 @@
-"""The columns of a log: their kind, how they are normalised, and their value where there is no event."""
+"""Schema: the kind of each feature of a log, its normalisation, and its value where no event is known."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,14 +8,15 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Feature:
-    """A column of events, beside the item.
+    """A column of events other than the item.
 
-    kind: "id" is an int32 code in 1..num_ids, 0 where missing; "number" is f32, normalised; "time" is int32
-    seconds since the first event of the segment.
-    is_outcome: known only once the event has happened (a rating, a dwell time), so it gives the answer away
-    and is hidden wherever the item is. What is known when a recommendation is requested (a device, a time) is
-    context: a batch also has it of the next event, in `Batch.next`.
-    values: the texts of the codes, values[0] == "" (for "id"). mean, std: of the training events ("number").
+    kind: "id" is an int32 in 1..num_ids, 0 = missing; "number" is a normalised f32; "time" is int32 seconds
+    since the first event of the segment.
+    is_outcome: whether the value is known only after the event (a rating, a dwell time). It would reveal the
+    answer, so it is hidden wherever the item is hidden. The other features are context, known when a
+    recommendation is requested (a device, a time); a batch also has them for the next event, in `Batch.next`.
+    values: the texts of the ids of kind "id", values[0] == "". mean, std: of the training events, of kind
+    "number".
     """
 
     name: str
@@ -35,12 +36,12 @@ class Feature:
 
     @property
     def missing(self):
-        """The value of a token that has no event (yet), and of an event without one: code 0, the mean of a
-        number, the start of the segment."""
+        """0, the value for tokens without a known event and for missing values: no id, the mean of a number,
+        or the start of the segment."""
         return self.dtype(0)
 
     def encode(self, values) -> np.ndarray:
-        """A column of `Histories` as a model reads it; times stay as they are until packing."""
+        """Converts a column of `Histories` to the values that a model reads. Packing converts times."""
         if self.kind != "number":
             return values
         scaled = (np.asarray(values, np.float64) - self.mean) / self.std
@@ -52,16 +53,16 @@ TIME = Feature("time", "time", is_outcome=False)
 
 
 def make_schema(histories, split, context: tuple[str, ...] = ()) -> Schema:
-    """The features of a log: its times, where it has any, and its other columns.
+    """Returns the features of a log: its times, if it has any, and its other columns.
 
-    context: names of those that are known when a recommendation is requested. Means and standard deviations
-    are those of the training events alone.
-    Raises ValueError for a name that no column has.
+    context: the features that are known when a recommendation is requested. Means and standard deviations are
+    computed from the training events only.
+    Raises ValueError if a name in context is not a feature.
     """
     if unknown := set(context) - set(histories.features):
         raise ValueError(
-            f"context={context}: there is no column {', '.join(sorted(unknown))} among the features "
-            f"{', '.join(histories.features) or '(none)'}: add it to data.features (DataConfig)"
+            f"context={context}: {', '.join(sorted(unknown))} not in the features "
+            f"({', '.join(histories.features) or 'none'}): add the column to data.features (DataConfig)"
         )
     schema = [] if histories.times is None else [TIME]
     for name, column in histories.features.items():

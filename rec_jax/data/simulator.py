@@ -1,8 +1,8 @@
-"""A seeded world whose best possible predictor is known exactly.
+"""Simulator: a seeded hidden Markov model of users, whose best possible predictor is known exactly.
 
-Every user has a hidden interest that drifts as a Markov chain, one move an event, and emits items. Most items
-belong to two interests, so the last item alone does not tell the interest: the whole history does. In this
-hidden Markov model the forward filter gives the exact distribution of the next item, which nothing can beat.
+Every user has a hidden interest, which changes as a Markov chain, one transition per event, and emits items.
+Most items belong to two interests, so the last item alone does not determine the interest; the whole history
+is informative. The forward filter gives the exact distribution of the next item: no predictor can be better.
 """
 
 from dataclasses import dataclass
@@ -18,17 +18,17 @@ class SimulatorConfig:
     num_items: int = 1000
     num_users: int = 6000
     num_interests: int = 32
-    mean_len: int = 40  # events of a user, geometric above min_len
+    mean_len: int = 40  # mean events per user: min_len plus a geometric number
     min_len: int = 5
-    stay: float = 0.9  # probability that the interest does not move
-    zipf: float = 0.8  # item popularity falls as rank ** -zipf
+    stay: float = 0.9  # probability that the interest does not change
+    zipf: float = 0.8  # item popularity is rank ** -zipf
     seed: int = 0
 
     def __post_init__(self):
         if self.num_interests < 2 or self.num_items < 2 * self.num_interests:
             raise ValueError(
-                f"num_items={self.num_items} must be at least twice num_interests={self.num_interests}, "
-                "which must be 2 or more (SimulatorConfig)"
+                f"num_items={self.num_items}, num_interests={self.num_interests}: num_interests must be 2 or "
+                "more, and num_items at least twice num_interests (SimulatorConfig)"
             )
         if not self.min_len < self.mean_len:
             raise ValueError(f"mean_len={self.mean_len} must exceed min_len={self.min_len} (SimulatorConfig)")
@@ -37,11 +37,11 @@ class SimulatorConfig:
 
 
 class World:
-    """The drawn parameters: start_Z, transition_ZZ (rows sum to 1), and what each interest emits.
+    """The random parameters: start_Z, transition_ZZ (rows sum to 1), and the items that each interest emits.
 
-    Item v belongs to the interest first_V[v], and half as much to second_V[v]; interest z emits it with
-    its share of z times popularity_V[v] over total_Z[z]. Arrays of items have a place 0 for padding, of
-    popularity 0.
+    Item v belongs to interest first_V[v] with share 1, and to second_V[v] with share 0.5. Interest z emits
+    item v with probability share * popularity_V[v] / total_Z[z]. Index 0 of arrays over items is padding,
+    with popularity 0.
     """
 
     def __init__(self, config: SimulatorConfig):
@@ -54,19 +54,19 @@ class World:
         first_V[:num_z] = np.arange(num_z)  # no interest is empty
         self.first_V, self.second_V = (np.pad(x.astype(np.int32), (1, 0)) for x in (first_V, second_V))
         self.total_Z = np.array([self._emitted(z)[1].sum() for z in range(num_z)])
-        # An interest that moves goes to one of few others, mostly to the same one.
+        # With alpha = 0.1, an interest changes to one of few others, mostly to the same one.
         moves_ZZ = rng.dirichlet(np.full(num_z, 0.1), size=num_z)
         self.transition_ZZ = config.stay * np.eye(num_z) + (1 - config.stay) * moves_ZZ
         self.start_Z = np.full(num_z, 1 / num_z)
 
     def _emitted(self, interest: int) -> tuple[np.ndarray, np.ndarray]:
-        """The items of an interest, ascending, and their popularity times their share."""
+        """Returns (items, weights): the items of an interest, ascending, and share * popularity of each."""
         is_first_V, is_second_V = self.first_V == interest, self.second_V == interest
         items = np.flatnonzero(is_first_V | is_second_V)
         return items, self.popularity_V[items] * np.where(is_first_V[items], 1.0, 0.5)
 
     def emission(self, items: np.ndarray) -> np.ndarray:
-        """f64[..., Z]: the probability of each item under each interest."""
+        """f64[..., Z]: the probability that each interest emits each item."""
         out = np.zeros((*items.shape, self.config.num_interests))
         for owner_V, share in ((self.second_V, 0.5), (self.first_V, 1.0)):
             owners = owner_V[items]
@@ -75,7 +75,7 @@ class World:
         return out
 
     def sample(self) -> InteractionLog:
-        """Draws the log. Users start at random times; a user's events are an hour apart."""
+        """Samples a log. Users start at random times; a user's events are one hour apart."""
         config = self.config
         rng = np.random.default_rng((config.seed, 1))
         lengths = config.min_len + rng.geometric(1 / (config.mean_len - config.min_len), config.num_users)
@@ -93,9 +93,9 @@ class World:
         for interest in range(config.num_interests):
             emitted, weights = self._emitted(interest)
             cdf = np.cumsum(weights / self.total_Z[interest])
-            here = np.flatnonzero(interests == interest)
-            drawn = np.searchsorted(cdf, rng.random(len(here)) * cdf[-1], side="right")
-            items[here] = emitted[np.minimum(drawn, len(emitted) - 1)]  # a rounded sum may fall short of 1
+            events = np.flatnonzero(interests == interest)
+            drawn = np.searchsorted(cdf, rng.random(len(events)) * cdf[-1], side="right")
+            items[events] = emitted[np.minimum(drawn, len(emitted) - 1)]  # rounding may give len(emitted)
         users = np.repeat(np.arange(config.num_users, dtype=np.int32), lengths)
         start_U = rng.integers(10**6, size=config.num_users)
         times_US = 1_600_000_000 + 3600 * (start_U[:, None] + np.arange(longest))
@@ -109,10 +109,10 @@ class World:
         )
 
     def next_item_probs(self, queries: Queries, world_item_V=None) -> np.ndarray:
-        """P(next item | history), exactly: f64[B, V + 1]. Histories with one start share one pass.
+        """f64[B, V + 1]: the exact P(next item | history). Histories with the same start share one pass.
 
-        world_item_V: int[V + 1], this world's number of each item of the queries, where they are numbered
-        otherwise. Source: the forward algorithm, Rabiner 1989, eq. 19 to 20.
+        world_item_V: int[V + 1], this world's number of each item of the queries; None = the same numbers.
+        Source: the forward algorithm, Rabiner 1989, eq. 19 to 20.
         """
         starts_G, group_B = np.unique(queries.starts, return_inverse=True)
         lengths_G = np.zeros(len(starts_G), np.int64)
@@ -124,7 +124,7 @@ class World:
         steps = np.arange(lengths_G[0] + 1)
         num_done = np.searchsorted(queries.lengths[by_length], steps, side="right")
         num_active = np.searchsorted(-lengths_G, -steps)
-        belief_GZ = np.tile(self.start_Z, (len(starts_G), 1))  # of the interest of the next event
+        belief_GZ = np.tile(self.start_Z, (len(starts_G), 1))  # P(interest of the next event)
         belief_BZ = np.empty((len(queries), len(self.start_Z)))
         for step in steps[:-1]:
             active = num_active[step]
@@ -135,17 +135,18 @@ class World:
             belief_GZ[:active] = posterior_GZ @ self.transition_ZZ
             ended = by_length[num_done[step] : num_done[step + 1]]
             belief_BZ[ended] = belief_GZ[row_G[group_B[ended]]]
-        # Of the two interests of an item; one that is both counts once.
+        # Sum over the two interests of an item, or count an interest once if it is both.
         per_total_BZ = belief_BZ / self.total_Z
         share_V = np.where(self.first_V == self.second_V, 0.0, 0.5)
         both_BV = per_total_BZ[:, self.first_V] + share_V * per_total_BZ[:, self.second_V]
         return both_BV * self.popularity_V
 
     def oracle(self, histories):
-        """Queries -> f32[B, V + 1]: the best scores there are for histories of a log sampled from this world.
+        """Returns a function of Queries that gives f32[B, V + 1], the best possible scores for a log sampled
+        from this world.
 
-        They are the best only when no item is filtered out: items repeat in this world. The log may number
-        items otherwise: names like i17 lead back to this world's items.
+        They are the best only if seen items are not filtered out, because items repeat in this world. The log
+        may number its items differently: an item id like i17 contains this world's number.
         """
         world_item_V = np.array([0, *(int(name[1:]) for name in histories.item_ids[1:])])
 

@@ -1,4 +1,4 @@
-"""Columns of text in two arrays, which a memory map can serve without reading them."""
+"""Text columns as two arrays, which can be memory-mapped instead of read."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Strings(Sequence):
-    """Text n is the UTF-8 in data[ends[n - 1]:ends[n]]; it is decoded when it is read.
+    """A sequence of texts. Text n is the UTF-8 in data[ends[n - 1]:ends[n]], decoded on access.
 
     data: uint8[bytes]. ends: int64[N].
     """
@@ -34,11 +34,11 @@ class Strings(Sequence):
 
     @cached_property
     def index(self) -> dict[str, int]:
-        """{text: its number}."""
+        """Returns {text: its number}."""
         return {text: number for number, text in enumerate(self)}
 
     def to_arrow(self):
-        """The same as a pyarrow array, without a copy of the text."""
+        """Returns a pyarrow array without copying the text."""
         import pyarrow as pa
 
         starts = np.concatenate([[0], self.ends]).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Titles of items, from the files in which data sets keep them."""
+"""Item titles, read from the files that data sets come with."""
 
 from pathlib import Path
 
@@ -9,15 +9,15 @@ _USUAL_NAMES = ("title", "name", "movietitle", "itemname", "itemtitle", "product
 
 
 def read_titles(path: Path, ids_path: Path | None = None, *, with_genres: bool = False) -> dict[str, str]:
-    """Item id -> title.
+    """Returns {item id: title}.
 
     Args:
-      path: MovieLens' `item::title::genres` (UTF-8, or latin-1 as in MovieLens-1M), a RecBole .item file,
-        or a csv or tsv file whose header names the item and the title.
-      ids_path: a file of `id id_in_path` lines, for logs whose items were renumbered.
-      with_genres: a title of MovieLens ends in ` genres`.
+      path: a MovieLens file with `item::title::genres` lines (UTF-8, or latin-1 as in MovieLens-1M), a
+        RecBole .item file, or a csv or tsv file whose header names the item and the title.
+      ids_path: a file with `id id_in_path` lines, for logs whose items were renumbered.
+      with_genres: append the genres to the titles of a MovieLens file.
 
-    Raises ValueError for a malformed line, or columns that cannot be told.
+    Raises ValueError for a malformed line, or if the item or title column is not recognised.
     """
     _, first = next(numbered_lines(path), (0, ""))
     titles = _read_dat(path, with_genres) if "::" in first else _read_table(path)
@@ -38,7 +38,7 @@ def _read_dat(path: Path, with_genres: bool) -> dict[str, str]:
             line = line.encode(errors="surrogateescape").decode("latin-1")
         item, *rest = line.split("::")
         if not rest:
-            raise ValueError(f"{where(path, number, line)}: expected `item::title::...` (titles)")
+            raise ValueError(f"{where(path, number, line)} has no '::': expected `item::title::...` (titles)")
         titles[item] = " ".join(rest) if with_genres else rest[0]
     return titles
 
@@ -51,8 +51,8 @@ def _read_table(path: Path) -> dict[str, str]:
     item = pick_column("item", "", file.names, path)
     if item is None or len(named) != 1:
         raise ValueError(
-            f"{path}: cannot tell the columns of item and title among {', '.join(file.names)}; call them "
-            "item_id and title (titles)"
+            f"{path}: cannot find the item and title columns among {', '.join(file.names)}: call them "
+            "item_id and title in the header (titles)"
         )
     columns = file.columns([item, named[0]])
     return dict(zip(columns[item].to_pylist(), columns[named[0]].to_pylist(), strict=True))

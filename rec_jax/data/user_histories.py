@@ -1,4 +1,4 @@
-"""What a trained model keeps of the users of its log."""
+"""User histories that a trained model keeps, so that it can recommend to the users of its log."""
 
 from dataclasses import dataclass
 
@@ -12,8 +12,8 @@ class UserHistories:
     """The last events of each user of the log: items[offsets[u]:offsets[u + 1]], oldest first.
 
     ids: Strings[U]. items: int32[N]. times: int64[N] seconds UTC, or None. features: other columns of the
-    same events, [N] each, as in `Histories`.
-    seen_items[seen_offsets[u]:seen_offsets[u + 1]]: items that only earlier events have.
+    same events, [N] each, as in `Histories`. seen_items[seen_offsets[u]:seen_offsets[u + 1]]: the items that
+    occur only in the user's earlier events.
     """
 
     ids: Strings
@@ -31,13 +31,14 @@ class UserHistories:
 
 
 def last_events(histories, max_len: int) -> UserHistories:
-    """What a model that reads max_len events needs of each user, and what its lists must not repeat."""
+    """Keeps the last max_len events of each user, and the items of earlier events, which are not recommended
+    again."""
     offsets, lengths = np.asarray(histories.offsets), np.diff(histories.offsets)
     kept = np.minimum(lengths, max_len)
     is_kept = np.arange(histories.num_events) >= np.repeat(offsets[1:] - kept, lengths)
-    num_rows = histories.num_items + 1
-    keys = np.repeat(np.arange(histories.num_users), lengths) * num_rows + histories.items
-    users, items = np.divmod(np.setdiff1d(keys[~is_kept], keys[is_kept]), num_rows)
+    num_ids = histories.num_items + 1
+    keys = np.repeat(np.arange(histories.num_users), lengths) * num_ids + histories.items
+    users, items = np.divmod(np.setdiff1d(keys[~is_kept], keys[is_kept]), num_ids)
     num_seen = np.bincount(users, minlength=histories.num_users)
     return UserHistories(
         ids=Strings.of(histories.user_ids),

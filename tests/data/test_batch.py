@@ -1,4 +1,4 @@
-"""Every method of a batch by hand, on one row of two segments and one token of padding."""
+"""Every method of a batch, with expected values by hand: one row of two segments and one padding token."""
 
 import jax
 import jax.numpy as jnp
@@ -50,21 +50,21 @@ def make_batch(**changes):
 
 
 def assert_equal(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)  # the same columns, and the same schema
+    assert jax.tree.structure(a) == jax.tree.structure(b)  # the same columns and schema
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
         assert x.dtype == y.dtype
 
 
-def test_items_and_targets_are_the_columns_item():
+def test_items_and_targets_are_columns_of_events_and_next():
     batch = make_batch()
     assert batch.items is batch.events["item"] and batch.targets is batch.next["item"]
     other = batch.with_items(ints(1, 1, 1, 1, 1, 0)).with_targets(ints(2, 2, 2, 2, 2, 0))
     assert other.items.max() == 1 and other.targets.max() == 2
-    assert_equal(other.with_items(batch.items).with_targets(batch.targets), batch)  # the rest stayed
+    assert_equal(other.with_items(batch.items).with_targets(batch.targets), batch)  # the rest is unchanged
 
 
-def test_what_is_kept_stays_as_it_is_and_all_else_is_padding():
+def test_keep_replaces_all_other_tokens_by_padding():
     kept = make_batch().keep(np.array([[False, True, True, False, True, False]]))
     expected = make_batch(
         events={
@@ -89,20 +89,21 @@ def test_what_is_kept_stays_as_it_is_and_all_else_is_padding():
     np.testing.assert_array_equal(query.keep(query.positions > 0).is_query, [[0, 1, 0, 0, 0, 0]])
 
 
-def test_hiding_an_item_hides_its_outcomes_and_no_context():
+def test_hide_removes_items_and_outcomes_but_not_context():
     batch = make_batch()
     hidden = batch.hide(np.array([[False, True, False, True, False, False]]))
     events = batch.events | {"item": ints(5, 0, 7, 0, 9, 0), "dwell": floats(0.5, 0, 2, 0, 1, 0)}
     assert_equal(hidden, batch.replace(events=events))
 
 
-def test_what_is_later_moves_within_its_segment():
+def test_shift_targets_moves_targets_within_their_segment():
     local_ids = {
         "items": {"events": ints(1, 2, 3, 4, 5, 0), "targets": ints(2, 3, 6, 5, 7, 0)},
         "other": {"targets": ints(1, 1, 1, 1, 1, 0)},
     }
     batch = make_batch(local_ids=local_ids)
-    assert_equal(batch.shift_targets(0), batch)
+    shifted = jax.jit(lambda batch: [batch.shift_targets(steps) for steps in range(4)])(batch)
+    assert_equal(shifted[0], batch)
     once = batch.replace(
         next={
             "item": ints(7, 10, 0, 11, 0, 0),
@@ -115,14 +116,14 @@ def test_what_is_later_moves_within_its_segment():
             "other": {"targets": ints(1, 1, 0, 1, 0, 0)},
         },
     )
-    assert_equal(batch.shift_targets(1), once)
-    assert_equal(batch.shift_targets(2), once.shift_targets(1))
-    np.testing.assert_array_equal(batch.shift_targets(2).targets, ints(10, 0, 0, 0, 0, 0))
-    assert not batch.shift_targets(3).targets.any()
+    assert_equal(shifted[1], once)
+    assert_equal(shifted[2], once.shift_targets(1))
+    np.testing.assert_array_equal(shifted[2].targets, ints(10, 0, 0, 0, 0, 0))
+    assert not shifted[3].targets.any()
     assert make_batch(weights=None).shift_targets(1).weights is None
 
 
-def test_select_takes_each_token_from_the_batch_that_is_chosen():
+def test_select_takes_each_token_from_the_chosen_batch():
     batches = [
         make_batch(),
         make_batch().hide(np.array([SEGMENTS]) > 0),
@@ -135,18 +136,18 @@ def test_select_takes_each_token_from_the_batch_that_is_chosen():
         assert_equal(select(np.full((1, 6), index), batches), batch)
 
 
-def test_tokens_move_with_weights_users_and_labels():
+def test_map_tokens_moves_weights_users_and_labels():
     reversed_ = make_batch().map_tokens(lambda x: x[:, ::-1])
     np.testing.assert_array_equal(reversed_.weights, floats(0, 0.5, 0.4, 0.3, 0.2, 0.1))
     np.testing.assert_array_equal(reversed_.users["user"], ints(0, 4, 4, 3, 3, 3))
     np.testing.assert_array_equal(reversed_.labels["is_liked"], floats(0, 0, 1, 1, 0, 1))
     np.testing.assert_array_equal(reversed_.next["device"], ints(0, 2, 1, 1, 1, 2))
-    np.testing.assert_array_equal(reversed_.row_ids, [7])  # of the row, not of its tokens
+    np.testing.assert_array_equal(reversed_.row_ids, [7])  # one per row, not per token
     assert reversed_.is_query is None
     assert_equal(reversed_.map_tokens(lambda x: x[:, ::-1]), make_batch())
 
 
-def test_ids_are_their_own_places_where_the_whole_table_is_at_hand():
+def test_lookup_ids_are_the_ids_themselves_if_the_whole_table_is_available():
     batch = make_batch(local_ids={"items": {"events": ints(0, 1, 2, 3, 4, 0)}})
     np.testing.assert_array_equal(batch.lookup_ids("items", "events", batch.items), ints(0, 1, 2, 3, 4, 0))
     assert batch.lookup_ids("devices", "events", batch.items) is batch.items
@@ -155,7 +156,7 @@ def test_ids_are_their_own_places_where_the_whole_table_is_at_hand():
         batch.lookup_ids("items", "negatives", batch.items)
 
 
-def test_a_batch_passes_through_jit_whole():
+def test_jit_keeps_all_fields_of_a_batch():
     batch = make_batch(views=(make_batch(), make_batch()))
     traces = []
 

@@ -1,4 +1,4 @@
-"""Content of items: the same vectors from every kind of file, and mistakes that are named."""
+"""Content of items: all kinds of files give the same vectors, and mistakes are reported."""
 
 import json
 
@@ -22,7 +22,7 @@ def dataset(titles=None):
     return Dataset(histories, None, [], None)
 
 
-def test_bags_are_weighed_by_rarity():
+def test_rare_tokens_have_larger_weights():
     x = hashed_tokens([["x", "rare"], ["x"], ["x", "x"], []], dims=1000)
     assert sorted(np.abs(x[0])[x[0] != 0]) == pytest.approx(sorted([1 + np.log(4 / 3), 1 + np.log(4)]))
     np.testing.assert_array_equal(x[1], x[2])
@@ -34,7 +34,7 @@ def test_attributes_and_titles_make_the_same_vectors(tmp_path):
     vectors, text = content_vectors(str(tmp_path / "x.json"), 64, dataset())
     assert vectors.shape == (4, 64) and vectors.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), [0, 1, 0, 1], rtol=1e-6)
-    assert "3 items" in text and "1 unknown" in text
+    assert "3 items" in text and "1 item without content" in text
     titles, _ = content_vectors("", 64, dataset({"a": "Old red", "c": "Red!"}))
     np.testing.assert_allclose(titles, vectors)
     (tmp_path / "x.dat").write_text("a::Old::Red\nc::Red::\n")
@@ -42,7 +42,7 @@ def test_attributes_and_titles_make_the_same_vectors(tmp_path):
     np.testing.assert_allclose(from_file, vectors)
 
 
-def test_vectors_in_order_or_by_id(tmp_path):
+def test_vectors_in_item_order_and_by_id_agree(tmp_path):
     x = np.array([[3, 4], [0, 2], [0, 0]])
     np.save(tmp_path / "x.npy", x)
     np.savez(tmp_path / "x.npz", ids=["b", "z", "a"], vectors=x[[1, 1, 0]])
@@ -50,28 +50,38 @@ def test_vectors_in_order_or_by_id(tmp_path):
     by_id, text = content_vectors(str(tmp_path / "x.npz"), 64, dataset())
     np.testing.assert_allclose(in_order, [[0, 0], [0.6, 0.8], [0, 1], [0, 0]], rtol=1e-6)
     np.testing.assert_array_equal(in_order, by_id)
-    assert "1 unknown" in text
+    assert "1 item without content" in text
 
 
 @pytest.mark.parametrize(
     "name, write, message",
     [
-        ("x.npy", lambda path: np.save(path, np.ones((2, 5))), r"shape \[2, 5\], but there are 3 items"),
+        ("x.npy", lambda path: np.save(path, np.ones((2, 5))), r"shape \[2, 5\], but the log has 3 items"),
         ("x.npy", lambda path: np.save(path, np.full((3, 5), np.nan)), "NaN"),
-        ("x.npz", lambda path: np.savez(path, x=np.ones(3)), "not `ids` and `vectors`"),
-        ("x.json", lambda path: path.write_text("[1]"), "one object"),
-        ("x.json", lambda path: path.write_text("{"), "is no JSON"),
-        ("x.json", lambda path: path.write_text('{"q": [1]}'), "nothing is known of any item"),
+        (
+            "x.npz",
+            lambda path: np.savez(path, x=np.ones(3)),
+            "has the arrays x, but needs `ids` and `vectors`",
+        ),
+        ("x.json", lambda path: path.write_text("[1]"), "one JSON object"),
+        ("x.json", lambda path: path.write_text("{"), "is not valid JSON"),
+        (
+            "x.json",
+            lambda path: path.write_text('{"q": [1]}'),
+            "no content for any item of the log, such as item 'a'",
+        ),
     ],
 )
-def test_mistakes_in_content_are_named(tmp_path, name, write, message):
+def test_mistakes_in_content_files_are_reported(tmp_path, name, write, message):
     write(tmp_path / name)
     with pytest.raises(ValueError, match=message):
         content_vectors(str(tmp_path / name), 64, dataset())
 
 
-def test_missing_content_is_named(tmp_path):
+def test_missing_content_is_reported(tmp_path):
     with pytest.raises(ValueError, match="semantic_ids.content='nowhere.json' does not exist"):
         content_vectors("nowhere.json", 64, dataset())
-    with pytest.raises(ValueError, match="point semantic_ids.content to"):
+    with pytest.raises(
+        ValueError, match="semantic_ids.content='' has no content .*: set semantic_ids.content to"
+    ):
         content_vectors("", 64, dataset())

@@ -15,7 +15,7 @@ SMALL_WORLD = SimulatorConfig(num_items=20, num_users=30, num_interests=3, mean_
 
 @pytest.fixture
 def log(tmp_path):
-    """Three users with the items 1 to 4 at the times 10, 20, 30, 40, and one with a single event."""
+    """A file with three users who have items 1 to 4 at times 10, 20, 30, 40, and one with a single event."""
     path = tmp_path / "log.csv"
     rows = [f"{user},i{item},{10 * item}" for user in "abc" for item in (1, 2, 3, 4)]
     path.write_text("\n".join(["user,item,time", *rows, "d,i1,15"]))
@@ -30,7 +30,7 @@ def count_reads(monkeypatch):
     return reads
 
 
-def test_prepares_once_and_reports(log, tmp_path, count_reads, capsys):
+def test_data_are_prepared_once_and_reported(log, tmp_path, count_reads, capsys):
     config = DataConfig(path=str(log), max_len=3)
     first = load_dataset(config, tmp_path / "data")
     printed = capsys.readouterr().out
@@ -41,7 +41,12 @@ def test_prepares_once_and_reports(log, tmp_path, count_reads, capsys):
     )
     assert second.report == first.report
     assert len(count_reads) == 1
-    for text in ("read as csv, by its name", "user=user, item=item, time=time", "as read", "leave_one_out"):
+    for text in (
+        "read as csv, detected by the name",
+        "user=user, item=item, time=time",
+        "as read",
+        "leave_one_out",
+    ):
         assert text in printed
     assert f"checksum {first.split.checksum}" in printed
     assert second.split.checksum == first.split.checksum
@@ -50,7 +55,7 @@ def test_prepares_once_and_reports(log, tmp_path, count_reads, capsys):
     assert first.split.notes["users with fewer than 3 events, training only"] == 1
 
 
-def test_prepares_again_when_config_or_file_changes(log, tmp_path, count_reads):
+def test_data_are_prepared_again_when_config_or_file_changes(log, tmp_path, count_reads):
     load_dataset(DataConfig(path=str(log)), tmp_path / "data")
     load_dataset(DataConfig(path=str(log), max_len=7), tmp_path / "data")  # changes nothing on disk
     assert len(count_reads) == 1
@@ -62,43 +67,45 @@ def test_prepares_again_when_config_or_file_changes(log, tmp_path, count_reads):
     assert len(count_reads) == 3
 
 
-def test_does_not_overwrite_other_files(log, tmp_path):
-    with pytest.raises(ValueError, match="holds other files"):
+def test_other_files_are_not_overwritten(log, tmp_path):
+    with pytest.raises(ValueError, match="contains other files"):
         load_dataset(DataConfig(path=str(log)), tmp_path)
     assert log.exists()
 
 
-def test_a_damaged_directory_is_named(log, tmp_path):
+def test_a_damaged_directory_is_reported(log, tmp_path):
     load_dataset(DataConfig(path=str(log)), tmp_path / "data")
     items = np.load(tmp_path / "data" / "histories" / "items.npy", mmap_mode="r+")
     items[0] += 1
     items.flush()
-    with pytest.raises(ValueError, match="data is damaged: delete it.*checksum"):
+    with pytest.raises(ValueError, match="data is damaged .*checksum.*: delete it"):
         load_dataset(DataConfig(path=str(log)), tmp_path / "data")
     (tmp_path / "data" / "histories" / "items.npy").unlink()
-    with pytest.raises(ValueError, match="data is damaged: delete it.*items.npy"):
+    with pytest.raises(ValueError, match="data is damaged .*items.npy.*: delete it"):
         load_dataset(DataConfig(path=str(log)), tmp_path / "data")
     (tmp_path / "data" / "prepared.json").write_text("{")
-    with pytest.raises(ValueError, match="data is damaged: delete it"):
+    with pytest.raises(ValueError, match="data is damaged .*: delete it"):
         load_dataset(DataConfig(path=str(log)), tmp_path / "data")
 
 
-def test_prepared_directory_as_path(log, tmp_path, count_reads):
+def test_a_prepared_directory_is_read_without_preparing_it_again(log, tmp_path, count_reads):
     made = load_dataset(DataConfig(path=str(log), min_user_events=2), tmp_path / "data")
-    config = DataConfig(path=str(tmp_path / "data"), format="sasrec")  # how it was read is settled
+    config = DataConfig(path=str(tmp_path / "data"), format="sasrec")  # reading fields have no effect
     again = load_dataset(config, tmp_path / "unused")
     assert again.split.checksum == made.split.checksum and len(count_reads) == 1
     assert not (tmp_path / "unused").exists()
     assert again.report == made.report
-    with pytest.raises(ValueError, match="k_core=3, but .* was prepared with k_core=0"):
+    with pytest.raises(ValueError, match="k_core=3, but .* was prepared with k_core=0: set k_core=0, or"):
         load_dataset(DataConfig(path=str(tmp_path / "data"), k_core=3), tmp_path / "unused")
     with pytest.raises(ValueError, match="split='global_temporal', but"):
         load_dataset(DataConfig(path=str(tmp_path / "data"), split="global_temporal"), tmp_path / "unused")
-    with pytest.raises(ValueError, match="not one that experiments.prepare_data wrote"):
+    with pytest.raises(
+        ValueError, match="is a directory without prepared.json, so experiments.prepare_data did not"
+    ):
         load_dataset(DataConfig(path=str(tmp_path)), tmp_path / "unused")
 
 
-def test_global_temporal_by_time_and_by_fraction(log, tmp_path):
+def test_global_temporal_split_by_times_and_by_fractions(log, tmp_path):
     config = DataConfig(path=str(log), split="global_temporal", val_time=30, test_time=40)
     split = load_dataset(config, tmp_path / "data").split
     assert (split.notes["training events"], split.notes["test targets"]) == (7, 3)
@@ -109,7 +116,7 @@ def test_global_temporal_by_time_and_by_fraction(log, tmp_path):
     assert "1970-01-01 00:00:40 UTC" in dataset.report[-1]
 
 
-def test_simulator(tmp_path, capsys):
+def test_a_simulated_log_is_reproducible(tmp_path, capsys):
     config = DataConfig(format="simulator", sim=SMALL_WORLD)
     dataset = load_dataset(config, tmp_path / "data")
     again = load_dataset(config, tmp_path / "data")
@@ -121,7 +128,7 @@ def test_simulator(tmp_path, capsys):
     assert load_dataset(other, tmp_path / "data").split.checksum != dataset.split.checksum
 
 
-def test_relative_paths(log, tmp_path, monkeypatch):
+def test_relative_paths_are_looked_up_in_two_directories(log, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.delenv("REC_JAX_DATA", raising=False)
@@ -137,27 +144,30 @@ def test_relative_paths(log, tmp_path, monkeypatch):
     "fields, message",
     [
         (dict(max_len=0), "max_len=0 must be 1 or more"),
-        (dict(val_time=5), "set both, or none"),
-        (dict(val_time=5, test_time=6), "val_time=5 has no use with split='leave_one_out'"),
-        (dict(val_fraction=0.5, test_fraction=0.5), "together below 1"),
-        (dict(titles_ids="x"), "needs titles"),
-        (dict(features=("price", "time")), "features=.*: time name the item and the time of an event"),
-        (dict(), "path is empty"),
-        (dict(format="simulator", path="x"), "path='x' has no use with format='simulator'"),
+        (dict(val_time=5), "val_time=5, test_time=0: set both or neither"),
+        (dict(val_time=5, test_time=6), "val_time=5 has no effect with split='leave_one_out'"),
+        (dict(val_fraction=0.5, test_fraction=0.5), "their sum below 1"),
+        (dict(titles_ids="x"), "titles_ids='x' has no effect without titles"),
+        (
+            dict(features=("price", "time")),
+            "features=.*: time is reserved for the item or the time of an event",
+        ),
+        (dict(), "path='' is empty"),
+        (dict(format="simulator", path="x"), "path='x' has no effect with format='simulator'"),
     ],
 )
-def test_config_errors(fields, message, tmp_path):
+def test_wrong_configs_are_refused(fields, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         load_dataset(DataConfig(**fields), tmp_path / "data")
 
 
-def test_config_bridge():
+def test_a_config_is_built_from_its_dict():
     assert build(DataConfig, to_config_dict(DataConfig())) == DataConfig()
     with pytest.raises(ValueError, match="did you mean"):
         build(DataConfig, {"k_cores": 3})
 
 
-def test_titles(tmp_path):
+def test_titles_are_read_from_every_format(tmp_path):
     dat = tmp_path / "movies.dat"
     dat.write_bytes("10::Amélie (2001)::Comedy\n\n20::Heat::Crime\n".encode("latin-1"))
     assert read_titles(dat) == {"10": "Amélie (2001)", "20": "Heat"}
@@ -171,14 +181,14 @@ def test_titles(tmp_path):
     csv.write_text('movieId,title,genres\n10,"Heat, The",Crime\n')
     assert read_titles(csv) == {"10": "Heat, The"}
     csv.write_text("movieId,label\n10,Heat\n")
-    with pytest.raises(ValueError, match="cannot tell the columns of item and title among movieId, label"):
+    with pytest.raises(ValueError, match="cannot find the item and title columns among movieId, label"):
         read_titles(csv)
     dat.write_text("10::Heat::Crime\n20 Alien\n")
-    with pytest.raises(ValueError, match="line 2: '20 Alien': expected `item::title"):
+    with pytest.raises(ValueError, match="line 2: '20 Alien' has no '::': expected `item::title"):
         read_titles(dat)
 
 
-def test_ml1m_titles_and_speed(real_data, tmp_path, monkeypatch):
+def test_ml1m_has_titles_and_is_read_in_seconds(real_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = DataConfig(
         path="ml-1m/ml-1m.txt", titles="ml-1m/movies.dat", titles_ids="ml-1m/sas_to_original_items.txt"

@@ -20,7 +20,7 @@ from rec_jax.data.interactions import InteractionLog
 
 
 def make_log(rows, num_users=None, features=None):
-    """rows: (user, item, time) codes; time None for a log without times."""
+    """rows: (user, item, time) numbers; time None for a log without times."""
     users, items, times = zip(*rows, strict=True)
     return InteractionLog(
         np.array(users, np.int32),
@@ -40,7 +40,7 @@ def user_events(histories):
 
 
 def parts(histories, split):
-    """(training, validation, test) items of each user."""
+    """Returns the (training, validation, test) items of each user."""
     ends = zip(histories.offsets, split.train_end, split.val_end, histories.offsets[1:], strict=False)
     return [tuple(histories.items[a:b].tolist() for a, b in ((s, t), (t, v), (v, e))) for s, t, v, e in ends]
 
@@ -60,7 +60,7 @@ ROWS = [
 ROWS += [(3, 5, 40)]
 
 
-def test_order_is_by_time_and_stable():
+def test_events_are_sorted_by_time_and_ties_keep_their_order():
     histories = build_histories(make_log(ROWS))
     assert user_events(histories) == [[2, 3, 4, 1], [2], [1, 3], [4, 1, 5]]
     assert histories.times.tolist() == [10, 10, 20, 30, 5, 7, 7, 20, 20, 40]
@@ -69,18 +69,18 @@ def test_order_is_by_time_and_stable():
     assert histories.items.dtype == np.int32 and histories.offsets.dtype == np.int64
 
 
-def test_without_times_the_order_is_that_of_the_rows():
+def test_without_times_events_keep_the_order_of_the_rows():
     histories = build_histories(make_log([(1, 3, None), (0, 2, None), (1, 1, None), (0, 1, None)]))
     assert user_events(histories) == [[2, 1], [3, 1]]
     assert histories.times is None and histories.notes == {}
 
 
-def test_titles_and_features_follow():
+def test_titles_and_features_follow_the_order_of_events():
     log = make_log(ROWS[:3], features={"row": np.arange(3.0), "text": np.array(["a", "b", "c"], object)})
-    histories = build_histories(log, {"i1": "One", "elsewhere": "?"})
+    histories = build_histories(log, {"i1": "One", "other": "?"})
     assert histories.titles == {"i1": "One"}
     assert histories.features["row"].tolist() == [2, 0, 1]
-    assert histories.features["text"].tolist() == [3, 1, 2]  # codes, in the order of the alphabet
+    assert histories.features["text"].tolist() == [3, 1, 2]  # codes, in alphabetical order
     assert histories.feature_values == {"text": ("", "a", "b", "c")}
     log = dataclasses.replace(log, titles={"i2": "Two"})
     assert build_histories(log).titles == {"i2": "Two"}
@@ -88,14 +88,14 @@ def test_titles_and_features_follow():
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 6), st.integers(0, 5)), min_size=1, max_size=40))
-def test_build_equals_sorting_each_user(rows):
+def test_histories_equal_the_sorted_events_of_each_user(rows):
     histories = build_histories(make_log(rows))
     for user, got in enumerate(user_events(histories)):
         mine = [row for row in rows if row[0] == user]
         assert got == [item for _, item, _ in sorted(mine, key=lambda row: row[2])]
 
 
-def test_save_and_load(tmp_path):
+def test_saved_histories_are_loaded_unchanged(tmp_path):
     log = make_log(ROWS, features={"f": np.arange(10.0), "text": np.array(list("abcdefghij"), object)})
     histories = build_histories(log, {"i1": "Ünï"})
     for _ in range(2):  # the second time it replaces the first
@@ -122,9 +122,9 @@ def test_a_failed_save_leaves_the_old_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["h"]
 
 
-def test_save_does_not_replace_other_things(tmp_path):
+def test_save_does_not_replace_other_files(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds other files"):
+    with pytest.raises(ValueError, match="contains other files"):
         build_histories(make_log(ROWS)).save(tmp_path)
     assert (tmp_path / "thesis.txt").exists()
 
@@ -161,7 +161,7 @@ def test_leave_one_out_by_hand():
         False,
         False,
     ]
-    with pytest.raises(ValueError, match="needs users with three events"):
+    with pytest.raises(ValueError, match="needs a user with three or more events"):
         leave_one_out(build_histories(make_log(ROWS[:3])))
 
 
@@ -187,22 +187,22 @@ def test_global_temporal_by_hand():
     "cuts, message",
     [
         ((20, 20), "val_time=20 must be before test_time=20"),
-        ((5, 20), "leave no training events: the times are 5 to 40"),
+        ((5, 20), "leave no training events: choose them between .* 5 and 40"),
         ((11, 12), "leave no validation targets"),
         ((20, 41), "leave no test targets"),
     ],
 )
-def test_global_temporal_refuses(cuts, message):
+def test_global_temporal_refuses_cuts_that_leave_a_part_empty(cuts, message):
     with pytest.raises(ValueError, match=message):
         global_temporal(build_histories(make_log(ROWS)), *cuts)
 
 
 def test_global_temporal_needs_times():
-    with pytest.raises(ValueError, match="needs times, and this log has none"):
+    with pytest.raises(ValueError, match="needs times, but this log has none"):
         global_temporal(build_histories(make_log([(0, 1, None)])), 1, 2)
 
 
-def test_temporal_cuts():
+def test_temporal_cuts_leave_the_fractions():
     times = np.random.default_rng(0).permutation(100)
     assert temporal_cuts(times, 0.1, 0.2) == (70, 80)
     assert temporal_cuts(np.array([1, 2, 2, 2, 2, 3]), 0.25, 0.25) == (2, 2)
@@ -212,7 +212,7 @@ def test_examples_by_hand():
     histories = build_histories(make_log(ROWS))
     split = global_temporal(histories, val_time=10, test_time=20)
     val, test = (examples(histories, split, part) for part in ("val", "test"))
-    # User 0's first validation event has nothing before it; user 3's first test event neither.
+    # The first validation event of user 0 and the first test event of user 3 have no earlier event.
     assert (val.users.tolist(), val.ends.tolist(), val.targets.tolist()) == ([0], [1], [3])
     assert (test.users.tolist(), test.ends.tolist()) == ([0, 0, 3, 3], [2, 3, 8, 9])
     assert test.targets.tolist() == [4, 1, 1, 5]
@@ -228,7 +228,7 @@ def test_examples_by_hand():
     st.lists(st.tuples(st.integers(0, 4), st.integers(1, 6), st.integers(0, 9)), min_size=10, max_size=60),
     st.booleans(),
 )
-def test_examples_never_look_ahead(rows, temporal):
+def test_examples_contain_only_earlier_events(rows, temporal):
     histories = build_histories(make_log(rows))
     try:
         split = global_temporal(histories, 4, 7) if temporal else leave_one_out(histories)
@@ -250,7 +250,7 @@ def test_examples_never_look_ahead(rows, temporal):
             assert (history <= histories.times[end]).all()
 
 
-def test_split_is_a_checksummed_artefact(tmp_path):
+def test_the_checksum_of_a_split_depends_on_events_and_ends_only(tmp_path):
     histories = build_histories(make_log(ROWS))
     split = leave_one_out(histories)
     split.save(tmp_path / "s")
@@ -267,7 +267,7 @@ def test_split_is_a_checksummed_artefact(tmp_path):
     assert global_temporal(histories, 10, 20).checksum != split.checksum
 
     changed = dataclasses.replace(histories, items=histories.items[::-1].copy())
-    with pytest.raises(ValueError, match="do not have the checksum in split.json"):
+    with pytest.raises(ValueError, match="do not match the checksum in split.json"):
         Split.load(tmp_path / "s", changed)
     about = json.loads((tmp_path / "s" / "split.json").read_text())
     assert about["checksum"] == split.checksum

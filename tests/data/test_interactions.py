@@ -24,7 +24,7 @@ def write(tmp_path):
 
 
 def events(log):
-    """(user, item, time) in the user's own ids, in row order."""
+    """Returns (user, item, time) tuples with the ids of the file, in row order."""
     times = [None] * log.num_events if log.times is None else log.times.tolist()
     users, items = log.user_ids[log.users].tolist(), log.item_ids[log.items].tolist()
     return list(zip(users, items, times, strict=True))
@@ -67,7 +67,7 @@ MOVIELENS = [("1", "1193", 978300760), ("1", "661", 978302109), ("2", "1193", 97
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("tail", ["", "\n\n"])
-def test_formats_with_times(write, name, content, chosen, line_end, bom, tail):
+def test_every_format_with_times_gives_the_same_log(write, name, content, chosen, line_end, bom, tail):
     log = read_log(write(name, bom + (content + tail).replace("\n", line_end).encode()))
     assert events(log) == MOVIELENS
     assert log.ratings.tolist() == [5, 3, 4]
@@ -88,7 +88,7 @@ def test_sasrec_and_sequences_agree(write):
     assert pairs.times is None and pairs.ratings is None
 
 
-def test_parquet_types(tmp_path):
+def test_parquet_columns_of_several_types_are_read(tmp_path):
     times = [datetime.datetime(2020, 1, 1, 0, 0, s) for s in (1, 2, 3)]
     plain = pa.table({"u": ["a", "b", "b"], "i": [5, 6, 5], "t": times})
     odd = pa.table(
@@ -110,7 +110,7 @@ def test_parquet_types(tmp_path):
         read_log(tmp_path / "log.parquet")
 
 
-def test_tfds(monkeypatch):
+def test_tfds_elements_become_events_and_titles(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(ValueError, match=r"pip install 'rec_jax\[tfds\]'"):
         read_log("movielens/100k-ratings", format="tfds")
@@ -130,7 +130,7 @@ def test_tfds(monkeypatch):
     fake.data_source = offline
     with pytest.raises(ValueError, match="no route.*first use needs a network"):
         read_log("movielens/100k-ratings", format="tfds")
-    with pytest.raises(ValueError, match="'movielens/100k-movies' is not a rating set"):
+    with pytest.raises(ValueError, match="path='movielens/100k-movies' is not a MovieLens ratings data set"):
         read_log("movielens/100k-movies", format="tfds")
 
 
@@ -166,7 +166,7 @@ def test_features_are_numbers_or_text(write):
             r"a.txt, line 4: '1 4 5' has 3 fields, expected 2 \(user item\)",
         ),
         ("a.txt", "1 2\n1\n", {"format": "sasrec"}, r"line 2: '1' has 1 field, expected 2"),
-        ("a.txt", "1\t2\n", {"format": "sasrec"}, r"line 1.*it holds tabs: set delimiter='\\t'"),
+        ("a.txt", "1\t2\n", {"format": "sasrec"}, r"line 1.*the line contains tabs: set delimiter='\\t'"),
         ("a.txt", "1 2\n1 -3\n", {}, "line 2: '1 -3': item '-3' is not a whole number from 0"),
         ("a.txt", "1 2\n99999999999999999999 3\n", {}, "line 2.*user '99999999999999999999' is not a whole"),
         ("a.txt", "1 2\n1 9223372036854775808\n", {}, "line 2.*9223372036854775808.*is not a whole"),
@@ -176,9 +176,9 @@ def test_features_are_numbers_or_text(write):
         ("a.txt", "1 2 3\n2\n", {}, "line 2: '2': expected `user item item ...`"),
         ("a.txt", "1 2 3\n2\n", {"format": "sequences"}, "line 2: '2': expected `user item item ...`"),
         ("a.txt", "1 2 3\n2 x\n", {"format": "sequences"}, "line 2: '2 x' .item x.: item 'x' is not a whole"),
-        ("a.txt", "1 2 3\n\n1 4\n", {"format": "sequences"}, "line 3: '1 4': user 1 has line 1 already"),
-        ("a.txt", "1 2 3\n1 2 4\n", {}, "cannot tell the format.*sasrec"),
-        ("a.txt", "user|item\n", {}, "cannot tell the format"),
+        ("a.txt", "1 2 3\n\n1 4\n", {"format": "sequences"}, "line 3: '1 4': user 1 already has line 1, but"),
+        ("a.txt", "1 2 3\n1 2 4\n", {}, "line 1: .*cannot detect the format.*sasrec"),
+        ("a.txt", "user|item\n", {}, "cannot detect the format"),
         (
             "a.dat",
             "1::2::3::978300760\n1::2::978300760\n",
@@ -193,33 +193,48 @@ def test_features_are_numbers_or_text(write):
         ),
         ("a.dat", "1::2::x::978300760\n", {}, "line 1.*rating 'x' is not a number"),
         ("a.dat", "1::-2::3::978300760\n", {}, "line 1.*item '-2'"),
-        ("a.inter", "user_id\titem_id\n1\t2\n", {}, "'user_id' has no type"),
+        ("a.inter", "user_id\titem_id\n1\t2\n", {}, "column 'user_id' of the header has no type"),
         ("a.csv", "", {}, "a.csv is empty"),
         ("a.csv", "\n \r\n\n", {}, "a.csv is empty"),
-        ("a.csv", 'user,item\n1,2\n1,"2\n3,4\n', {}, "line 3: .*from here on, a double quote has no partner"),
-        ("a.csv", 'user,item\n1,"2\n3,"4\n', {}, "item '2.n3,4' holds a line end; is a double quote missing"),
+        ("a.csv", 'user,item\n1,2\n1,"2\n3,4\n', {}, "line 3: .*a double quote opened in this line"),
+        (
+            "a.csv",
+            'user,item\n1,"2\n3,"4\n',
+            {},
+            "item '2.n3,4' contains a line end: is a double quote missing",
+        ),
         (
             "a.csv",
             "user,item\n1,2\n  \n",
             {},
             "line 3: '  ' has 1 field, expected 2 .user,item. separated by ','$",
         ),
-        ("a.csv", "1,2\n3,4\n", {"user": "u"}, "the first line must name the columns"),
+        (
+            "a.csv",
+            "1,2\n3,4\n",
+            {"user": "u"},
+            "no column 'u': its first line looks like an event: add a header",
+        ),
         ("a.csv", "user,item,time\n1,2,1969-12-31\n", {}, "line 2.*the time is not between 1970 and 2100$"),
-        ("a.csv", "user,item\n", {}, "holds no events, only the header line 'user,item'"),
-        ("a.csv", "user;item\n1;2\n", {}, "line 1: 'user;item'.*holds semicolons: set delimiter=';'"),
+        ("a.csv", "user,item\n", {}, "contains no events, only the header line 'user,item'"),
+        ("a.csv", "user;item\n1;2\n", {}, "line 1: 'user;item'.*contains semicolons: set delimiter=';'"),
         ("a.csv", "user,item\n1,2\n1;2\n", {}, "line 3: '1;2' has 1 field, expected 2"),
         ("a.csv", "user,item\n1,2\n1,2,3\n", {}, "line 3: '1,2,3' has 3 fields, expected 2"),
-        ("a.csv", "user,item,user\n1,2,3\n", {}, "names column 'user' twice"),
-        ("a.csv", "who,item\n1,2\n", {}, "which column is the user.*who, item"),
+        (
+            "a.csv",
+            "user,item,user\n1,2,3\n",
+            {},
+            "line 1: 'user,item,user': the header has two columns 'user'",
+        ),
+        ("a.csv", "who,item\n1,2\n", {}, "cannot find the user column: .* who, item"),
         (
             "a.csv",
             "user,item\n1,2\n",
             {"user": "usr"},
-            "no column 'usr' .*columns are user, item; did you mean 'user'",
+            "no column 'usr': set user to one of its columns, user, item .did you mean 'user'",
         ),
-        ("a.csv", "user,uid,item\n1,2,3\n", {}, "user could be any of user, uid; set user"),
-        ("a.csv", "user,item\n1,2\n", {"features": ("price",)}, "no column 'price' .set features."),
+        ("a.csv", "user,uid,item\n1,2,3\n", {}, "the user column could be user or uid: set user"),
+        ("a.csv", "user,item\n1,2\n", {"features": ("price",)}, "no column 'price': set features to one of"),
         ("a.csv", "user,item,time\n1,2,5\n1,2,soon\n", {}, "line 3.*time 'soon' is not a time like '5'"),
         (
             "a.csv",
@@ -237,32 +252,32 @@ def test_features_are_numbers_or_text(write):
         ("a.csv", "user,item,time\n1,2,978300760000\n", {}, "line 2.*if it is in ms, set time_unit='ms'"),
         ("a.csv", "user,item,time\n1,2,1e300\n", {}, "line 2.*not between 1970 and 2100"),
         ("a.csv", "user,item,time\n1,2,99999999999999999999\n", {}, "line 2.*not between 1970 and 2100"),
-        ("a.csv", "user,item,time\n1,2,2020-01-01\n", {"time_unit": "ms"}, "time_unit='ms' has no use"),
-        ("a.csv", "user,item,rating\n1,2,3\n1,2,inf\n", {}, "line 3.*rating is infinite"),
-        ("a.csv", "user,item\n,2\n1,\n", {}, "no row has all of user, item"),
+        ("a.csv", "user,item,time\n1,2,2020-01-01\n", {"time_unit": "ms"}, "time_unit='ms' has no effect"),
+        ("a.csv", "user,item,rating\n1,2,3\n1,2,inf\n", {}, "line 3.*the rating is infinite"),
+        ("a.csv", "user,item\n,2\n1,\n", {}, "line 2: .* no row has values for all of user, item"),
         ("a.csv", b"user,item\n1,2\n\xe9,2\n", {}, "line 3.*not UTF-8.*iconv"),
         ("a.csv", b"\x1f\x8b\x08", {}, "gzip-compressed: decompress it first"),
         ("a.csv", "user,item\n1,2\n".encode("utf-16"), {}, "NUL bytes"),
-        ("a.txt", "1 2\n", {"user": "u"}, "user='u' has no use: the sasrec format has no header"),
+        ("a.txt", "1 2\n", {"user": "u"}, "user='u' has no effect: the sasrec format has no header"),
         ("a.csv", "user,item\n1,2\n", {"delimiter": "--"}, "delimiter='--' must be one character"),
         ("a.csv", "user,item\n1,2\n", {"format": "cvs"}, "format='cvs' is not one of auto, sasrec"),
         ("a.csv", "user,item\n1,2\n", {"time_unit": "min"}, "time_unit='min' is not one of s, ms"),
     ],
 )
-def test_malformed(write, name, content, options, message):
+def test_malformed_files_are_refused(write, name, content, options, message):
     with pytest.raises(ValueError, match=message):
         read_log(write(name, content), **options)
 
 
-def test_error_is_found_in_a_later_block(write):
-    """Arrow parses in blocks of a megabyte, in parallel."""
-    lines = [f"{row},{row}" for row in range(200_000)]
-    lines[150_000] = "a,b,c"
-    with pytest.raises(ValueError, match=r"line 150002: 'a,b,c' has 3 fields, expected 2"):
+def test_the_line_of_an_error_in_a_later_block_is_exact(write):
+    """Arrow parses in blocks of a megabyte, in parallel; the error is in the second block."""
+    lines = [f"{row},{row}" for row in range(100_000)]
+    lines[95_000] = "a,b,c"
+    with pytest.raises(ValueError, match=r"line 95002: 'a,b,c' has 3 fields, expected 2"):
         read_log(write("log.csv", "user,item\n" + "\n".join(lines)))
 
 
-# ---------------------------------------------------------------- counted rules
+# ---------------------------------------------------------------- rules that are counted
 
 
 def test_missing_values_are_counted(write):
@@ -280,11 +295,11 @@ def test_missing_values_are_counted(write):
     assert log.item_ids.tolist() == ["", "x", "z"]  # y lost its only event
 
 
-def test_odd_ids_are_noted(write):
+def test_unusual_ids_are_noted(write):
     log = read_log(write("log.csv", "user,item\n a,-1\na ,5\na,5\n"))
     assert events(log) == [("a", "-1", None), ("a", "5", None), ("a", "5", None)]
-    assert "2 user ids had blanks around, removed" in log.notes
-    assert "1 item id negative or beyond 64 bits (-1): kept, as text" in log.notes
+    assert "2 user ids had blanks at the start or end: removed" in log.notes
+    assert "1 item id negative or above 2^63 - 1 (-1): kept as text" in log.notes
 
 
 @pytest.mark.parametrize(
@@ -306,18 +321,18 @@ def test_times_become_seconds(write, unit, values, seconds):
 def test_fractions_of_a_second_order_the_rows(write):
     log = read_log(write("log.csv", "user,item,time\na,x,5.9\na,y,5.1\n,v,5\na,z,5.9\na,w,1\n"))
     assert events(log) == [("a", "w", 1), ("a", "y", 5), ("a", "x", 5), ("a", "z", 5)]
-    assert "3 times had fractions of a second: dropped, after ordering by them" in log.notes
+    assert "3 times had fractions of a second: used to order the rows, then dropped" in log.notes
 
 
-def test_times_without_zone_are_said_to_be_utc(write):
+def test_a_note_says_that_times_without_a_zone_are_read_as_utc(write):
     log = read_log(write("log.csv", "user,item,time\na,x,2020-01-01\n"))
-    assert "times without a time zone read as UTC" in log.notes
+    assert "times have no time zone: read as UTC" in log.notes
     assert "times from 2020-01-01 to 2020-01-01 (UTC)" in log.notes
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 9)), min_size=1, max_size=30))
-def test_csv_equals_a_plain_reader(tmp_path_factory, rows):
+def test_a_csv_file_gives_the_events_that_were_written(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("log") / "log.csv"
     path.write_text("user,item,time\n" + "".join(f"u{u},i{i},{t}\n" for u, i, t in rows))
     log = read_log(path)
@@ -329,7 +344,7 @@ def test_csv_equals_a_plain_reader(tmp_path_factory, rows):
 
 
 def make_log(rows, times=None, ratings=None):
-    """rows: strings of two letters, user and item."""
+    """rows: two-letter strings, the user and the item."""
     users, user_codes = np.unique([row[0] for row in rows], return_inverse=True)
     items, item_codes = np.unique([row[1] for row in rows], return_inverse=True)
     return InteractionLog(
@@ -352,12 +367,12 @@ def test_clean_keeps_everything_by_default():
     assert cleaned is log
     assert report == [
         ("as read", 2, 2, 3, 0),
-        ("duplicates=keep (1 repeat a user and item)", 2, 2, 3, 0),
+        ("duplicates=keep (1 repeat)", 2, 2, 3, 0),
     ]
 
 
 @pytest.mark.parametrize("duplicates, kept", [("first", ["ay", "ax", "bx"]), ("last", ["bx", "ax", "ay"])])
-def test_duplicates_by_time_not_by_row(duplicates, kept):
+def test_duplicates_are_first_or_last_in_time_not_in_the_file(duplicates, kept):
     # In time: ay(1) ax(2) bx(3, row 2) bx(3, row 3) ax(4) ay(5); rows are in another order.
     log = make_log(["ay", "ax", "bx", "bx", "ax", "ay"], times=[1, 2, 3, 3, 4, 5])
     cleaned, report = clean(log, duplicates=duplicates)
@@ -369,7 +384,7 @@ def test_duplicates_by_time_not_by_row(duplicates, kept):
     assert cleaned.times.tolist() == expected
 
 
-def test_minimum_rating_drops_missing_ratings_too():
+def test_minimum_rating_also_removes_missing_ratings():
     log = make_log(["ax", "ay", "az"], ratings=[4, 2, np.nan])
     assert pairs(clean(log, min_rating=4)[0]) == ["ax"]
     with pytest.raises(ValueError, match="min_rating=4 needs ratings"):
@@ -387,7 +402,7 @@ def test_minimum_counts_apply_once_and_k_core_until_stable():
     assert pairs(core) == ["ax", "aw", "bx", "bw"]
     assert report[-1] == ("k_core=2", 2, 2, 4, 3)
     assert core.item_ids.tolist() == ["", "w", "x"] and core.user_ids.tolist() == ["a", "b"]
-    with pytest.raises(ValueError, match="k_core=3 leaves no event of 7"):
+    with pytest.raises(ValueError, match="k_core=3 removes all 7 events"):
         clean(log, k_core=3)
 
 
@@ -398,7 +413,7 @@ def test_clean_selects_every_column():
     assert cleaned.times.tolist() == [3, 1] and cleaned.ratings.tolist() == [1, 3]
 
 
-def test_unknown_duplicates_rule():
+def test_an_unknown_duplicates_rule_is_refused():
     with pytest.raises(ValueError, match="duplicates='all' is not one of keep, first, last"):
         clean(make_log(["ax"]), duplicates="all")
 
@@ -406,7 +421,7 @@ def test_unknown_duplicates_rule():
 # ---------------------------------------------------------------- real data
 
 
-def test_real_files(real_data):
+def test_real_files_have_their_known_counts(real_data):
     sasrec = read_log(real_data / "ml-1m" / "ml-1m.txt")
     assert (sasrec.num_events, len(sasrec.user_ids), len(sasrec.item_ids) - 1) == (999_611, 6040, 3416)
     plain = np.loadtxt(real_data / "ml-1m" / "ml-1m.txt", dtype=np.int64, max_rows=20_000)

@@ -9,7 +9,7 @@ from rec_jax.data.pipeline import BatchSource, EpochPlan, make_iterator
 
 
 def make_data(lengths, seed=0):
-    """Users whose items are all different, so that every event can be recognised."""
+    """Histories of the given lengths; all items are different, so that they identify the events."""
     total = int(np.sum(lengths))
     items = np.random.default_rng(seed).permutation(total).astype(np.int32) + 1
     histories = Histories(
@@ -31,7 +31,7 @@ def source(data, **kwargs):
 
 
 def segments_of(batch):
-    """(items, targets, positions) of every segment of a batch."""
+    """Yields (items, targets, positions) of every segment of a batch."""
     for row in range(len(batch.items)):
         for segment in range(1, batch.segments[row].max() + 1):
             inside = batch.segments[row] == segment
@@ -62,7 +62,7 @@ def test_rows_are_nearly_full_on_long_tailed_lengths():
 
 @settings(max_examples=25)
 @given(lengths_lists.filter(lambda x: max(x) > 3), st.integers(1, 5), st.booleans())
-def test_an_epoch_holds_every_training_target_once_and_nothing_else(lengths, rows, all_windows):
+def test_an_epoch_contains_every_training_target_once_and_nothing_else(lengths, rows, all_windows):
     histories, split = make_data(lengths)
     batches = source((histories, split), batch_rows=rows, all_windows=all_windows)
     for epoch in range(2):
@@ -79,7 +79,7 @@ def test_an_epoch_holds_every_training_target_once_and_nothing_else(lengths, row
         assert sorted(seen) == sorted(expected)
 
 
-def test_no_batch_ever_holds_a_held_out_event():
+def test_no_batch_contains_a_held_out_event():
     histories, split = make_data([12, 3, 40, 5, 7, 3, 9] * 5)
     held_out = {
         int(item)
@@ -93,7 +93,7 @@ def test_no_batch_ever_holds_a_held_out_event():
             assert not held_out & set(np.concatenate([batch.items, batch.targets]).ravel().tolist())
 
 
-def test_epochs_differ_and_a_batch_depends_on_seed_and_step_alone():
+def test_epochs_differ_and_a_batch_depends_only_on_seed_and_step():
     data = make_data(np.random.default_rng(1).integers(3, 12, 60))
     first, again, other = source(data), source(data), source(data, seed=1)
     again[0], again[7]  # another order of access
@@ -115,7 +115,7 @@ def test_hosts_share_a_batch():
         source(data, num_hosts=3)
 
 
-def test_users_names_whose_events_are_in_a_batch():
+def test_users_returns_the_users_with_events_in_a_batch():
     histories, split = make_data([5, 9, 4, 30, 6, 7])
     batches = source((histories, split), batch_rows=2, all_windows=True)
     owner = {int(item): user for user in range(6) for item in _events(histories, user)}
@@ -128,7 +128,7 @@ def _events(histories, user):
     return histories.items[histories.offsets[user] : histories.offsets[user + 1]]
 
 
-def test_the_iterator_goes_on_where_its_state_was_taken():
+def test_the_iterator_resumes_at_its_saved_state():
     data = make_data(np.random.default_rng(1).integers(3, 12, 60))
     iterator = make_iterator(source(data))
     for _ in range(4):
@@ -137,13 +137,12 @@ def test_the_iterator_goes_on_where_its_state_was_taken():
     expected = [next(iterator) for _ in range(3)]
     resumed = make_iterator(source(data))
     resumed.set_state(state)
-    for want in expected:
-        np.testing.assert_array_equal(next(resumed).items, want.items)
+    for batch in expected:
+        np.testing.assert_array_equal(next(resumed).items, batch.items)
 
 
-def test_devices_get_equal_work():
-    """Every device has as many rows of one length; their real tokens differ by hardly more than an empty
-    row."""
+def test_devices_have_nearly_equal_numbers_of_tokens():
+    """Every device has the same number of rows; real tokens differ by little more than one empty row."""
     histories, split = make_data(np.random.default_rng(0).integers(5, 32, 2000))
     source = BatchSource(histories, split, EpochPlan(max_len=20, batch_rows=16, epochs=1, seed=0))
     for step in range(len(source)):

@@ -1,4 +1,4 @@
-"""Histories as columns: tiles, and the items of each history, against loops."""
+"""Queries: tiles, and the items of each history, compared with loops."""
 
 from collections import Counter
 
@@ -12,7 +12,7 @@ ITEMS = np.random.default_rng(0).integers(1, 8, 60).astype(np.int32)
 
 
 def some_queries(seed, num=12):
-    """Some share a start, some an end; in no order."""
+    """Queries in random order; some share a start, some an end."""
     rng = np.random.default_rng(seed)
     starts = rng.choice([0, 5, 20, 31], num)
     return Queries({"item": ITEMS}, starts, np.minimum(starts + rng.integers(1, 40, num), 60))
@@ -21,11 +21,12 @@ def some_queries(seed, num=12):
 @pytest.mark.parametrize("seed", range(5))
 def test_items_of_each_history_equal_a_loop(seed):
     queries = some_queries(seed)
-    rows, items, counts = queries.item_counts()
-    for row, (start, end) in enumerate(zip(queries.starts, queries.ends, strict=True)):
-        found = dict(zip(items[rows == row].tolist(), counts[rows == row].tolist(), strict=True))
-        assert found == Counter(ITEMS[start:end].tolist())
-    for one, other in zip(queries.seen(), (rows, items), strict=True):
+    numbers, items, counts = queries.item_counts()
+    for query, (start, end) in enumerate(zip(queries.starts, queries.ends, strict=True)):
+        is_own = numbers == query
+        counted = dict(zip(items[is_own].tolist(), counts[is_own].tolist(), strict=True))
+        assert counted == Counter(ITEMS[start:end].tolist())
+    for one, other in zip(queries.seen(), (numbers, items), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -33,7 +34,7 @@ def test_items_of_each_history_equal_a_loop(seed):
     "max_rows, max_events", [(100, 1000), (3, 1000), (100, 30), (2, 30), (100, 1), (0, 0)]
 )
 @pytest.mark.parametrize("in_order", [True, False])
-def test_tiles_hold_all_and_no_more_than_fits(max_rows, max_events, in_order):
+def test_tiles_contain_all_queries_and_respect_the_limits(max_rows, max_events, in_order):
     queries = some_queries(1, 30)
     if in_order:
         queries = queries[np.lexsort((queries.ends, queries.starts))]
@@ -45,14 +46,16 @@ def test_tiles_hold_all_and_no_more_than_fits(max_rows, max_events, in_order):
         num_events = sum(int(part.ends[part.starts == start].max() - start) for start in set(part.starts))
         assert len(tile) == 1 or num_events <= max_events
     if in_order and (max_rows, max_events) == (100, 1000):
-        assert len(tiles) == 1  # shared events count once: all together are 180 at most
-    if in_order and max_rows == 100 and max_events == 30:  # none could take the next one, too
+        assert len(tiles) == 1  # shared events count once: 180 at most
+    if in_order and max_rows == 100 and max_events == 30:  # no tile could also take the next query
         for tile in tiles[:-1]:
-            more = queries[np.append(tile, tile[-1] + 1)]
-            assert sum(int(more.ends[more.starts == s].max() - s) for s in set(more.starts)) > max_events
+            larger = queries[np.append(tile, tile[-1] + 1)]
+            assert (
+                sum(int(larger.ends[larger.starts == s].max() - s) for s in set(larger.starts)) > max_events
+            )
 
 
-def test_queries_of_a_log():
+def test_queries_are_made_from_a_log_or_from_items():
     log = Histories(
         items=ITEMS,
         times=np.arange(60),
@@ -76,8 +79,10 @@ def test_an_empty_history_is_refused():
         Queries({"item": ITEMS}, np.array([0, 5]), np.array([1, 5]))
 
 
-def test_too_many_at_once_are_refused():
+def test_too_many_queries_are_refused():
     columns = {"item": np.full(2**20, 2**31 - 1, np.int32)}
     starts = np.arange(2**14)
-    with pytest.raises(ValueError, match="1,032,192 events of 16,384 histories at once: give fewer"):
+    with pytest.raises(
+        ValueError, match="1,032,192 events of 16,384 histories are too many for one call: pass fewer"
+    ):
         Queries(columns, starts, starts + 63).seen()

@@ -1,4 +1,4 @@
-"""Features of events: their codes and numbers, fitted to the training part alone."""
+"""Features of events: codes and normalised numbers, fitted to the training part only."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from test_histories import make_log
 from rec_jax.data.histories import Histories, build_histories, leave_one_out
 from rec_jax.data.schema import TIME, Feature, make_schema
 
-# Two users, in the order of time; of each the last event is the test and the one before it the validation.
+# Two users, in time order. The last event of each is held out for test, the one before it for validation.
 ROWS = [(0, 1, 10), (0, 2, 20), (0, 3, 30), (0, 1, 40), (1, 2, 10), (1, 3, 20), (1, 1, 30), (1, 2, 40)]
 DWELL = np.array([1.0, 3.0, 1e6, -1e6, 5.0, np.nan, 1e6, -1e6])
 DEVICE = np.array(["tv", "", "phone", "tv", "phone", "tv", "watch", "tv"], object)
@@ -24,17 +24,17 @@ def schema_of(histories, **fields):
     return make_schema(histories, leave_one_out(histories), **fields)
 
 
-def test_numbers_become_standard_deviations_and_missing_ones_the_mean():
+def test_numbers_are_normalised_and_missing_ones_become_the_mean():
     feature = Feature("dwell", "number", mean=3.0, std=2.0)
     encoded = feature.encode(np.array([1.0, np.nan, 3.0, 8.0]))
     np.testing.assert_array_equal(encoded, [-1, 0, 0, 2.5])
     assert encoded.dtype == np.float32 and feature.missing == 0 and feature.missing.dtype == np.float32
-    big = Feature("number", "number", mean=1e9, std=1.0)  # apart in f64 alone
+    big = Feature("number", "number", mean=1e9, std=1.0)  # different only in f64
     np.testing.assert_array_equal(big.encode(np.array([1e9 - 1, 1e9 + 2])), [-1, 2])
     assert feature.encode(np.array([])).dtype == np.float32
 
 
-def test_codes_and_times_stay_as_they_are():
+def test_codes_and_times_are_not_encoded():
     feature = Feature("device", "id", values=("", "phone", "tv"))
     codes = np.array([2, 0, 1], np.int32)
     assert feature.encode(codes) is codes and feature.num_ids == 2
@@ -45,7 +45,7 @@ def test_codes_and_times_stay_as_they_are():
 
 def test_a_schema_has_times_and_every_column_of_the_log():
     schema = schema_of(make_histories(), context=("device",))
-    mean, std = 3.0, np.std([1.0, 3.0, 5.0])  # of the numbers in training; the missing one is left out
+    mean, std = 3.0, np.std([1.0, 3.0, 5.0])  # of the training numbers that are not missing
     assert schema == (
         TIME,
         Feature("device", "id", is_outcome=False, values=("", "phone", "tv", "watch")),
@@ -57,7 +57,7 @@ def test_a_schema_has_times_and_every_column_of_the_log():
     assert schema_of(make_histories(dwell=DWELL))[1].std == pytest.approx(std)
 
 
-def test_held_out_numbers_change_nothing():
+def test_held_out_numbers_do_not_change_the_schema():
     held_out = np.setdiff1d(np.arange(len(ROWS)), IN_TRAIN)
     changed = DWELL.copy()
     changed[held_out] = [np.nan, 7, np.nan, 1e300]
@@ -67,21 +67,21 @@ def test_held_out_numbers_change_nothing():
 
 
 @pytest.mark.parametrize("value, mean", [(4.0, 4.0), (np.nan, 0.0)], ids=["constant", "missing"])
-def test_a_column_without_spread_is_not_scaled(value, mean):
+def test_a_constant_column_is_not_scaled(value, mean):
     _, feature = schema_of(make_histories(dwell=np.full(len(ROWS), value)))
     assert (feature.mean, feature.std) == (mean, 1.0)
     np.testing.assert_array_equal(feature.encode(np.array([value, mean + 2])), [0, 2])
 
 
-def test_context_that_no_column_has_is_named():
-    with pytest.raises(ValueError, match="context=.* no column place, when among the features device, dwell"):
+def test_context_without_a_column_is_refused():
+    with pytest.raises(ValueError, match="context=.*: place, when not in the features .device, dwell.: add"):
         schema_of(make_histories(), context=("when", "device", "place"))
     bare = build_histories(make_log(ROWS))
-    with pytest.raises(ValueError, match=r"no column device among the features \(none\): add it"):
+    with pytest.raises(ValueError, match=r"device not in the features \(none\): add the column"):
         schema_of(bare, context=("device",))
 
 
-def test_coded_texts_survive_the_disk(tmp_path):
+def test_texts_and_their_codes_are_saved_and_loaded(tmp_path):
     texts = np.array(["tv", "", "Ünï", "b\nc", "", "tv", 'say "x"', "b\nc"], object)
     histories = make_histories(device=texts, dwell=DWELL)
     assert histories.feature_values == {"device": ("", "b\nc", 'say "x"', "tv", "Ünï")}
@@ -96,7 +96,7 @@ def test_coded_texts_survive_the_disk(tmp_path):
     assert values[loaded.features["device"]].tolist() == texts.tolist()
 
 
-def test_code_zero_is_missing_whether_or_not_any_is():
+def test_code_zero_is_reserved_for_missing_values():
     full = np.array(list("abcdabcd"), object)
     histories = make_histories(device=full)
     assert histories.feature_values["device"] == ("", "a", "b", "c", "d")
@@ -106,7 +106,7 @@ def test_code_zero_is_missing_whether_or_not_any_is():
     assert schema_of(none)[1].num_ids == 0
 
 
-def test_columns_are_what_the_log_has():
+def test_columns_are_item_time_and_features():
     histories = make_histories()
     assert list(histories.columns) == ["item", "time", "device", "dwell"]
     assert histories.columns["item"] is histories.items

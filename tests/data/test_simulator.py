@@ -14,15 +14,15 @@ TINY = SimulatorConfig(num_items=6, num_users=50, num_interests=3, mean_len=8, m
 
 
 def brute_force(world, history):
-    """P(next | history) by summing over every path of hidden interests."""
+    """P(next item | history): the sum over all paths of hidden interests."""
     num_z = world.config.num_interests
     emission_ZV = world.emission(np.arange(world.config.num_items + 1)).T
     np.testing.assert_allclose(emission_ZV.sum(axis=1), 1)
     joint_V = np.zeros(world.config.num_items + 1)
     for path in itertools.product(range(num_z), repeat=len(history) + 1):
         prob = world.start_Z[path[0]]
-        for now, after, item in zip(path[:-1], path[1:], history, strict=True):
-            prob *= emission_ZV[now, item] * world.transition_ZZ[now, after]
+        for current, following, item in zip(path[:-1], path[1:], history, strict=True):
+            prob *= emission_ZV[current, item] * world.transition_ZZ[current, following]
         joint_V += prob * emission_ZV[path[-1]]
     return joint_V / joint_V.sum()
 
@@ -30,7 +30,7 @@ def brute_force(world, history):
 def test_filter_equals_the_sum_over_all_hidden_paths():
     world = World(TINY)
     histories = [[1], [2, 5], [3, 3, 1, 6], [4, 2, 2, 1, 5], [4, 2, 2], [2, 5]]
-    # The last two are beginnings of others and share their events.
+    # The last two are prefixes of others and share their events.
     starts, ends = np.array([0, 1, 3, 7, 7, 1]), np.array([1, 3, 7, 12, 10, 3])
     items = np.concatenate(histories[:4]).astype(np.int32)
     probs = world.next_item_probs(Queries({"item": items}, starts, ends))
@@ -39,7 +39,7 @@ def test_filter_equals_the_sum_over_all_hidden_paths():
     assert np.all(probs[:, 0] == 0)
 
 
-def test_sample_is_seeded_and_follows_the_world():
+def test_a_sample_depends_on_the_seed_and_has_valid_items():
     log, again = World(TINY).sample(), World(TINY).sample()
     np.testing.assert_array_equal(log.items, again.items)
     other = World(SimulatorConfig(**{**vars(TINY), "seed": 1})).sample()
@@ -72,8 +72,8 @@ def test_oracle_beats_bigram_beats_popularity():
     assert ndcg["oracle"] > 1.1 * ndcg["bigram"] > 1.2 * ndcg["popularity"]
 
 
-def test_oracle_reads_renumbered_items():
-    """A cleaned log may number items otherwise; their names lead back to the world."""
+def test_the_oracle_handles_renumbered_items():
+    """A cleaned log may number items differently; the item ids contain the numbers of the world."""
     world = World(TINY)
     histories = build_histories(world.sample())
     order = np.array([0, 3, 1, 2, 6, 5, 4])  # new number of each old one

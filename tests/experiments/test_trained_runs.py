@@ -107,7 +107,7 @@ def test_a_new_item_in_the_log_is_said_to_be_that(tmp_path, capsys):
     assert recommended(folder, capsys) == before
     assert scored(folder) == result(folder)
     with pytest.raises(
-        ValueError, match=r"items \(40 then, 41 now\), events .*split checksum.*another workdir"
+        ValueError, match=r"items \(was 40, is now 41\), events .*split checksum.*another workdir"
     ):
         train(folder / "run", folder / "log.csv", "--config.train.log_every_steps=3")
     assert scored(folder) == result(folder)  # what the run was trained on is still there
@@ -144,7 +144,7 @@ def test_other_times_are_other_data_though_the_split_is_the_same(run):
     write(folder / "log.csv", later)
     prepared = (folder / "run/data/histories/times.npy").read_bytes()
     score = scored(folder)
-    with pytest.raises(ValueError, match="the data are not those.*column time"):
+    with pytest.raises(ValueError, match="the data differ from those.*column time"):
         train(folder / "run", folder / "log.csv")
     assert (folder / "run/data/histories/times.npy").read_bytes() == prepared
     assert scored(folder) == score
