@@ -1,9 +1,11 @@
-"""Scores the trained model of a run, beside the baselines on the split that it was trained on.
+"""Evaluates the trained model of a run, and baselines, on the split with which it was trained.
 
 python -m experiments.evaluate --workdir=runs/ml1m --split=test
-python -m experiments.evaluate --workdir=runs/ml1m --dims=32    # by the first dims alone (loss.matryoshka)
-python -m experiments.evaluate --workdir=run0,run1,run2         # each, and the mean of their scores
+python -m experiments.evaluate --workdir=runs/ml1m --dims=32    # only the first 32 dims (loss.matryoshka)
+python -m experiments.evaluate --workdir=run0,run1,run2         # each run, and the mean of their scores
 python -m experiments.evaluate --workdir=runs/ml1m --config.eval.sampled_negatives=100   # any key of eval
+
+Prints the metrics and writes them to evaluation_SPLIT.json in the (first) working directory.
 """
 
 from absl import flags
@@ -11,9 +13,13 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments.launch import known_keys, launch
 
-_WORKDIR = flags.DEFINE_list("workdir", None, "Directory of a trained run, or several, separated by commas.")
-_SPLIT = flags.DEFINE_enum("split", "test", ["val", "test"], "Which held-out part to score.")
-_DIMS = flags.DEFINE_integer("dims", 0, "Score by so many first dims; 0 = by all.", lower_bound=0)
+_WORKDIR = flags.DEFINE_list(
+    "workdir", None, "Directory of a trained run. Several, separated by commas, form an ensemble."
+)
+_SPLIT = flags.DEFINE_enum("split", "test", ["val", "test"], "The held-out part to evaluate.")
+_DIMS = flags.DEFINE_integer(
+    "dims", 0, "Score by the first DIMS dims of the vectors (loss.matryoshka); 0 = all.", lower_bound=0
+)
 flags.declare_key_flag("coordinator")
 flags.declare_key_flag("num_processes")
 flags.declare_key_flag("process_id")
@@ -48,8 +54,8 @@ def main():
 
 
 def _compare(experiment, ensemble, rankers: dict) -> dict[str, dict]:
-    """NDCG@10 of the ensemble over that of each run, with the interval of paired resamples and the p of a
-    paired randomization test."""
+    """Prints and returns the ratio of the ensemble's NDCG@10 to that of each run, with its bootstrap interval
+    and the p-value of a paired randomization test."""
     from rec_jax.eval.evaluator import per_example
     from rec_jax.eval.metrics import bootstrap_ratio, paired_test
     from rec_jax.report import print_table
@@ -57,8 +63,8 @@ def _compare(experiment, ensemble, rankers: dict) -> dict[str, dict]:
     config, seed = experiment.config.eval, experiment.config.seed
 
     def values(ranker):
-        found = per_example(ranker, experiment.histories, experiment.split, _SPLIT.value, config, seed)
-        return found["ndcg@10"], found["users"]
+        metrics = per_example(ranker, experiment.histories, experiment.split, _SPLIT.value, config, seed)
+        return metrics["ndcg@10"], metrics["users"]
 
     (ours, users), over, rows = values(ensemble), {}, []
     for name, ranker in rankers.items():
@@ -72,13 +78,18 @@ def _compare(experiment, ensemble, rankers: dict) -> dict[str, dict]:
 
 
 def _define_config():
-    """The eval section is a flag key by key, at the defaults of the run."""
+    """Defines a flag for each key of the config section eval. Flags that are not given change nothing."""
     from rec_jax.config import to_config_dict
     from rec_jax.eval.evaluator import EvalConfig
 
     cfg = ConfigDict({"eval": to_config_dict(EvalConfig())})
     with known_keys():
-        return config_flags.DEFINE_config_dict("config", cfg, "Keys of the run's eval section alone.")
+        return config_flags.DEFINE_config_dict(
+            "config",
+            cfg,
+            "Changes to the run's config; only keys of eval. A key that is not given keeps the value of the "
+            "run, not the default shown here.",
+        )
 
 
 if __name__ == "__main__":

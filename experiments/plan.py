@@ -1,12 +1,12 @@
-"""Plans the item embedding table on a mesh: memory per device and communication of each layout.
+"""Plans the item embedding table on a mesh: memory per device and communication per step of each layout.
 
     python -m experiments.plan --config=configs/large_tables.py --config.mesh.data=4 --config.mesh.model=2
     python -m experiments.plan --config=configs/large_tables.py:1b --compile
 
-The mesh need not exist: its size is mesh.data times mesh.model. With --compile the training step is compiled
-for that many virtual CPU devices, nothing is allocated, and the compiler's own figures are printed: memory of
-one device and bytes of each kind of collective. (On accelerators the same program is partitioned alike;
-temporary memory differs.) The layout is chosen by rule, and table.layout overrides it.
+The devices need not exist: the plan is for mesh.data times mesh.model of them. --compile also compiles the
+training step for so many virtual CPU devices, without allocating its arrays, and prints the compiler's
+figures: memory per device and bytes sent by each kind of collective. (Accelerators partition the same program
+in the same way, but their temporary memory differs.) With table.layout=auto the plan chooses the layout.
 """
 
 import dataclasses
@@ -16,12 +16,19 @@ from absl import flags
 
 from experiments.launch import define_config, launch
 
-_CONFIG = define_config("Config file, with an optional :variant.")
+_CONFIG = define_config("Config file, optionally with :variant.")
 flags.declare_key_flag("config")
 _NUM_ITEMS = flags.DEFINE_integer(
-    "num_items", 0, "Items of the catalogue; by default those of a simulated world.", lower_bound=0
+    "num_items",
+    0,
+    "Number of items. Needed unless the config simulates its data; 0 = number of simulated items.",
+    lower_bound=0,
 )
-_COMPILE = flags.DEFINE_bool("compile", False, "Compile the step and print what the compiler says.")
+_COMPILE = flags.DEFINE_bool(
+    "compile",
+    False,
+    "Also compile the training step and print the compiler's figures of memory and communication.",
+)
 flags.mark_flag_as_required("config")
 
 
@@ -36,11 +43,12 @@ def main():
     num_items = _NUM_ITEMS.value or (config.data.sim.num_items if config.data.format == "simulator" else 0)
     if not num_items:
         raise ValueError(
-            "--num_items=N is needed: a plan does not read the data, so it must be told the number of items"
+            "--num_items=0, but this config reads a log, which a plan does not open: give --num_items=N"
         )
     if config.train.batch_rows % data:
         raise ValueError(
-            f"batch_rows={config.train.batch_rows} cannot be split over mesh.data={data} (TrainConfig)"
+            f"train.batch_rows={config.train.batch_rows} cannot be split over mesh.data={data}: make it a "
+            "multiple of mesh.data (TrainConfig)"
         )
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=data))
     step = _plan(config, num_items)
@@ -61,15 +69,15 @@ def _plan(config, num_items: int):
 
     data, model = config.mesh.data, config.mesh.model
     mesh = make_mesh(config.mesh) if _COMPILE.value else AbstractMesh((data, model), ("data", "model"))
-    counts = np.broadcast_to(1, (num_items + 1,))  # nothing is known of them
+    counts = np.broadcast_to(1, (num_items + 1,))  # unknown, and irrelevant for sizes
     definition = define_model(model_builder(config.model, num_items, config.data.max_len))
     step = make_step(config, definition, counts, mesh)
     layout = with_layout(config, num_items, mesh).table.layout
     print(
         f"mesh: data={data}, model={model}, {data * model} devices\n"
-        f"item embedding table: {num_items + 1:,} rows x {config.model.table_dim}, "
-        f"optimizer {config.table.optimizer}; "
-        f"{num_lookups(config, mesh):,} ids a device and step\n"
+        f"item embedding table: {num_items + 1:,} entries x {config.model.table_dim} dims, "
+        f"optimizer {config.table.optimizer}; each device looks up "
+        f"{num_lookups(config, mesh):,} ids per step\n"
     )
     rows = [
         (
@@ -84,8 +92,12 @@ def _plan(config, num_items: int):
     ]
     fits = f"fits {config.table.device_gbytes:g} GB"
     print_table(("layout", "table/device", "optimizer/device", "sent/device/step", fits, ""), rows)
-    print(f"\n{RULE}" if config.table.layout == "auto" else "\nThe layout is that of the config.")
-    print(f"other parameters: {_size(bytes_per_device(step))} a device, their optimizer's state included")
+    print(
+        f"\n{RULE}"
+        if config.table.layout == "auto"
+        else "\n<- is the layout that the config sets (table.layout)."
+    )
+    print(f"other parameters and their optimizer state: {_size(bytes_per_device(step))} per device")
     return step
 
 
@@ -103,14 +115,14 @@ def _compile(config, step):
     compiled = step.lower(step.abstract_state(), batch).compile()
     memory = compiled.memory_analysis()
     print(
-        f"\ncompiled for {mesh.size} virtual CPU devices; of one device:\n"
+        f"\ncompiled for {mesh.size} virtual CPU devices; memory per device:\n"
         f"  state and batch  {_size(memory.argument_size_in_bytes)}, "
-        f"{_size(memory.alias_size_in_bytes)} of it changed in place\n"
+        f"of which {_size(memory.alias_size_in_bytes)} are updated in place\n"
         f"  temporaries      {_size(memory.temp_size_in_bytes)}\n"
     )
     sent = collective_bytes(compiled.as_text(), mesh.size)
     print_table(("collective", "sent/device/step"), [(kind, _size(size)) for kind, size in sent.items()])
-    print("(of a loop, as over micro-batches or rounds of an exchange, one turn is counted)")
+    print("(a loop, over micro-batches or rounds of an exchange, counts as one iteration)")
 
 
 def _size(num_bytes: int) -> str:

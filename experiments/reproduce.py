@@ -1,9 +1,9 @@
-"""Trains the models of a table over several seeds and sets them beside the published numbers.
+"""Trains the models of a table with several seeds and compares them with published numbers.
 
     python -m experiments.reproduce --table=ml1m --models=sasrec,bert4rec --seeds=3 --output=runs/ml1m_table
 
-Runs are kept in OUTPUT/runs/MODEL-SEED; the same command again resumes where it was stopped and trains only
-what is missing. Writes table.md, table.json and table.png after every run, of what there is by then.
+Runs are kept in OUTPUT/runs/MODEL-SEED. Run the same command again to resume it: it trains only the missing
+runs. After every run, the finished runs are written to table.md, table.json and table.png.
 """
 
 import json
@@ -21,7 +21,7 @@ from experiments.launch import launch
 
 @dataclass(frozen=True)
 class Row:
-    """A config, and what was published for its model: HR@10 and NDCG@10, None where there is nothing."""
+    """A config, and the HR@10 and NDCG@10 published for its model; None if there is none."""
 
     config: str  # NAME, or NAME:VARIANT
     hr: float | None = None
@@ -48,7 +48,7 @@ TABLES = {
         "sasrec": Row("sasrec_beauty", 0.0921, 0.0531, _SURVEY),
         "tiger": Row("tiger_beauty", 0.0648, 0.0384, "TIGER, NeurIPS'23 (arXiv 2305.05065)"),
     },
-    # Nothing is published in this protocol.
+    # No numbers are published for this protocol.
     "ml100k": {
         name: Row(f"ml100k:{name}")
         for name in ("gru4rec", "bert4rec", "sasrec", "esasrec", "lru", "hstu", "tiger")
@@ -57,11 +57,13 @@ TABLES = {
 
 _KEYS = ("hr@10", "ndcg@10")
 
-_TABLE = flags.DEFINE_enum("table", None, list(TABLES), "Which table.")
-_MODELS = flags.DEFINE_list("models", None, "Which of its models; all by default.")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds 0, 1, ... of each model.", lower_bound=1)
-_OUTPUT = flags.DEFINE_string("output", None, "Directory of the runs and the table.")
-_SMOKE = flags.DEFINE_bool("smoke", False, "The small variants on simulated data: seconds a run.")
+_TABLE = flags.DEFINE_enum("table", None, list(TABLES), "The table to reproduce.")
+_MODELS = flags.DEFINE_list("models", None, "Models of the table, separated by commas. Default: all.")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds per model: 0, 1, ...", lower_bound=1)
+_OUTPUT = flags.DEFINE_string("output", None, "Directory for the runs and the table.")
+_SMOKE = flags.DEFINE_bool(
+    "smoke", False, "Train the small smoke variants on simulated data, which takes seconds per run."
+)
 flags.mark_flags_as_required(["table", "output"])
 
 
@@ -70,25 +72,27 @@ def main():
     names = _MODELS.value or list(table)
     if unknown := set(names) - set(table):
         raise ValueError(
-            f"--models={','.join(names)}: --table={_TABLE.value} has no {', '.join(sorted(unknown))}; it has "
-            f"{', '.join(table)}"
+            f"--models={','.join(names)}: --table={_TABLE.value} has no {', '.join(sorted(unknown))}: choose "
+            f"from {', '.join(table)}"
         )
     output = Path(_OUTPUT.value)
-    jobs = [(name, seed) for seed in range(_SEEDS.value) for name in names]  # a seed of all, then the next
-    found = {}
+    jobs = [
+        (name, seed) for seed in range(_SEEDS.value) for name in names
+    ]  # all models with one seed, then the next
+    results = {}
     for name, seed in jobs:
         workdir = output / "runs" / f"{name}-{seed}"
         if not (workdir / "result.json").exists():
             print(f"\n--- {name}, seed {seed}", flush=True)
             _train(table[name].config, seed, workdir)
-        found.setdefault(name, []).append(_measure(workdir))
-        _write(table, found, output)
+        results.setdefault(name, []).append(_measure(workdir))
+        _write(table, results, output)
     print((output / "table.md").read_text())
     print(f"wrote table.md, table.json and table.png in {output}")
 
 
 def _train(config: str, seed: int, workdir: Path) -> None:
-    """In a process of its own, whose memory is free again afterwards."""
+    """Trains in a new process, so that its memory is free afterwards."""
     name, *variant = config.split(":")
     variant = "-".join(variant + ["smoke"] * _SMOKE.value)
     command = [
@@ -96,11 +100,11 @@ def _train(config: str, seed: int, workdir: Path) -> None:
         *(f"--workdir={workdir}", f"--config.seed={seed}"),
     ]
     if subprocess.run([sys.executable, *command]).returncode:
-        raise ValueError(f"the training failed: python {shlex.join(command)}")
+        raise ValueError(f"the training failed (see its error above): python {shlex.join(command)}")
 
 
 def _measure(workdir: Path) -> dict:
-    """What a trained run's test part says, example by example, and what its training took."""
+    """Returns the test metrics of a trained run for each example, and its facts (sizes, seconds, split)."""
     from rec_jax.eval.evaluator import per_example
     from rec_jax.experiment import Experiment
 
@@ -123,14 +127,17 @@ def _measure(workdir: Path) -> dict:
     }
 
 
-def summarise(rows: dict[str, Row], found: dict[str, list[dict]]) -> dict[str, dict]:
-    """{name: figures}, best NDCG@10 first; each compared, user by user, with the one below it."""
+def summarise(rows: dict[str, Row], results: dict[str, list[dict]]) -> dict[str, dict]:
+    """Returns {name: figures}, best NDCG@10 first. A paired test compares each model with the next one.
+
+    results: for each model, what `_measure` returns for each seed.
+    """
     from rec_jax.eval.metrics import bootstrap_interval, paired_test
 
-    _check_same_protocol(found)
-    users = next(iter(found.values()))[0]["values"]["users"]
+    _check_same_protocol(results)
+    users = next(iter(results.values()))[0]["values"]["users"]
     figures, means = {}, {}
-    for name, runs in found.items():
+    for name, runs in results.items():
         row, figure = rows[name], {"seeds": len(runs)}
         for key, published in (("hr@10", row.hr), ("ndcg@10", row.ndcg)):
             of_seeds = [float(run["values"][key].mean()) for run in runs]
@@ -158,27 +165,27 @@ def summarise(rows: dict[str, Row], found: dict[str, list[dict]]) -> dict[str, d
     return {name: figures[name] for name in ordered}
 
 
-def _check_same_protocol(found: dict[str, list[dict]]) -> None:
-    """Raises ValueError for runs that cannot stand in one table."""
-    (first, of_first), *others = [(name, run) for name, runs in found.items() for run in runs]
+def _check_same_protocol(results: dict[str, list[dict]]) -> None:
+    """Raises ValueError unless all runs have the same split, catalogue and policy on seen items."""
+    (first, reference), *others = [(name, run) for name, runs in results.items() for run in runs]
     for name, run in others:
         for key in ("split", "num_items", "filter_seen"):
-            if run[key] != of_first[key]:
+            if run[key] != reference[key]:
                 raise ValueError(
-                    f"{key}={run[key]!r} of {name}, and {of_first[key]!r} of {first}: remove the one that is "
-                    "not of this table from --output, or use another --output"
+                    f"{key}={run[key]!r} of {name}, but {reference[key]!r} of {first}: remove the run that "
+                    "does not belong to this table from --output, or use another --output"
                 )
 
 
-def _write(rows: dict[str, Row], found: dict[str, list[dict]], output: Path) -> None:
+def _write(rows: dict[str, Row], results: dict[str, list[dict]], output: Path) -> None:
     from rec_jax.experiment import write_json
 
-    figures = summarise(rows, found)
-    baselines = next(iter(found.values()))[0]["baselines"]
+    figures = summarise(rows, results)
+    baselines = next(iter(results.values()))[0]["baselines"]
     write_json(output / "table.json", {"models": figures, "baselines": baselines})
     text = format_markdown(figures, baselines)
     if _SMOKE.value:
-        text = f"Smoke runs: small models of simulated data. No published number compares.\n\n{text}"
+        text = f"Smoke runs: small models on simulated data, not comparable with published numbers.\n\n{text}"
     (output / "table.md").write_text(text)
     _plot(figures, baselines, output / "table.png")
 
@@ -192,15 +199,15 @@ _HEAD = (
 def format_markdown(figures: dict[str, dict], baselines: dict[str, dict]) -> str:
     lines = [_HEAD, ("---",) * len(_HEAD)]
     for name, row in figures.items():
-        spread = {key: f" ± {row[f'{key}_std']:.4f}" if row["seeds"] > 1 else "" for key in _KEYS}
+        deviation = {key: f" ± {row[f'{key}_std']:.4f}" if row["seeds"] > 1 else "" for key in _KEYS}
         published = [row[f"{key}_published"] for key in _KEYS]
         unfiltered = row["unfiltered"]
         lines.append(
             (
                 name,
                 " / ".join("-" if x is None else f"{x:.4f}" for x in published),
-                f"{row['hr@10']:.4f}{spread['hr@10']}",
-                f"{row['ndcg@10']:.4f}{spread['ndcg@10']}",
+                f"{row['hr@10']:.4f}{deviation['hr@10']}",
+                f"{row['ndcg@10']:.4f}{deviation['ndcg@10']}",
                 "{:.4f} to {:.4f}".format(*row["ndcg@10_ci"]),
                 f"{row['p_over_next_best']:.3f}" if "p_over_next_best" in row else "",
                 f"{unfiltered['hr@10']:.4f} / {unfiltered['ndcg@10']:.4f}",
@@ -220,16 +227,16 @@ def format_markdown(figures: dict[str, dict], baselines: dict[str, dict]) -> str
     text += [
         "",
         f"Split: {any_row['split']}. Every target is ranked against the whole catalogue of "
-        f"{any_row['num_items']:,} items, {seen} those of the user's own history; ties in expectation; the "
-        "model of the best validation NDCG@10 is tested once. ± is the standard deviation over seeds; the "
-        "interval is a bootstrap over users of the mean of the seeds; p is of a paired randomization test, "
-        "user by user, of the means over seeds: it knows nothing of how seeds scatter. Training is seconds "
-        "of steps, without evaluations.",
+        f"{any_row['num_items']:,} items, {seen} the items of the user's own history; tied scores: expected "
+        "metric over random orderings. The model with the best validation NDCG@10 is tested once. ± is the "
+        "standard deviation over seeds. The interval is a bootstrap over users, of the mean over seeds. p is "
+        "the p-value of a paired randomization test over users, of the means over seeds; it does not account "
+        "for the variation over seeds. Training is the time of all steps, without evaluations.",
         "",
     ]
     for name, row in figures.items():
         source = f" Published: {row['source']}." if row["source"] else ""
-        text.append(f"- {name}: `{row['command']}` (histories of {row['max_len']} at most).{source}")
+        text.append(f"- {name}: `{row['command']}` (histories of at most {row['max_len']} events).{source}")
     return "\n".join(text) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Trains a sequence recommender from a log of interactions, and tests it once at the end.
+"""Trains a sequence recommender on a log of interactions and tests the best model once at the end.
 
     python -m experiments.train --config=configs/sasrec_ml1m.py --workdir=runs/ml1m
     python -m experiments.train --config=configs/sasrec_ml1m.py:smoke --workdir=/tmp/smoke
@@ -6,9 +6,10 @@
         --config.data.path=my.csv \\
         --config.data.user=customer --config.data.item=product --config.data.time=when
 
-Any key of the config is a flag, `--config.section.key=value`; a variant of it follows a colon. The same
-command again resumes a stopped or killed run. The working directory gets config.json,
-metrics.jsonl, tensorboard/, checkpoints/, model/ (the best so far), curves.png and result.json.
+Every key of the config is a flag: `--config.section.key=value`. The name of a variant, such as smoke, follows
+the config file after a colon. Run the same command again to resume a run that was stopped or killed. The run
+writes config.json, metrics.jsonl, tensorboard/, checkpoints/, model/ (the best model so far), curves.png and
+result.json into the working directory.
 """
 
 import dataclasses
@@ -18,11 +19,13 @@ from absl import flags
 
 from experiments.launch import define_config, launch
 
-_CONFIG = define_config("Config file, with an optional :variant.")
+_CONFIG = define_config("Config file, optionally with :variant.")
 flags.declare_key_flag("config")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if it is not there.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run. Created if it does not exist.")
 _KEEP_USERS = flags.DEFINE_bool(
-    "keep_users", True, "Keep users' ids and last events in the trained model, to recommend to them by id."
+    "keep_users",
+    True,
+    "Store the users' ids and last events with the trained model, so that it can recommend to them by id.",
 )
 flags.declare_key_flag("coordinator")
 flags.declare_key_flag("num_processes")
@@ -39,14 +42,14 @@ def main():
     if config.compress.recipe:
         raise ValueError(
             f"compress.recipe={config.compress.recipe!r} is for experiments.compress, which starts from a "
-            "trained run; here, set compress.prune, distill or quant (CompressConfig)"
+            "trained run: use that command, or set compress.prune, distill or quant here (CompressConfig)"
         )
     experiment = Experiment(config, _WORKDIR.value)
     print(experiment.describe())
     fitted = experiment.fit(_KEEP_USERS.value)
 
     ranker = experiment.ranker(fitted.best_params)
-    fitted = dataclasses.replace(fitted, state=None, best_params=None)  # large tables need the room
+    fitted = dataclasses.replace(fitted, state=None, best_params=None)  # free memory: tables can be large
     val, test = (experiment.evaluate(ranker, part) for part in ("val", "test"))
     baselines = experiment.evaluate_baselines("test")
     print_scores({"model": test, **baselines}, part="test")

@@ -1,24 +1,26 @@
 """Large recommender sequence models in JAX.
 
-Names of array dims, used as suffixes in models, losses and metrics (`x_BSD`):
+Array names end in the letters of their dims (`x_BSD`). Models, losses and metrics use these letters:
 
     B users or packed rows      S history length        T prediction positions
-    V catalogue rows (row 0 is padding)                 K candidates, negatives or top-k
+    V items of the catalogue (id 0 is padding)          K candidates, negatives or top-k
     D model width   N heads     H head width            F feed-forward width
-    M micro-steps   L stacked layers    Q code levels       C codes of a level
+    M micro-steps   L stacked layers    Q levels of a semantic id       C codes of a level
 
-Inside `shard_map` a lower-case letter is the local shard. Item id 0 is padding everywhere, masks are
-bool with True for what is real, times are integer seconds UTC.
+Inside `shard_map` a lower-case letter is the size of the local shard. Item id 0 is padding everywhere. Masks
+are bool, True for real tokens. Times are integer seconds, UTC.
 """
 
 
 def load(*workdirs, dims: int = 0):
-    """A recommender by the model that was trained in a workdir, or by the mean of several.
+    """Returns a `Recommender` for the model trained in a workdir, or for the ensemble of several.
 
         rec_jax.load("runs/mine").recommend(["i5", "i6"], k=10)
 
-    See `rec_jax.serve.recommender.Recommender`, whose `model` has parameters, ids and titles. dims: score by
-    so many first dims (loss.matryoshka); 0 = by all. Raises ValueError if there is no trained model.
+    See `rec_jax.serve.recommender.Recommender`; its `model` has the parameters, ids and titles.
+
+    dims: score by the first `dims` dims of the vectors (a Matryoshka prefix, see loss.matryoshka); 0 = all.
+    Raises ValueError if a workdir has no trained model.
     """
     from rec_jax.serve.recommender import Recommender
 

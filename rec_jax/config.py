@@ -1,11 +1,11 @@
-"""The strict bridge from the mutable `ConfigDict` of the command line to frozen dataclasses.
+"""Conversion between the mutable `ConfigDict` of the command line and frozen dataclasses, with strict checks.
 
-A default lives once, in its dataclass: `to_config_dict(TrainConfig())` puts it where a config file
-and the command line can change it, and `build(TrainConfig, cfg)` checks every key and type on the
-way back. `cfg` is always the mutable side, `config` the frozen one.
+Each default is written once, in its dataclass. `to_config_dict(TrainConfig())` copies the defaults into a
+`ConfigDict` that a config file and the command line can change. `build(TrainConfig, cfg)` checks every key
+and type on the way back. `cfg` is always the mutable `ConfigDict`, `config` the frozen dataclass.
 
 A field is an int, float, bool or str, a Literal, a tuple[X, ...] of these, a dataclass, or a union of
-dataclasses, told apart by their default of `type`. Every field has a default.
+dataclasses, which are distinguished by the default of their field `type`. Every field has a default.
 """
 
 import dataclasses
@@ -18,17 +18,17 @@ from ml_collections import ConfigDict
 
 
 def build(cls, cfg: Mapping, name: str = ""):
-    """Builds the frozen dataclass `cls` from `cfg`, nested dataclasses included.
+    """Builds the frozen dataclass `cls` from `cfg`, including nested dataclasses.
 
-    A key that `cfg` lacks takes the default of the dataclass. An int is taken for a float, a list
-    for a tuple; nothing else is converted.
+    A key that is missing in `cfg` takes the default of the dataclass. An int is accepted for a float and a
+    list for a tuple; nothing else is converted.
 
     Args:
       cfg: a ConfigDict, or any mapping (a config read back from JSON).
-      name: where `cfg` sits in the whole config (`train`), for messages.
+      name: path of `cfg` in the whole config (`train`), for error messages.
 
-    Raises ValueError for an unknown key, with the nearest known one; for a value of the wrong type; and for
-    whatever the dataclass itself refuses.
+    Raises ValueError for an unknown key (naming the closest known key), for a value of the wrong type, and
+    for values that the dataclass itself refuses.
     """
     hints = _hints(cls)
     values = {}
@@ -40,13 +40,13 @@ def build(cls, cfg: Mapping, name: str = ""):
         values[key] = _convert(cfg[key], hints[key], _join(name, key), cls.__name__)
     try:
         return cls(**values)
-    except ValueError as error:  # it names its field, which here has the name of its flag
+    except ValueError as error:  # its message begins with the field: put the path of the section before it
         field = str(error).partition("=")[0]
         raise ValueError(_join(name, str(error)) if field in hints else str(error)) from error
 
 
 def to_config_dict(config) -> ConfigDict:
-    """The mutable ConfigDict of a dataclass instance, typed so that overrides are checked."""
+    """Returns a dataclass instance as a mutable ConfigDict, typed so that overrides are checked."""
     values = {name: getattr(config, name) for name in _hints(type(config))}
     return ConfigDict(
         {name: to_config_dict(x) if dataclasses.is_dataclass(x) else x for name, x in values.items()}
@@ -54,8 +54,8 @@ def to_config_dict(config) -> ConfigDict:
 
 
 def override(cls, cfg: ConfigDict, values: Mapping[str, Any]) -> None:
-    """Sets keys of `cfg`, {"loss.type": "gbce", "loss.num_negatives": 64}: types first, for they choose which
-    keys there are.
+    """Sets keys of `cfg`, as in {"loss.type": "gbce", "loss.num_negatives": 64}. Types are set first, because
+    they determine which keys a section has.
 
     cls: the dataclass of the whole config. Raises ValueError as `switch_type`, KeyError for an unknown key.
     """
@@ -66,12 +66,12 @@ def override(cls, cfg: ConfigDict, values: Mapping[str, Any]) -> None:
 
 
 def switch_type(cls, cfg: ConfigDict, section: str, new: str) -> None:
-    """Makes `cfg.section` the config of another type: what the new type has too keeps the value that `cfg`
-    gives it, where that is not the default of the old type; all else is at the new type's defaults.
+    """Replaces `cfg.section` by the config of another type. A key that both types have keeps its value if
+    that differs from the old type's default; every other key gets the new type's default.
 
-    cls: the dataclass of the whole config. section: the name of a field; where that is no union of
-    dataclasses, its `type` is a value like any other and nothing happens.
-    Raises ValueError for a type that is unknown.
+    cls: the dataclass of the whole config. section: the name of a field. If the field is not a union of
+    dataclasses, its `type` is an ordinary value and nothing happens.
+    Raises ValueError for an unknown type.
     """
     classes = _dataclasses_of(_hints(cls).get(section))
     if len(classes) < 2:
@@ -95,12 +95,12 @@ def _hints(cls) -> dict[str, Any]:
 
 
 def _dataclasses_of(hint) -> tuple:
-    """The dataclasses that a value of the annotated type can be."""
+    """The dataclasses among the options of an annotated type."""
     return tuple(option for option in (typing.get_args(hint) or (hint,)) if dataclasses.is_dataclass(option))
 
 
 def _convert(value: Any, hint: Any, name: str, owner: str):
-    """`value` as the annotated type `hint`, or a ValueError that names the field `name`."""
+    """Returns `value` as the annotated type `hint`. Raises ValueError, naming the field, if it cannot."""
     origin, args, classes = typing.get_origin(hint), typing.get_args(hint), _dataclasses_of(hint)
     if origin is Literal:
         _check_choice(name, value, args, f" ({owner})")
@@ -116,7 +116,7 @@ def _convert(value: Any, hint: Any, name: str, owner: str):
         return tuple(_convert(item, args[0], f"{name}[{i}]", owner) for i, item in enumerate(value))
     if hint is float and type(value) is int:
         return float(value)
-    is_bool = isinstance(value, bool)  # an int to Python, a mistake to a user
+    is_bool = isinstance(value, bool)  # Python accepts a bool as an int; in a config that is a mistake
     if origin is not tuple and isinstance(value, classes or hint) and is_bool == (hint is bool):
         return value
     kind = type(value).__name__

@@ -1,5 +1,5 @@
-"""A run from end to end: config -> data -> model -> training -> test score. The entry points in
-`experiments/` are thin wrappers around this class."""
+"""A complete run: config -> data -> model -> training -> test scores. The commands in `experiments/` are thin
+wrappers around the class `Experiment`."""
 
 import contextlib
 import dataclasses
@@ -42,10 +42,10 @@ from rec_jax.workdir import training_lock
 
 
 class Experiment:
-    """A config and its working directory, `workdir`, which holds all that the run reads and writes.
+    """A config and its working directory, `workdir`, which holds all files that the run writes.
 
-    base: parameters of a trained run, for a run that starts from them. dataset, semantic_ids: if they are loaded
-    already.
+    base: parameters of a trained run, for a run that starts from them. dataset, semantic_ids: given if they
+    are loaded already.
     """
 
     def __init__(self, config: ExperimentConfig, workdir, base=None, dataset=None, semantic_ids=None):
@@ -63,7 +63,7 @@ class Experiment:
             self.semantic_ids = load_semantic_ids(
                 config.semantic_ids, config.data, self.dataset, self.workdir, config.seed
             )
-        self._check_columns(MODELS[type(config.model)].columns)  # a constructor may need them
+        self._check_columns(MODELS[type(config.model)].columns)  # first, as the constructor may need them
         self.model = define_model(self.builder(config))
         self._check_columns(self.model.columns)
 
@@ -72,17 +72,19 @@ class Experiment:
             fields = " and ".join(sorted({"data.time" if x == "time" else "data.features" for x in missing}))
             raise ValueError(
                 f"model.type={self.config.model.type!r} reads {', '.join(sorted(missing))} of each event, "
-                f"and this log has none: name the column by {fields}, or see how its config does without"
+                f"but this log has no such column: name it in {fields}, or see the comments in the model's "
+                "config on settings that do without"
             )
 
     def builder(self, config: ExperimentConfig):
-        """rngs -> the module of a config on this data set."""
+        """Returns the function rngs -> module that builds the model of a config for this data set."""
         num_items, max_len = self.histories.num_items, config.data.max_len
         return model_builder(config.model, num_items, max_len, self.semantic_ids, self.dataset.schema)
 
     def _with_layout(self, config: ExperimentConfig) -> ExperimentConfig:
-        """The config with the layout of the table that this run began with, or that the plan chooses: another
-        mesh would choose another, whose checkpoints have other arrays."""
+        """Returns the config with table.layout="auto" replaced: by the layout with which the run in `workdir`
+        began, else by the planned one. A resumed run on another mesh must not choose another layout, because
+        the arrays in its checkpoints would not match."""
         if config.table.layout != "auto":
             return config
         path = self.workdir / "config.json"
@@ -93,12 +95,12 @@ class Experiment:
 
     @classmethod
     def open(cls, workdir, overrides: dict | None = None) -> "Experiment":
-        """The experiment that was trained in `workdir`, on the split that it was trained on.
+        """Opens the run that was trained in `workdir`, with the split on which it was trained.
 
-        overrides: changes to its config, {"eval.ks": (10, 50)}. Where there are fewer devices than the run
-        had, it takes those there are.
+        overrides: changes to its config, {"eval.ks": (10, 50)}. If there are fewer devices than the run had,
+        the mesh is made of all devices present.
 
-        Raises ValueError if there is no trained model, or its split is missing or another one.
+        Raises ValueError if there is no trained model, or if the split on disk is missing or a different one.
         """
         trained = TrainedModel.load(workdir)
         try:
@@ -108,13 +110,17 @@ class Experiment:
         override(ExperimentConfig, cfg, overrides or {})
         config = build(ExperimentConfig, cfg)
         if config.mesh.data * config.mesh.model > jax.device_count():
-            print(f"mesh: the run had {config.mesh}, here are {jax.device_count()} devices", flush=True)
+            print(
+                f"mesh: the run was trained with {config.mesh}, but there are only {jax.device_count()} "
+                "devices: using all of them along data",
+                flush=True,
+            )
             config = dataclasses.replace(config, mesh=mesh_lib.MeshConfig())
         return cls(config, workdir, dataset=trained.dataset(), semantic_ids=trained.semantic_ids)
 
     @property
     def trained(self) -> TrainedModel:
-        """The best model so far, or what a compression stored, as it is on the disk now."""
+        """The trained model that is on disk now: the best one so far, or the result of a compression."""
         return TrainedModel.load(self.workdir)
 
     @functools.cached_property
@@ -122,15 +128,15 @@ class Experiment:
         return num_params(self.model.abstract_params)
 
     def describe(self) -> str:
-        """The mesh, and how the item embedding table is placed on it and learns."""
+        """Returns a line on the mesh and on the item embedding table: its size, layout and optimizer."""
         mesh, table = self.mesh, self.config.table
         platform = mesh.devices.flat[0].platform
         placed = f"mesh: data={mesh.shape['data']}, model={mesh.shape['model']} ({platform})"
         if self.semantic_ids:
             return f"{placed}\n{self.semantic_ids.report}"
         return (
-            f"{placed}; item embedding table: {self.histories.num_items + 1:,} rows x "
-            f"{self.config.model.table_dim}, layout {table.layout}, optimizer {table.optimizer}"
+            f"{placed}; item embedding table: {self.histories.num_items + 1:,} entries x "
+            f"{self.config.model.table_dim} dims, layout {table.layout}, optimizer {table.optimizer}"
         )
 
     @property
@@ -139,7 +145,7 @@ class Experiment:
         return tuple(feature for feature in self.dataset.schema if feature.name in self.model.columns)
 
     def batch_source(self) -> BatchSource:
-        """The batches of all epochs, this process's part of each."""
+        """Returns the batches of all epochs, of each the part that this process feeds."""
         config = self.config
         return BatchSource(
             self.histories,
@@ -158,10 +164,10 @@ class Experiment:
         )
 
     def fit(self, with_users: bool = True):
-        """Trains, or resumes where an earlier session in `workdir` stopped. Every best evaluation becomes a
-        version of the trained model. Returns the loop's FitResult.
+        """Trains, or resumes a training that stopped in `workdir`. Each new best evaluation stores a version
+        of the trained model. Returns the loop's FitResult.
 
-        with_users: see `trained.save`. Raises ValueError if another process trains there.
+        with_users: see `trained.save`. Raises ValueError if another process is training in `workdir`.
         """
         with training_lock(self.workdir) if processes.is_first() else contextlib.nullcontext():
             return self._fit(with_users)
@@ -178,9 +184,9 @@ class Experiment:
         saved = set()
 
         def save_best(params, record):
-            if (at := record["step"]) not in saved:
-                self.save_model(_plain(step, params), at, with_users)
-                saved.add(at)
+            if (number := record["step"]) not in saved:
+                self.save_model(_plain(step, params), number, with_users)
+                saved.add(number)
 
         fitted = fit(
             step.init(self.first_params()),
@@ -202,18 +208,22 @@ class Experiment:
             learning_rate=lambda step: rate(step - last_rewind(config.compress.prune, len(source), step)),
             on_best=save_best,
         )
-        write_json(path, config_json)  # an extended run has other epochs than the file says
+        write_json(path, config_json)  # train.epochs may have grown since the file was written
         return fitted
 
     def save_model(self, params, step: int, with_users: bool = True) -> None:
-        """Puts a new version of the trained model in force."""
+        """Stores a new version of the trained model and makes it the current one."""
         config = dataclasses.asdict(self.config)
         save_trained(self.workdir, params, step, config, self.dataset, self.semantic_ids, with_users)
 
     def step(self, total_steps: int = 1, teachers=None) -> TrainStep:
-        """teachers: needed to train, where the config has some."""
+        """Returns the training step.
+
+        total_steps: length of the training, for schedules. teachers: required for training if the config
+        names some; None if the step is not used for training.
+        """
         config = self.config
-        if teachers is None:  # nothing is to be trained
+        if teachers is None:
             compress = dataclasses.replace(config.compress, distill=DistillConfig())
             config = dataclasses.replace(config, compress=compress)
         return make_step(
@@ -228,13 +238,13 @@ class Experiment:
         )
 
     def first_params(self):
-        """What a training starts from: given parameters of the model, or those drawn by the seed."""
+        """The parameters that a training starts from: `base` if given, else drawn with config.seed."""
         return (
             init_model(self.builder(self.config), self.config.seed)[1] if self._base is None else self._base
         )
 
     def _run_info(self) -> dict:
-        """What must be the same when the run resumes."""
+        """The description of the run, stored with checkpoints and compared when the run resumes."""
         info = {
             "config": dataclasses.asdict(self.config),
             "split": self.split.checksum,
@@ -245,18 +255,19 @@ class Experiment:
 
     @functools.cached_property
     def _neighbours(self):
-        """The nearest items of each, where training substitutes them."""
+        """The nearest items of each item, or None if no augmentation substitutes items."""
         config = self.config
-        asking = [config.augment]
+        sections = [config.augment]
         if config.contrastive.augments:
-            asking.append(config.contrastive.augment)
-        nums = [section.num_neighbours for section in asking if section.substitute]
+            sections.append(config.contrastive.augment)
+        nums = [section.num_neighbours for section in sections if section.substitute]
         return nearest_items(self.histories, self.split, max(nums)) if nums else None
 
     def _teachers(self) -> list:
-        """[(model, params)] of compress.distill.teachers.
+        """Returns [(model, params)] of the runs in compress.distill.teachers.
 
-        Raises ValueError for one that was trained on another split or cannot read histories as long.
+        Raises ValueError for a teacher that was trained on another split, that reads shorter histories than
+        this run, or that predicts something else.
         """
         teachers = []
         for workdir in self.config.compress.distill.teachers:
@@ -267,37 +278,40 @@ class Experiment:
                 raise ValueError(f"teachers={workdir}: {error} (DistillConfig)") from error
             if teacher.max_len < self.config.data.max_len:
                 raise ValueError(
-                    f"teachers={workdir}: it reads data.max_len={teacher.max_len} events, this run "
-                    f"{self.config.data.max_len}: set data.max_len to as many at most (DistillConfig)"
+                    f"teachers={workdir} reads data.max_len={teacher.max_len} events, this run "
+                    f"{self.config.data.max_len}: lower data.max_len to {teacher.max_len} (DistillConfig)"
                 )
             if teacher.model.is_causal != self.model.is_causal or teacher.model.is_generative:
                 raise ValueError(
-                    f"teachers={workdir}: a model that predicts the next item learns from another such, one "
-                    f"that predicts masked items from another such, and one without item vectors from none "
-                    f"({teacher.model_config.type} teaches {self.config.model.type}) (DistillConfig)"
+                    f"teachers={workdir} has model.type={teacher.model_config.type!r}, which cannot teach "
+                    f"{self.config.model.type!r}: choose a teacher that has item vectors and that predicts "
+                    "the same as this model, either the next item or masked items (DistillConfig)"
                 )
             teachers.append((teacher.model, replicate(dequantize_params(teacher.params), self.mesh)))
         return teachers
 
     def ranker(self, params) -> Ranker:
-        """params: as they are placed in training."""
+        """Returns the ranker of this model. params: placed as in training."""
         step = self.step()
         return self.plain_ranker(step.objective.final(params), step.tables)
 
     def plain_ranker(self, params, tables: Tables | None = None) -> Ranker:
-        """params: as the model takes them; tables: those that are not parameters like any other."""
+        """Returns the ranker of this model for parameters in the form that the model takes.
+
+        tables: the tables that are not plain parameters, if any.
+        """
         sizes, schema = (self.histories.num_items, self.config.data.max_len), self.dataset.schema
         return make_ranker(self.model, params, *sizes, self.mesh, schema=schema, tables=tables)
 
     def evaluate(self, ranker: Ranker, part: str, *, quick: bool = False) -> dict:
-        """Every metric of one part; `quick` leaves out intervals and sampled protocols."""
+        """Returns every metric of one part, "val" or "test". quick: no intervals, no sampled protocol."""
         config = self.config.eval
         if quick:
             config = dataclasses.replace(config, bootstrap=0, sampled_negatives=0)
         return evaluate(ranker, self.histories, self.split, part, config, seed=self.config.seed)
 
     def evaluate_baselines(self, part: str) -> dict[str, dict]:
-        """The same evaluation for every baseline, and for the oracle where the data come from a simulator."""
+        """Returns {name: metrics} of every baseline, and of the oracle if the data are simulated."""
         names = self.config.eval.baselines
         rankers = {name: BASELINES[name](self.histories, self.split) for name in names}
         if self.dataset.world is not None:
@@ -306,7 +320,8 @@ class Experiment:
 
 
 def _plain(step: TrainStep, params) -> dict:
-    """Parameters of a training as the model takes them; a row-sharded table stays one, as a ShardedTable."""
+    """Converts parameters from their form in training to the form that the model takes; a row-sharded table
+    becomes a ShardedTable."""
     for table in step.tables.tables.values():
         if table.placement:
             params, array = pop_leaf(params, table.path)
@@ -320,9 +335,9 @@ def _name_users(histories, users: np.ndarray) -> str:
 
 
 def write_json(path: pathlib.Path, value) -> None:
-    """Writes through a temporary file, so that a killed process leaves the old or the new one.
+    """Writes JSON through a temporary file, so that a killed process leaves either the old or the new file.
 
-    Of several processes only the first writes.
+    If there are several processes, only the first one writes.
     """
     if not processes.is_first():
         return

@@ -1,8 +1,8 @@
-"""Random numbers from a counter hash: cheap to draw, cheap to redraw in a backward pass.
+"""Random numbers from a counter-based hash: cheap to draw, and cheap to draw again in a backward pass.
 
-A number is a hash of (key of the packed row, site, place in the row), so it does not depend on how rows are
-grouped into devices or micro-batches: one step draws the same on every mesh. On a CPU a draw is one fused
-loop, where Threefry is hundreds of small operations.
+A number is a hash of (key of the packed row, site, position in the row). It does not depend on how rows are
+grouped into devices or micro-batches, so a step draws the same numbers on every mesh. On a CPU a draw is one
+fused loop; Threefry takes hundreds of small operations.
 """
 
 import enum
@@ -13,13 +13,13 @@ import jax.numpy as jnp
 
 @enum.unique
 class Site(enum.IntEnum):
-    """The draws of a step for its rows: numbers of two sites are independent. Dropouts of layers have the
-    sites between INPUT and MASKED, see `dropout_site`."""
+    """Identifies the random draws of a step; numbers of two sites are independent. The dropouts of layers use
+    the sites between INPUT and MASKED, see `dropout_site`."""
 
     INPUT = 0  # dropout of a model's input
-    MASKED = 1_000  # which items a model that sees both sides masks
-    MASKED_LAST = 1_001  # in which histories it masks the last alone
-    AUGMENT = 2**29  # the change that a history gets
+    MASKED = 1_000  # which items a bidirectional model masks
+    MASKED_LAST = 1_001  # in which histories it masks only the last item
+    AUGMENT = 2**29  # which augmentation a history gets
     CROP = 2**29 + 1
     REORDER_SPAN = 2**29 + 2
     HIDE = 2**29 + 3
@@ -30,10 +30,10 @@ class Site(enum.IntEnum):
     NEGATIVE_COIN = 2**30 + 1
 
 
-def dropout_site(layer: int, place: int, places: int) -> int:
-    """Of the dropout `place` = 1..`places` of a layer."""
-    site = places * layer + place
-    assert 1 <= place <= places and site < Site.MASKED, (layer, place, places)
+def dropout_site(layer: int, number: int, count: int) -> int:
+    """The site of dropout `number` (1 to `count`) of a layer that has `count` dropouts."""
+    site = count * layer + number
+    assert 1 <= number <= count and site < Site.MASKED, (layer, number, count)
     return site
 
 
@@ -48,14 +48,14 @@ def mix(x: jax.Array, key: jax.Array | int = 0) -> jax.Array:
 
 
 def row_keys(seed: jax.Array, row_ids: jax.Array) -> jax.Array:
-    """One uint32 key a packed row: seed uint32 scalar, row_ids int32[B] -> uint32[B]."""
+    """One uint32 key per packed row: seed uint32 scalar, row_ids int32[B] -> uint32[B]."""
     return mix(mix(row_ids), seed)
 
 
 def words(key_B: jax.Array, site: int, shape: tuple[int, ...]) -> jax.Array:
-    """uint32[B, *shape] of random bits.
+    """Random bits, uint32[B, *shape].
 
-    key_B: uint32[B] from `row_keys`; site: a number that differs between the draws of one step.
+    key_B: uint32[B] from `row_keys`. site: a number that differs between the draws of one step.
     """
     counter = jnp.zeros(shape, jnp.uint32)
     for dim, size in enumerate(shape):

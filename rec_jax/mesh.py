@@ -1,4 +1,4 @@
-"""The only place that makes meshes, names axes and places arrays on devices."""
+"""Meshes: the only module that makes them, names their axes, and places batches and replicated arrays."""
 
 import os
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ from jax.sharding import PartitionSpec as P
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """The axes and what is split over them.
+    """Sizes of the mesh axes, and what is split over them.
 
-    Over "model" attention is split by heads, the feed-forward by channels and a mixture of experts by these,
-    where they can be divided, and tables as table.layout says.
+    "data" splits the batch. "model" splits attention by heads, the feed-forward by channels and a mixture of
+    experts by experts, where the sizes are multiples of the axis; and tables as table.layout says.
     """
 
-    data: int = 0  # devices that share a batch; 0 = all there are, divided by `model`
-    model: int = 1  # devices that share the heads, channels and tables, and see the same part of a batch
-    fully_sharded: bool = False  # split parameters and optimizer over "data" too; gathered for each step
-    reduce: Literal["f32", "bf16"] = "f32"  # of gradients, but those of tables, sent over "data"
+    data: int = 0  # devices that share a batch; 0 = the number of devices divided by `model`
+    model: int = 1  # devices that share the heads, channels and tables; they get the same part of a batch
+    fully_sharded: bool = False  # also shard parameters and optimizer over "data"; gathered in each step
+    reduce: Literal["f32", "bf16"] = "f32"  # dtype of gradients (except those of tables) sent over "data"
 
     def __post_init__(self):
         if self.data < 0:
@@ -34,16 +34,19 @@ class MeshConfig:
 def use_cpu_cores() -> None:
     """Makes each CPU core a virtual device, so that a data-parallel mesh uses them all.
 
-    Must run before JAX is first used. JAX_NUM_CPU_DEVICES, where set, wins.
+    Must run before JAX is first used. If JAX_NUM_CPU_DEVICES is set, it takes precedence.
     """
     if jax.config.jax_num_cpu_devices < 1:
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh with the axes "data" and "model" over the first devices; over all of several processes.
+    """Returns a mesh with the axes "data" and "model" over the first devices, or over all devices if there
+    are several processes.
 
     The devices of a process are neighbours along "data", so that each process feeds its own rows of a batch.
+
+    Raises ValueError if the devices do not suffice or cannot be divided among the processes.
     """
     devices = sorted(jax.devices(), key=lambda device: device.process_index)
     model = config.model
@@ -51,21 +54,21 @@ def make_mesh(config: MeshConfig) -> Mesh:
     if data * model > len(devices):
         raise ValueError(
             f"mesh.data={data} times mesh.model={model} but there are {len(devices)} devices "
-            f"({devices[0].platform}); lower one, or set JAX_NUM_CPU_DEVICES to have more virtual ones on a "
-            "CPU"
+            f"({devices[0].platform}): lower one of the two, or on a CPU set JAX_NUM_CPU_DEVICES to get more "
+            "virtual devices"
         )
     num_processes, num_local = jax.process_count(), jax.local_device_count()
     if num_processes > 1 and (num_local % model or data * model != num_processes * num_local):
         raise ValueError(
             f"mesh.data={data} times mesh.model={model} but this is one of {num_processes} processes, with "
-            f"{num_local} of {len(devices)} devices: give each process the same number, a multiple of "
-            "mesh.model, and leave mesh.data at 0 to use them all"
+            f"{num_local} of {len(devices)} devices: give each process the same number of devices, a "
+            "multiple of mesh.model, and leave mesh.data at 0 to use them all"
         )
     return Mesh(np.array(devices[: data * model]).reshape(data, model), ("data", "model"))
 
 
 def replicate(tree, mesh: Mesh):
-    """Places every leaf whole on every device; of several processes all have the same."""
+    """Replicates every leaf on every device. All processes must pass the same values."""
     sharding = NamedSharding(mesh, P())
 
     def place(leaf):
@@ -77,24 +80,25 @@ def replicate(tree, mesh: Mesh):
 
 
 def place_batch(batch, mesh: Mesh):
-    """Splits the rows of this host's part of a batch, a pytree of arrays, over its devices along "data".
+    """Splits this host's part of a batch over its devices along "data".
 
-    Raises ValueError if they cannot be split evenly.
+    batch: a pytree of arrays with the packed rows as first dim. Raises ValueError if the rows cannot be split
+    evenly.
     """
     num_rows, num_parts = len(jax.tree.leaves(batch)[0]), mesh.local_mesh.shape["data"]
     if num_rows % num_parts:
         raise ValueError(
-            f"a batch of {num_rows} rows cannot be split over {num_parts} devices: make batch_rows a "
+            f"a batch of {num_rows} rows cannot be split over {num_parts} devices: make train.batch_rows a "
             "multiple of mesh.data"
         )
     sharding = NamedSharding(mesh, P("data"))
-    if jax.process_count() == 1:  # the same, in half the time
+    if jax.process_count() == 1:  # same result as below, in half the time
         return jax.device_put(batch, sharding)
     return jax.tree.map(partial(jax.make_array_from_process_local_data, sharding), batch)
 
 
 def place_whole_batch(batch, mesh: Mesh):
-    """The same for a batch that every host has in whole."""
+    """Like `place_batch`, for a batch of which every host has all rows."""
     if jax.process_count() == 1:
         return place_batch(batch, mesh)
     sharding = NamedSharding(mesh, P("data"))

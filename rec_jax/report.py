@@ -1,9 +1,9 @@
-"""Tables that people read."""
+"""Tables of text for the commands' output."""
 
 
 def format_table(head, rows) -> str:
-    """Aligned columns: the first to the left, the others to the right; integers with thousands separators. A
-    row that is shorter than the head is filled with blanks."""
+    """Formats a table: the first column is aligned left, the others right; integers get thousands separators.
+    A row that is shorter than the head is filled with blanks."""
     cells = [[f"{x:,}" if isinstance(x, int) else str(x) for x in row] for row in (head, *rows)]
     cells = [row + [""] * (len(head) - len(row)) for row in cells]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -20,9 +20,10 @@ def print_table(head, rows) -> None:
 
 
 def print_scores(scores: dict[str, dict], part: str) -> None:
-    """A row for each scored thing: the headline metrics, then those of the other policy on seen items.
+    """Prints one row for each ranker: the metrics under the configured policy on seen items (headline), then
+    hr@10 and ndcg@10 under the other policy.
 
-    scores: name -> the dict that `evaluate` returns.
+    scores: {name: the dict that `evaluate` returns}.
     """
     any_metrics = next(iter(scores.values()))
     drawn, held_out = any_metrics["num_examples"], any_metrics["num_held_out"]
@@ -41,7 +42,7 @@ def print_scores(scores: dict[str, dict], part: str) -> None:
     print_table(["", *first, "95 % interval", *others[:2], f"{other} hr@10", "ndcg@10"], rows)
     if num := any_metrics["untrained_items"]:
         shares = ", ".join(f"{name} {metrics['untrained@10']:.1%}" for name, metrics in scores.items())
-        print(f"{num:,} items have no training event; their share of all top-10 places: {shares}")
+        print(f"{num:,} items have no training event; their share of all top-10 recommendations: {shares}")
     if "oracle" in scores and "model" in scores:
         key = "unfiltered/ndcg@10"
         share = scores["model"][key] / scores["oracle"][key]
@@ -49,7 +50,7 @@ def print_scores(scores: dict[str, dict], part: str) -> None:
 
 
 def print_breakdown(metrics: dict) -> None:
-    """hr@10 and ndcg@10 by the length of the history and by the popularity of the target."""
+    """Prints hr@10 and ndcg@10 by the length of the history and by the popularity of the target."""
     for key, title in {
         "by_history_length": "history length",
         "by_popularity": "training events of the target",

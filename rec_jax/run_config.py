@@ -1,4 +1,4 @@
-"""All settings of a run, and the combinations of them that are refused."""
+"""The config of a run, and the combinations of settings that are refused."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from rec_jax.train.precision import PrecisionConfig
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
-    """Everything a run is made of. Config files start from its defaults."""
+    """All settings of a run. Config files start from these defaults."""
 
     seed: int = 0
     data: DataConfig = DataConfig()
@@ -42,19 +42,19 @@ class ExperimentConfig:
 
     def __post_init__(self):
         for refusal in REFUSALS:
-            if refusal.meets(self):
+            if refusal.applies(self):
                 raise ValueError(refusal.text(self))
 
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """A combination of settings that cannot be.
+    """A combination of settings that is refused.
 
-    meets: does a config have it? setting: the key that is wrong in the message, its value is filled in.
-    reason: why, and the way out.
+    applies: whether a config has the combination. setting: the key that the message names, with its value.
+    reason: why it is refused, and what to set instead.
     """
 
-    meets: Callable[[ExperimentConfig], bool]
+    applies: Callable[[ExperimentConfig], bool]
     setting: str
     reason: str
 
@@ -67,12 +67,12 @@ def _value(config, setting: str):
     return functools.reduce(getattr, setting.split("."), config)
 
 
-def _must_be_default(settings: tuple[str, ...], meets, reason: str) -> list[Refusal]:
-    """Settings that must stay at their defaults in the configs that `meets` is true of."""
+def _must_be_default(settings: tuple[str, ...], applies, reason: str) -> list[Refusal]:
+    """Refusals of every value but the default of `settings`, in configs for which `applies` is true."""
 
     def refusal(setting):
         default = _value(ExperimentConfig, setting)
-        return Refusal(lambda c: meets(c) and _value(c, setting) != default, setting, reason)
+        return Refusal(lambda c: applies(c) and _value(c, setting) != default, setting, reason)
 
     return [refusal(setting) for setting in settings]
 
@@ -82,97 +82,98 @@ def _has_tables(config) -> bool:
 
 
 def _is_plain(config) -> bool:
-    """Are the tables parameters like any other, as far as the config says?"""
+    """Whether the tables are plain parameters, according to the config."""
     table = config.table
     return table.optimizer == "dense" and table.layout in ("auto", "replicated")
 
 
-# One reason each. The first four kinds cannot be at all; the rest nobody has built.
+# Combinations that make no sense come first; those after "Not implemented" would be possible.
 REFUSALS = [
-    # A sparse update, or a sharded table, and a loss that reads otherwise.
+    # A sparse update needs a sampled loss; a dense update of a row-sharded table needs the full softmax.
     Refusal(
         lambda c: c.table.optimizer != "dense" and not is_sampled(c.loss),
         "table.optimizer",
-        "updates the entries that a batch reads, but loss.type={config.loss.type!r} reads the whole "
+        "updates only the entries that a batch reads, but loss.type={config.loss.type!r} reads the whole "
         "catalogue: use a sampled loss, or table.optimizer='dense'",
     ),
     Refusal(
         lambda c: c.table.optimizer == "dense" and c.table.layout == "rows" and is_sampled(c.loss),
         "table.layout",
-        "with table.optimizer='dense' is for loss.type='softmax', not {config.loss.type!r}: use a sparse "
-        "table.optimizer with a sampled loss",
+        "with table.optimizer='dense' needs loss.type='softmax', not {config.loss.type!r}: set a sparse "
+        "table.optimizer, as loss.type={config.loss.type!r} is a sampled loss",
     ),
     # Semantic ids have no item vectors.
     *_must_be_default(
         ("loss.type", "loss.matryoshka", "loss.ips_power", "loss.popularity_discount", "model.num_future")
         + ("contrastive.weight", "augment", "precision.output", "compress.distill.teachers"),
         lambda c: not _has_tables(c),
-        "needs item vectors, and model.type={model!r} scores semantic ids: leave it at its default",
+        "needs item vectors, but model.type={model!r} scores semantic ids: leave it at its default",
     ),
     Refusal(
         lambda c: not _has_tables(c) and not _is_plain(c),
         "table",
-        "is of an item embedding table, and model.type={model!r} has none: leave it at its default",
+        "configures the item embedding table, but model.type={model!r} has none: leave it at its default",
     ),
-    # Masked items are drawn anew in each step, and nothing is further ahead than what is masked.
+    # A model of masked items draws new masks in each step, and has no items further ahead to predict.
     *_must_be_default(
         ("augment", "contrastive.weight", "model.num_future"),
         lambda c: not MODELS[type(c.model)].is_causal,
-        "is for models that predict the next item, and model.type={model!r} predicts masked items: leave it "
+        "is for models that predict the next item, but model.type={model!r} predicts masked items: leave it "
         "at its default",
     ),
     # Sizes.
     Refusal(
         lambda c: c.loss.matryoshka and c.loss.matryoshka[-1] >= c.model.table_dim,
         "loss.matryoshka",
-        "must be below the {config.model.table_dim} dims of the vectors, which are always scored",
+        "must hold only sizes below the {config.model.table_dim} dims of the whole vectors, which are always "
+        "in the loss: remove the others",
     ),
     Refusal(
         lambda c: c.model.num_future > c.data.max_len,
         "model.num_future",
-        "must be at most data.max_len={config.data.max_len}: there is nothing further ahead",
+        "must be at most data.max_len={config.data.max_len}, the number of events in a history: lower it",
     ),
     Refusal(
         lambda c: c.contrastive.weight and c.contrastive.view == "dropout" and not c.model.dropout,
         "contrastive.view",
-        "needs model.dropout above 0, without which both views are the same: set it, or "
+        "needs model.dropout above 0, because otherwise both views are the same: set model.dropout, or "
         "contrastive.view='augment'",
     ),
-    # Not built.
+    # Not implemented.
     *_must_be_default(
         ("loss.matryoshka", "loss.ips_power", "loss.popularity_discount", "model.num_future"),
         lambda c: bool(c.compress.distill.teachers),
-        "is not supported with compress.distill.teachers, whose loss knows nothing of it: leave it at its "
+        "is not supported with compress.distill.teachers, whose loss does not include it: leave it at its "
         "default",
     ),
     *_must_be_default(
         ("compress.distill.teachers", "compress.lora.names", "compress.prune.names", "compress.prune.hold")
         + ("compress.quant.aware",),
         lambda c: not _is_plain(c),
-        "needs the item embedding table among the dense parameters: set table.optimizer=dense and "
+        "needs an item embedding table that is a plain parameter: set table.optimizer=dense and "
         "table.layout=replicated",
     ),
     Refusal(
         lambda c: not _is_plain(c) and (c.precision.params, c.precision.optimizer) != ("f32", "f32"),
         "precision",
-        "keeps numbers in bf16, which sharded tables and sparse updates cannot: set table.optimizer=dense "
-        "and table.layout=replicated",
+        "stores parameters or optimizer state in bf16, which sharded tables and sparse updates do not "
+        "support: set table.optimizer=dense and table.layout=replicated",
     ),
     Refusal(
         lambda c: c.compress.quant.aware and c.mesh.model > 1,
         "compress.quant.aware",
-        "needs whole kernels, whose ranges it looks at: mesh.model={config.mesh.model} splits them; set "
+        "needs whole kernels, to measure their ranges, but mesh.model={config.mesh.model} splits them: set "
         "mesh.model=1",
     ),
     Refusal(
         lambda c: c.compress.lora.names and (c.compress.prune.names or c.compress.prune.hold),
         "compress.lora.names",
-        "is not supported with compress.prune: masks on adapters leave the merged weights dense; prune "
-        "first, or last",
+        "is not supported with compress.prune, because masks on adapters leave the merged weights dense: "
+        "prune in a run before or after the adapters",
     ),
     Refusal(
         lambda c: bool(set(c.eval.baselines) - set(BASELINES)),
         "eval.baselines",
-        f"names what is no baseline: use {', '.join(BASELINES)}",
+        f"contains an unknown baseline: choose from {', '.join(BASELINES)}",
     ),
 ]

@@ -1,8 +1,8 @@
-"""A trained model on disk, in workdir/model/: all that evaluation, recommendation, compression, teachers and
-ensembles read. Files and versions are as `rec_jax.versions` has them.
+"""A trained model on disk, in workdir/model/. Evaluation, recommendation, compression, teachers and ensembles
+read it and nothing else of a run, except for the split. `rec_jax.versions` defines the files.
 
 It holds parameters in the order of ids, item ids and titles, training counts of the items, the last events of
-each user, the semantic ids of a model that has them, the config, and the checksums of the split and of the
+each user, the semantic ids if the model has some, the config, and the checksums of the split and of the
 vocabulary.
 """
 
@@ -23,23 +23,23 @@ from rec_jax.data.user_histories import UserHistories, last_events
 from rec_jax.tree import pop_leaf, with_leaf
 
 FOLDER = "model"
-_CHUNK_BYTES = 2**26  # of a sharded table that are on the host at once
+_CHUNK_BYTES = 2**26  # how much of a sharded table is on the host at once
 _USER_COLUMNS = ("offsets", "items", "times", "seen_offsets", "seen_items")
 
 
 @dataclass(frozen=True)
 class ShardedTable:
-    """A leaf of the parameters whose rows are placed as `tables.exchange.Placement` says."""
+    """A row-sharded leaf of the parameters. `placement`, a `tables.exchange.Placement`, maps ids to rows."""
 
     array: jax.Array
     placement: object
 
     def chunks(self):
-        """Blocks of rows in the order of ids, on the host: a whole copy would take as much room again."""
+        """Yields blocks of entries on the host, in the order of ids: a whole copy might not fit there."""
         num_rows, row_bytes = self.placement.num_rows, self.array[:1].nbytes
         size = min(num_rows, max(1, _CHUNK_BYTES // row_bytes))
         replicated = jax.sharding.NamedSharding(self.array.sharding.mesh, jax.sharding.PartitionSpec())
-        gather = jax.jit(lambda array, rows: array.at[rows].get(), out_shardings=replicated)
+        gather = jax.jit(lambda array, row_ids: array.at[row_ids].get(), out_shardings=replicated)
         for first in range(0, num_rows, size):
             ids = np.minimum(np.arange(first, first + size), num_rows - 1)  # one shape, compiled once
             yield np.asarray(gather(self.array, self.placement.to_physical(ids)))[: num_rows - first]
@@ -48,31 +48,31 @@ class ShardedTable:
 def save(
     workdir, params, step: int, config: dict, dataset, semantic_ids=None, with_users: bool = True
 ) -> None:
-    """Writes a version and puts it in force; of several processes all must call it.
+    """Writes a version and makes it the current one. All processes must call it.
 
     Args:
-      params: as the model takes them, a nested dict whose leaves are arrays, sharded or not, quantized
+      params: nested dict in the form that the model takes. Its leaves are arrays (sharded or not), quantized
         parameters, or ShardedTable.
       step: training step of the parameters.
-      config: of the run, JSON-able.
+      config: config of the run, JSON-serialisable.
       dataset: `data.datasets.Dataset`, for ids, titles, training counts and histories.
-      semantic_ids: of a model that has them.
+      semantic_ids: those of the items, if the model has some.
       with_users: keep the users' ids and last events, so that the model can recommend to them by id.
     """
     from rec_jax.compress.quant import pack_leaf
 
     root = Path(workdir).absolute() / FOLDER
-    before, writer, stored = versions.in_force(root), versions.Writer(root), {}
+    before, writer, stored = versions.current(root), versions.Writer(root), {}
     for name, leaf in _flatten(params).items():
         stem = "params." + name.replace("/", ".").replace("#", "")
         if isinstance(leaf, ShardedTable):
-            parts = {"array": writer.rows(stem, leaf.placement.num_rows, leaf.chunks())}
+            parts = {"array": writer.chunked(stem, leaf.placement.num_rows, leaf.chunks())}
             stored[name] = {"kind": "array", "parts": parts, "meta": {}}
             continue
         kind, parts, meta = pack_leaf(leaf)
         entries = {part: writer.array(f"{stem}.{part}", array, pack=True) for part, array in parts.items()}
         stored[name] = {"kind": kind, "parts": entries, "meta": meta}
-    made_of = {
+    sources = {
         "split": dataset.split.checksum,
         "vocabulary": dataset.histories.vocabulary,
         "columns": dataset.histories.column_digests,
@@ -81,14 +81,14 @@ def save(
         "context": [feature.name for feature in dataset.schema if not feature.is_outcome],
         "with_users": with_users,
     }
-    if before and before[1]["made_of"] == made_of:  # none of it changes during a run
+    if before and before[1]["made_of"] == sources:  # so in all versions of a run but the first
         catalogue = before[1]["catalogue"]
         writer.link(catalogue, *before)
     else:
         catalogue = _write_catalogue(writer, dataset, semantic_ids)
         if with_users:
-            catalogue["users"] = _write_users(writer, last_events(dataset.histories, made_of["max_len"]))
-    about = {"step": step, "config": config, "made_of": made_of, "params": stored, "catalogue": catalogue}
+            catalogue["users"] = _write_users(writer, last_events(dataset.histories, sources["max_len"]))
+    about = {"step": step, "config": config, "made_of": sources, "params": stored, "catalogue": catalogue}
     writer.publish(about)
 
 
@@ -116,9 +116,9 @@ def _write_users(writer: versions.Writer, users: UserHistories) -> dict:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A version that was read back.
+    """A version of a trained model, read from disk.
 
-    workdir: of the run. folder: of the version. about: what its about.json says.
+    workdir: directory of the run. folder: directory of the version. about: content of its about.json.
     """
 
     workdir: Path
@@ -127,9 +127,10 @@ class TrainedModel:
 
     @classmethod
     def load(cls, workdir) -> "TrainedModel":
-        """The model of a run, every file of it checked.
+        """Loads the model of a run and verifies the checksums of all its files.
 
-        Raises ValueError if there is none, none is intact, or another version of rec_jax wrote it.
+        Raises ValueError if there is no model, if no version is intact, or if another version of rec_jax
+        wrote it.
         """
         workdir = Path(workdir)
         root = workdir / FOLDER
@@ -138,13 +139,13 @@ class TrainedModel:
                 return cls(workdir, *versions.newest(root))
             except versions.DamagedError as error:
                 raise ValueError(
-                    f"{error}: give the command that made {workdir} once more, which writes it anew from the "
-                    "best checkpoint"
+                    f"{error}: run the command that made {workdir} once more; it writes the model again from "
+                    "the best checkpoint"
                 ) from error
         if (workdir / "config.json").exists():
             raise ValueError(
-                f"{workdir} holds no trained model yet ({root} is missing): let the training evaluate once, "
-                f"or it was {versions.OTHER_VERSION}"
+                f"{workdir} holds no trained model yet ({root} is missing): let the training run until its "
+                f"first evaluation. Or {workdir} was {versions.OTHER_VERSION}"
             )
         raise ValueError(f"--workdir={workdir} holds no run ({root} is missing): train one there first")
 
@@ -154,7 +155,7 @@ class TrainedModel:
 
     @property
     def config(self) -> dict:
-        """Of the run, as in config.json."""
+        """The config of the run, as in config.json."""
         return self.about["config"]
 
     @property
@@ -164,7 +165,7 @@ class TrainedModel:
 
     @property
     def vocabulary(self) -> str:
-        """Digest of the item ids in their order."""
+        """Digest of the item ids and their order."""
         return self.about["made_of"]["vocabulary"]
 
     @property
@@ -181,7 +182,7 @@ class TrainedModel:
 
     @property
     def param_bytes(self) -> int:
-        """Of the files of the parameters."""
+        """Size of the files of the parameters."""
         return sum(size for name, (size, _) in self.about["files"].items() if name.startswith("params."))
 
     @cached_property
@@ -196,7 +197,7 @@ class TrainedModel:
 
     @cached_property
     def model(self):
-        """The definition, a `models.base.Model`."""
+        """The definition of the model, without parameters, a `models.base.Model`."""
         from rec_jax.models.base import define_model
         from rec_jax.models.registry import model_builder
 
@@ -205,7 +206,7 @@ class TrainedModel:
 
     @cached_property
     def params(self) -> dict:
-        """As the model takes them; plain arrays are memory maps."""
+        """The parameters in the form that the model takes; plain arrays are memory maps."""
         params = {}
         for name, entry in self.about["params"].items():
             parts = {part: self._array(stored) for part, stored in entry["parts"].items()}
@@ -221,12 +222,12 @@ class TrainedModel:
 
     @cached_property
     def item_ids(self) -> Strings:
-        """Strings[V + 1], "" of padding first."""
+        """Strings[V + 1]; the first, of the padding, is ""."""
         return versions.read_strings(self.folder, self.about["catalogue"]["item_ids"])
 
     @cached_property
     def titles(self) -> Strings:
-        """Strings[V + 1], "" where none is known."""
+        """Strings[V + 1]; "" if the title is unknown."""
         return versions.read_strings(self.folder, self.about["catalogue"]["titles"])
 
     @cached_property
@@ -242,7 +243,7 @@ class TrainedModel:
 
     @cached_property
     def semantic_ids(self):
-        """`models.semantic_ids.Codes`, or None."""
+        """`models.semantic_ids.SemanticIds`, or None."""
         entries = self.about["catalogue"]
         if "semantic_ids" not in entries:
             return None
@@ -254,9 +255,11 @@ class TrainedModel:
 
     @cached_property
     def users(self) -> UserHistories:
-        """Raises ValueError where the run did not keep them."""
+        """The last events of each user. Raises ValueError if the run did not keep them."""
         if "users" not in self.about["catalogue"]:
-            raise ValueError(f"{self.workdir} was trained without keeping users: give a history of item ids")
+            raise ValueError(
+                f"{self.workdir} was trained without keeping users (--nokeep_users): give a history instead"
+            )
         entries = self.about["catalogue"]["users"]
         columns = {name: self._array(entries[name]) if name in entries else None for name in _USER_COLUMNS}
         features = {name: self._array(entry) for name, entry in entries["features"].items()}
@@ -266,9 +269,9 @@ class TrainedModel:
         return versions.read_array(self.folder, entry)
 
     def dataset(self):
-        """The prepared split that the run was trained on (`data.datasets.Dataset`).
+        """Loads the prepared split on which the run was trained (`data.datasets.Dataset`).
 
-        Raises ValueError if it is missing, or another one.
+        Raises ValueError if it is missing or a different one.
         """
         from rec_jax.data.datasets import DataConfig, load_prepared
 
@@ -277,8 +280,8 @@ class TrainedModel:
         return dataset
 
     def check_data(self, dataset) -> None:
-        """Raises ValueError unless this is the split, with the item ids, that the model was trained on, and
-        the columns that it reads are those of then."""
+        """Raises ValueError unless `dataset` has the split, the item ids and (of the columns that the model
+        reads) the values with which the model was trained."""
         histories = dataset.histories
         pairs = {
             "split checksum": (self.split, dataset.split.checksum),
@@ -290,18 +293,18 @@ class TrainedModel:
         for name, (ours, theirs) in pairs.items():
             if ours != theirs:
                 raise ValueError(
-                    f"{self.workdir} was trained on {name} {ours}, and these data have {name} {theirs} "
-                    f"({histories.num_items:,} items, {histories.num_events:,} events): bring back those of "
+                    f"{self.workdir} was trained on {name} {ours}, but these data have {name} {theirs} "
+                    f"({histories.num_items:,} items, {histories.num_events:,} events): restore the data of "
                     "the training, or train again in another workdir"
                 )
 
     def ranker(self, mesh=None, dims: int = 0, num_beams: int = 0):
-        """A `models.ranker.ScoreRanker` by this model.
+        """Returns the `models.ranker.ScoreRanker` of this model.
 
-        mesh: None = the first device alone. dims: score by so many first dims; 0 = by all. num_beams: of a
-        search; 0 = as the config says.
+        mesh: None = only the first device. dims: score by the first `dims` dims of the vectors; 0 = all.
+        num_beams: width of the beam search; 0 = model.num_beams.
 
-        Raises ValueError for more dims than there are.
+        Raises ValueError if `dims` exceeds the dims of the vectors.
         """
         from rec_jax.mesh import MeshConfig, make_mesh
         from rec_jax.models.scoring import make_ranker
@@ -312,7 +315,8 @@ class TrainedModel:
         return make_ranker(self.model, params, self.num_items, self.max_len, mesh, **options)
 
     def _params_on(self, mesh) -> tuple:
-        """(parameters, tables that are not like any other or None), as the training evaluated them."""
+        """Returns (parameters, Tables or None) as the training evaluated them: fake-quantized after
+        quantization-aware training, and with the table row-sharded if the mesh has several devices."""
         params, config = self.params, self.config
         if config["compress"]["quant"]["aware"] and not self.is_quantized:
             from rec_jax.compress.quant import QuantConfig, fake_quantize_params
@@ -330,27 +334,27 @@ class TrainedModel:
 
 
 def check_same_split(models: list[TrainedModel]) -> None:
-    """Raises ValueError for models that cannot be one ensemble: of different splits, which may have seen each
-    other's test part, or of a kind that does not score every item."""
+    """Raises ValueError for models that cannot form an ensemble: models of different splits (one may have
+    been trained on the other's test targets), or models that do not score every item."""
     first, *others = models
     for model in models if others else ():
         if model.model.is_generative:
             raise ValueError(
-                f"--workdir: {model.workdir} (model.type={model.model_config.type!r}) scores only what its "
-                "search finds, which has no mean with others: leave it out"
+                f"--workdir: {model.workdir} (model.type={model.model_config.type!r}) scores only the items "
+                "that its beam search finds, so its scores cannot be averaged with others: leave it out"
             )
     for other in others:
         for name in ("split", "vocabulary"):
             ours, theirs = getattr(first, name), getattr(other, name)
             if ours != theirs:
                 raise ValueError(
-                    f"--workdir: {other.workdir} learnt from {name} {theirs}, {first.workdir} from {name} "
-                    f"{ours}: name runs of one split"
+                    f"--workdir: {other.workdir} was trained on {name} {theirs}, {first.workdir} on {name} "
+                    f"{ours}: name only runs of one split"
                 )
 
 
 def _flatten(tree, prefix="") -> dict:
-    """{"blocks/#0/ff/up/kernel": leaf}: # marks keys that are integers."""
+    """Returns {"blocks/#0/ff/up/kernel": leaf}; # marks integer keys."""
     if not isinstance(tree, dict):
         return {prefix: tree}
     leaves = {}

@@ -1,4 +1,4 @@
-"""From a config to the parts of a training: tables, objective, optimizer and the step that joins them."""
+"""Builds the training step of a config from its tables, objective and optimizer."""
 
 import dataclasses
 import math
@@ -26,21 +26,21 @@ from rec_jax.tree import leaf_names
 
 
 def num_lookups(config: ExperimentConfig, mesh) -> int:
-    """Ids that one device looks up in the item embedding table in a step."""
+    """The number of ids that one device looks up in the item embedding table per step."""
     rows, length = config.train.batch_rows // mesh.shape["data"], config.data.max_len
     num_views = 2 * config.contrastive.augments
     return ids_per_device(rows, length, num_negatives(config.loss, rows, length), num_views)
 
 
 def plan_layouts(config: ExperimentConfig, num_items: int, mesh) -> list[LayoutCost]:
-    """What each layout of the item embedding table would take of a device."""
+    """Returns the cost per device of each layout of the item embedding table."""
     shape, axes = (num_items + 1, config.model.table_dim), (mesh.shape["data"], mesh.shape["model"])
     return layout_costs(config.table, config.optim.type, *shape, num_lookups(config, mesh), *axes)
 
 
 def with_layout(config: ExperimentConfig, num_items: int, mesh) -> ExperimentConfig:
-    """The config with the layout that the plan chooses, where it says "auto"."""
-    layout = "replicated"  # where there is nothing to place
+    """Returns the config with table.layout="auto" replaced by the layout that the plan chooses."""
+    layout = "replicated"  # for models without tables
     if MODELS[type(config.model)].tables:
         layout = choose_layout(config.table, plan_layouts(config, num_items, mesh))
     return dataclasses.replace(config, table=dataclasses.replace(config.table, layout=layout))
@@ -57,15 +57,15 @@ def make_step(
     base=None,
     neighbours_VK=None,
 ) -> TrainStep:
-    """The training step of a config.
+    """Returns the training step of a config.
 
-    item_counts: int[V + 1] training events of each item. total_steps: of the training, for schedules.
-    teachers, base: see `Compression`. neighbours_VK: see `augment`; needed to substitute items.
+    item_counts: int[V + 1] training events of each item. total_steps: steps of the whole training, for
+    schedules. teachers, base: see `Compression`. neighbours_VK: see `augment`; needed to substitute items.
     """
     config = with_layout(config, len(item_counts) - 1, mesh)
     optim, table = config.optim, config.table
     compression = None
-    if config.compress != CompressConfig():  # else a step does nothing for it
+    if config.compress != CompressConfig():  # otherwise the step needs no compression code
         compression = Compression(
             config.compress, model, total_steps, config.seed, teachers, replicate(base, mesh)
         )
@@ -98,7 +98,7 @@ def make_step(
         config.train.micro_rows, config.seed, optim.clip_norm, config.precision.params, config.mesh.reduce
     )
 
-    def make_fixed():  # samplers of millions of items take seconds
+    def make_fixed():  # called lazily: a sampler of millions of items takes seconds to build
         neighbours = None if neighbours_VK is None else jnp.asarray(neighbours_VK)
         return Fixed(make_prior(config.loss, item_counts), neighbours, compression and compression.frozen)
 
@@ -106,7 +106,7 @@ def make_step(
 
 
 def bytes_per_device(step: TrainStep) -> int:
-    """Of parameters and their optimizer's state, but for the tables."""
+    """The bytes of parameters and optimizer state on one device, without the tables."""
     state = step.abstract_state()
     dense = step.tables.split(state.params)[0], state.opt_state[0]
     return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(dense))

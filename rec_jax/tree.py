@@ -1,4 +1,4 @@
-"""Named leaves of nested parameter dicts."""
+"""Leaves of nested parameter dicts, by name."""
 
 import re
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def leaf_names(tree) -> dict[str, jax.Array]:
-    """{"blocks/0/ff/up/kernel": leaf, ...} in tree order."""
+    """Returns {"blocks/0/ff/up/kernel": leaf, ...} in tree order."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {_name(path): leaf for path, leaf in leaves}
 
@@ -17,18 +17,18 @@ def _name(path) -> str:
 
 
 def leaf_mask(tree, pattern: str, *, field: str):
-    """A tree of bools: does the leaf's name match the regex in full?
+    """Returns a tree of bools: whether the whole name of each leaf matches the regex.
 
-    Raises ValueError, naming `field` and listing the names, if none does.
+    Raises ValueError, naming `field` and listing all names, if none matches.
     """
     mask = jax.tree_util.tree_map_with_path(lambda p, _: bool(re.fullmatch(pattern, _name(p))), tree)
     if not any(jax.tree.leaves(mask)):
-        raise ValueError(f"{field}={pattern!r} matches no parameter; there are {list(leaf_names(tree))}")
+        raise ValueError(f"{field}={pattern!r} matches no parameter: choose from {list(leaf_names(tree))}")
     return mask
 
 
 def cast_floats(tree, dtype):
-    """Floating leaves cast to `dtype`, others as they are."""
+    """Casts floating-point leaves to `dtype` and leaves the others unchanged."""
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
@@ -37,7 +37,7 @@ def num_params(tree) -> int:
 
 
 def pop_leaf(tree: dict, name: str) -> tuple[dict, object]:
-    """(the nested dict without the leaf, the leaf). name: "items/embedding"."""
+    """Returns (the nested dict without the leaf, the leaf). name: such as "items/embedding"."""
     first, _, rest = name.partition("/")
     if not rest:
         return {key: value for key, value in tree.items() if key != first}, tree[first]
@@ -46,6 +46,6 @@ def pop_leaf(tree: dict, name: str) -> tuple[dict, object]:
 
 
 def with_leaf(tree: dict, name: str, leaf) -> dict:
-    """The nested dict with another leaf under that name."""
+    """Returns the nested dict with `leaf` in place of the leaf of that name."""
     first, _, rest = name.partition("/")
     return {**tree, first: with_leaf(tree[first], rest, leaf) if rest else leaf}

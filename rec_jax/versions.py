@@ -1,14 +1,14 @@
-"""Folders of arrays in versions: written whole, checked when they are read, one of them in force.
+"""Versioned folders of arrays, with checksums that are verified when a version is read.
 
-    root/current     the name of the version in force
-    root/000007/     a version: about.json, and one .npy file an array, memory-mapped when it is read
+    root/current     name of the current version
+    root/000007/     a version: about.json, and one .npy file per array, memory-mapped when it is read
 
-A version is complete before the pointer moves to it by os.replace, so a killed process leaves the old version
-or the new one. The one before it is kept: a process that reads it meanwhile can finish, and it steps in where
-the newest turns out damaged.
+A version is written completely before os.replace moves the pointer to it, so a killed process leaves either
+the old or the new version current. The previous version is kept: a process that is reading it can finish, and
+it replaces the current version if that is damaged.
 
-An array with enough zeros, as pruning leaves them, may be packed: its file then holds a bitmap and the
-numbers that are not zero.
+An array with many zeros, as pruning leaves them, can be packed: its file then holds a bitmap and the nonzero
+numbers.
 """
 
 import json
@@ -25,10 +25,10 @@ import numpy as np
 from rec_jax import processes
 from rec_jax.data.strings import Strings
 
-FORMAT = 1  # of the files and of what they mean; raise it when either changes
+FORMAT = 1  # increase it when the files or their meaning change
 OTHER_VERSION = "trained by another version of rec_jax: train again"
 _POINTER, _ABOUT = "current", "about.json"
-_KEPT = 2  # versions, the one in force included
+_KEPT = 2  # number of versions kept, including the current one
 
 
 class DamagedError(ValueError):
@@ -36,7 +36,7 @@ class DamagedError(ValueError):
 
 
 class Writer:
-    """One new version. Of several processes only the first writes; all must hand over the same arrays.
+    """Writes one new version. Only the first process writes; all processes must pass the same arrays.
 
     writer = Writer(root)
     about["table"] = writer.array("table", table)
@@ -50,8 +50,10 @@ class Writer:
             self._folder.mkdir(parents=True)
 
     def array(self, name: str, array, pack: bool = False) -> dict:
-        """Writes NAME.npy; returns the entry that `read_array` takes. pack: store zeros as bits, if that is
-        smaller."""
+        """Writes NAME.npy and returns the entry that `read_array` takes.
+
+        pack: store a bitmap and the nonzero numbers, if that is smaller.
+        """
         array = processes.whole(array)
         if not processes.is_first():
             return {}
@@ -64,8 +66,8 @@ class Writer:
         np.save(self._folder / entry["file"], _bits(array))
         return self._recorded(entry)
 
-    def rows(self, name: str, num_rows: int, chunks) -> dict:
-        """Writes an array from consecutive blocks of its rows, of which only one is held at a time."""
+    def chunked(self, name: str, num_rows: int, chunks) -> dict:
+        """Writes an array from an iterator of consecutive blocks along its first dim, one block at a time."""
         entry, file, done = {}, None, 0
         for chunk in chunks:
             if not processes.is_first():
@@ -87,14 +89,14 @@ class Writer:
         return {part: self.array(f"{name}.{part}", getattr(strings, part)) for part in ("data", "ends")}
 
     def link(self, tree, folder: Path, about: dict) -> None:
-        """Takes over the files of all entries in a tree from another version."""
+        """Links the files of all entries in a tree from another version into this one."""
         for entry in _entries(tree) if processes.is_first() else ():
             name = entry["file"]
             link(folder / name, self._folder / name)
             self._files[name] = about["files"][name]
 
     def publish(self, about: dict) -> None:
-        """Completes the version, moves the pointer to it and removes old ones."""
+        """Completes the version, makes it the current one and removes old versions."""
         if processes.is_first():
             text = json.dumps(about | {"format": FORMAT, "files": self._files})
             checked = {"crc32": zlib.crc32(text.encode()), "about": text}
@@ -113,7 +115,7 @@ class Writer:
 
 
 def link(source, target) -> None:
-    """A hard link, or a copy where the file system has no links."""
+    """Makes a hard link, or a copy if the file system does not support links."""
     try:
         os.link(source, target)
     except OSError:
@@ -121,11 +123,11 @@ def link(source, target) -> None:
 
 
 def newest(root: Path) -> tuple[Path, dict]:
-    """(folder, about) of the version in force, every file of it checked. A damaged one is named on stderr,
-    and the newest intact one is taken instead.
+    """Returns (folder, about) of the current version, after a check of all its files. If it is damaged, says
+    so on stderr and returns the newest intact version instead.
 
     Raises:
-      DamagedError: none is intact.
+      DamagedError: no version is intact.
       ValueError: another version of rec_jax wrote it.
     """
     named = (root / _POINTER).read_text().strip()
@@ -144,8 +146,8 @@ def newest(root: Path) -> tuple[Path, dict]:
     raise DamagedError(f"no version in {root} can be read back. {'; '.join(damages)}")
 
 
-def in_force(root: Path) -> tuple[Path, dict] | None:
-    """(folder, about) as the pointer says, the files unchecked; None where that cannot be read."""
+def current(root: Path) -> tuple[Path, dict] | None:
+    """Returns (folder, about) of the current version, its files unchecked; None if it cannot be read."""
     try:
         folder = root / (root / _POINTER).read_text().strip()
         return folder, read_about(folder)
@@ -165,15 +167,18 @@ def read_about(folder: Path) -> dict:
     except (OSError, ValueError, KeyError) as error:
         raise DamagedError(f"{folder / _ABOUT} cannot be read ({error})") from error
     if not is_whole:
-        raise DamagedError(f"{folder / _ABOUT} has another checksum than what was written")
+        raise DamagedError(f"{folder / _ABOUT} has another checksum than when it was written")
     about = json.loads(text)
     if about["format"] != FORMAT:
-        raise ValueError(f"{folder} is of format {about['format']}, this is {FORMAT}: {OTHER_VERSION}")
+        raise ValueError(
+            f"{folder} has format {about['format']}, but this version of rec_jax reads format {FORMAT}: the "
+            f"model was {OTHER_VERSION}"
+        )
     return about
 
 
 def read_array(folder: Path, entry: dict) -> np.ndarray:
-    """A memory map, unless the array was packed."""
+    """Returns a memory map; of a packed array, an array in memory."""
     shape, dtype = tuple(entry["shape"]), jnp.dtype(entry["dtype"])
     size = math.prod(shape)
     array = np.load(folder / entry["file"], mmap_mode="r" if size else None)
@@ -190,21 +195,21 @@ def read_strings(folder: Path, entry: dict) -> Strings:
 
 
 def check(folder: Path) -> dict:
-    """What about.json says, if all files are what was written. Raises DamagedError naming one that is not."""
+    """Returns the content of about.json. Raises DamagedError, naming the file, if any file has changed."""
     about = read_about(folder)
     for name, (size, digest) in about["files"].items():
         path = folder / name
         if not path.exists():
             raise DamagedError(f"{path} is missing")
         if path.stat().st_size != size:
-            raise DamagedError(f"{path} has {path.stat().st_size:,} bytes, {size:,} were written")
+            raise DamagedError(f"{path} has {path.stat().st_size:,} bytes, but {size:,} were written")
         if _crc32(path) != digest:
-            raise DamagedError(f"{path} has another checksum than what was written")
+            raise DamagedError(f"{path} has another checksum than when it was written")
     return about
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
-    """The array; of a type that .npy does not know, as bf16, the bits."""
+    """Returns the array, or its bits as unsigned integers if .npy does not support its dtype (bf16)."""
     return array.view(f"u{array.itemsize}") if array.dtype.kind == "V" else array
 
 
@@ -217,6 +222,7 @@ def _crc32(path: Path) -> int:
 
 
 def _entries(tree):
+    """Yields the entries of `Writer.array` and `Writer.chunked` in a nested dict."""
     if isinstance(tree, dict) and "file" in tree:
         yield tree
     elif isinstance(tree, dict):

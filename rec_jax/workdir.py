@@ -1,4 +1,4 @@
-"""One training at a time in a working directory."""
+"""A lock that allows only one training at a time in a working directory."""
 
 import contextlib
 import datetime
@@ -15,12 +15,12 @@ LOCK = "training.lock"
 
 @contextlib.contextmanager
 def training_lock(workdir) -> Iterator[None]:
-    """Holds WORKDIR/training.lock, which names this process.
+    """Holds a lock on WORKDIR/training.lock, in which it names this process.
 
-    The kernel drops the lock when its process ends, by SIGKILL too: it never has to be removed by hand. The
-    file stays, empty while nobody trains.
+    The kernel releases the lock when the process ends, even by SIGKILL, so nobody has to remove it by hand.
+    The file stays; it is empty while no training runs.
 
-    Raises ValueError, naming the process, if a training has the lock: another one, or one of this process.
+    Raises ValueError, naming the process, if another training, even one of this process, has the lock.
     """
     with (pathlib.Path(workdir) / LOCK).open("a+", encoding="utf-8") as file:
         try:
@@ -29,8 +29,8 @@ def training_lock(workdir) -> Iterator[None]:
             file.seek(0)
             holder = file.read() or "another process"
             raise ValueError(
-                f"--workdir={workdir}: a training is running there, {holder}. Wait until it ends, stop it, "
-                "or train in another directory"
+                f"--workdir={workdir}: another training is running there, {holder}: wait until it ends, stop "
+                "it, or train in another directory"
             ) from None
         file.truncate(0)
         file.write(_this_process())

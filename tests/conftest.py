@@ -1,14 +1,14 @@
-"""Eight virtual CPU devices for every test, so that meshes are real without an accelerator."""
+"""Settings of all tests: eight virtual CPU devices, to test meshes on any machine, and fast compilation."""
 
 import importlib.metadata
 import os
 import pathlib
 
-# Tests compile far more than they compute, and run most of it once: LLVM's passes are left out, and fused
-# loops are emitted the older way, in half the time. That fuses more, so products are rounded before they are
-# added (no FMA): what two programs both compute is then the same to the bit. Said before JAX is imported; the
-# commands that tests start inherit it. A flag that XLA does not know ends the process: other releases of
-# jaxlib, which may have dropped one, go without, and take longer.
+# Tests spend most of their time compiling programs that run once. So LLVM's optimization passes are off, and
+# the older emitters of fused loops are used, which halves the time. The older emitters fuse more; to let two
+# programs that compute the same value agree bit for bit, fused multiply-adds (FMA) are off as well. The flags
+# must be set before JAX is imported; commands that tests start inherit them. An unknown flag ends the process:
+# other releases of jaxlib, which may have dropped one, run without the flags and take longer.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ.setdefault(
         "XLA_FLAGS",
@@ -20,8 +20,8 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
-# The commands that tests start compile much the same programs: they share what they compiled. Tests compile
-# for themselves, for some read what the compiler says.
+# The commands that tests start share a compilation cache, because they compile many of the same programs. The
+# test process itself does not use it, because some tests check the output of the compiler.
 jax.config.update("jax_enable_compilation_cache", False)
 # No time limits on examples: a busy machine must not fail a test.
 hypothesis.settings.register_profile("rec_jax", deadline=None)
@@ -34,15 +34,15 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Commands and training first: no worker shall be left alone with a long file at the end."""
+    """Runs the slow files first, so that parallel workers finish at about the same time."""
     long = ("tests/experiments/", "tests/train/", "tests/test_recipes.py")
     items.sort(key=lambda item: not item.nodeid.startswith(long))
 
 
 @pytest.fixture
 def real_data():
-    """The folder of real data sets, from REC_JAX_DATA; skips where it is not set."""
+    """The folder of real data sets, from REC_JAX_DATA. Skips the test if that is not set."""
     root = os.environ.get("REC_JAX_DATA")
     if not root:
-        pytest.skip("REC_JAX_DATA is not set: no real data sets here")
+        pytest.skip("REC_JAX_DATA is not set: set it to the folder of real data sets")
     return pathlib.Path(root)

@@ -1,4 +1,4 @@
-"""Steps of a small model on any mesh, for the tests of steps."""
+"""Training steps of a small model on any mesh, shared by tests."""
 
 import dataclasses
 import functools
@@ -27,18 +27,18 @@ NUM_ITEMS, ROWS, LENGTH = 40, 8, 12
 
 
 def make_batch(seed=0, rows=ROWS):
-    """Packed rows of several segments, some with padding behind, one all padding."""
+    """Packed rows of several segments, some with padding at the end; the last row is all padding."""
     rng = np.random.default_rng(seed)
     items, targets, segments, positions = np.zeros((4, rows, LENGTH), np.int32)
     for row in range(rows - 1):
-        at, segment = 0, 1
-        while at < LENGTH - 2:
-            length = int(rng.integers(1, LENGTH - at))
-            inside = slice(at, at + length)
-            walk = rng.integers(1, NUM_ITEMS + 1, length + 1)
-            items[row, inside], targets[row, inside] = walk[:-1], walk[1:]
-            segments[row, inside], positions[row, inside] = segment, np.arange(length)
-            at, segment = at + length, segment + 1
+        start, segment = 0, 1
+        while start < LENGTH - 2:
+            length = int(rng.integers(1, LENGTH - start))
+            columns = slice(start, start + length)
+            history = rng.integers(1, NUM_ITEMS + 1, length + 1)
+            items[row, columns], targets[row, columns] = history[:-1], history[1:]
+            segments[row, columns], positions[row, columns] = segment, np.arange(length)
+            start, segment = start + length, segment + 1
     return Batch({"item": items}, segments, positions, {"item": targets})
 
 
@@ -52,7 +52,7 @@ LOSSES = {
 
 
 MODEL = SASRecConfig(width=8, ff_width=8, num_layers=1, dropout=0.3)
-NO_LAYERS = (("num_layers", 0),)  # faster to compile, for tests of losses
+NO_LAYERS = (("num_layers", 0),)  # compiles faster; for tests of losses
 F32 = PrecisionConfig()
 OPTIM = OptimConfig(type="sgd", learning_rate=0.5)
 COUNTS = np.arange(NUM_ITEMS + 1)
@@ -63,8 +63,8 @@ def make_config(
     num_heads=1, num_experts=0, fully_sharded=False, reduce="f32", compress=None, total_steps=10, teachers=(),
     base=None, model=(), augment=None, contrastive=None, **table_fields,
 ):  # fmt: skip
-    """loss: one of LOSSES, or a config. model: further fields of its config. table: an update of touched
-    rows, or None for the dense one."""
+    """Returns (config, options of `make`). loss: a key of LOSSES, or a loss config. model: other fields of
+    the model config. table: optimizer of sparse updates of the item embedding table; None = dense updates."""
     table_fields = {"layout": "replicated"} | table_fields
     config = ExperimentConfig(
         seed=seed,
@@ -84,28 +84,35 @@ def make_config(
 
 
 def make_program(*args, **fields):
-    """The step of `make_config`."""
+    """Returns the step of the config of `make_config`."""
     config, options = make_config(*args, **fields)
     return make(config, **options)
 
 
 def make(config, total_steps=10, teachers=(), base=None, neighbours=None):
-    """The step of a config over COUNTS."""
+    """Returns the training step of a config, with the item counts COUNTS."""
     model = define_model(model_builder(config.model, NUM_ITEMS, LENGTH))
     mesh, options = make_mesh(config.mesh), {"teachers": teachers, "base": base, "neighbours_VK": neighbours}
     return make_step(config, model, COUNTS, mesh, total_steps=total_steps, **options)
 
 
+cached_step = functools.cache(make)  # compiles once for all runs with the same config
+
+
 @functools.cache
 def initial_params(model_config):
-    return jax.device_get(
-        init_model(model_builder(model_config, NUM_ITEMS, LENGTH), seed=0)[1]
-    )  # steps consume theirs
+    """Host arrays, because a step donates its state."""
+    return jax.device_get(init_model(model_builder(model_config, NUM_ITEMS, LENGTH), seed=0)[1])
 
 
 def run(loss="softmax", devices=1, micro_rows=8, steps=3, batches=None, neighbours=None, **fields):
+    """Returns (loss per token of each step, final parameters, gradient norm of each step)."""
     config, options = make_config(loss, devices, micro_rows, **fields)
-    step = make(config, neighbours=neighbours, **options)
+    if neighbours is None and not options["teachers"] and options["base"] is None:
+        step = cached_step(config, options["total_steps"])
+    else:  # arrays cannot be keys of a cache
+        step = make(config, neighbours=neighbours, **options)
+    num_traces = step._jitted._cache_size()
     state = step.init(initial_params(config.model))
     batches = [make_batch(index) for index in range(steps)] if batches is None else batches
     losses, norms = [], []
@@ -113,7 +120,7 @@ def run(loss="softmax", devices=1, micro_rows=8, steps=3, batches=None, neighbou
         state, metrics = step(state, place_batch(batches[index], step.mesh))
         losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
         norms.append(float(metrics["grad_norm"][0]))
-    assert step._jitted._cache_size() == 1  # one trace over all steps
+    assert step._jitted._cache_size() <= num_traces + 1  # at most one trace for all steps
     state = step.catch_up(state) if step.catch_up else state
     return losses, jax.device_get(step.tables.unplace(state.params)), norms
 

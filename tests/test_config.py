@@ -42,23 +42,23 @@ class OuterConfig:
     animal: CatConfig | DogConfig = CatConfig()
 
 
-def test_round_trip():
+def test_a_config_survives_a_round_trip():
     config = OuterConfig(ks=(1,), inner=InnerConfig(width=8, rate=0.25, kind="rotary"))
     assert build(OuterConfig, to_config_dict(config)) == config
     assert build(OuterConfig, to_config_dict(OuterConfig())) == OuterConfig()
 
 
-def test_round_trip_through_json():
+def test_a_config_survives_a_round_trip_through_json():
     cfg = to_config_dict(OuterConfig())
     assert build(OuterConfig, json.loads(cfg.to_json())) == OuterConfig()
 
 
-def test_absent_keys_take_the_default():
+def test_missing_keys_take_the_default():
     assert build(OuterConfig, ConfigDict()) == OuterConfig()
     assert build(OuterConfig, {"inner": {"width": 2}}).inner == InnerConfig(width=2)
 
 
-def test_overrides_keep_their_types():
+def test_an_int_given_for_a_float_becomes_a_float():
     cfg = to_config_dict(OuterConfig())
     cfg.inner.rate = 1
     cfg.ks = (1, 2, 3)
@@ -67,16 +67,16 @@ def test_overrides_keep_their_types():
     assert config.inner.rate == 1.0 and isinstance(config.inner.rate, float)
 
 
-def test_list_becomes_tuple():
+def test_a_list_becomes_a_tuple():
     assert build(OuterConfig, {"ks": [1, 2], "betas": [0, 1]}) == OuterConfig(ks=(1, 2), betas=(0.0, 1.0))
 
 
-def test_the_type_chooses_among_dataclasses():
+def test_type_selects_the_dataclass_of_a_union():
     assert build(OuterConfig, {"animal": {"type": "dog", "age": 3}}).animal == DogConfig(age=3)
     assert build(OuterConfig, {"animal": {"lives": 3}}).animal == CatConfig(lives=3)
 
 
-def test_another_type_keeps_what_was_set():
+def test_switch_type_keeps_values_that_were_set():
     cfg = to_config_dict(OuterConfig(animal=CatConfig(age=5)))
     switch_type(OuterConfig, cfg, "animal", "dog")
     assert build(OuterConfig, cfg).animal == DogConfig(age=5)
@@ -107,6 +107,6 @@ def test_another_type_keeps_what_was_set():
         ({"ks": (5, "x")}, r"ks\[1\]='x' is a str, expected int"),
     ],
 )
-def test_user_errors_name_field_and_value(values, message):
+def test_errors_name_field_and_value(values, message):
     with pytest.raises(ValueError, match=message):
         build(OuterConfig, ConfigDict(values))

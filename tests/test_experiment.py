@@ -1,4 +1,4 @@
-"""Configs whose parts do not go together are refused before anything runs, with the way out."""
+"""Unsupported combinations of settings are refused before a training starts, with advice what to set."""
 
 import dataclasses
 
@@ -23,23 +23,23 @@ BASE = ExperimentConfig()
         ),
         (
             {"table": TableConfig(layout="rows"), "loss": BCEConfig()},
-            "layout='rows' with table.optimizer='dense'.*not 'bce'",
+            "layout='rows' with table.optimizer='dense' needs loss.type='softmax', not 'bce'",
         ),
         (
             {"eval": dataclasses.replace(BASE.eval, baselines=("popularity", "knn"))},
-            "'knn'.* names what is no baseline: use popularity",
+            "'knn'.* contains an unknown baseline: choose from popularity",
         ),
     ],
 )
-def test_parts_that_do_not_go_together(changes, message):
+def test_unsupported_combinations_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(BASE, **changes)
 
 
-def test_a_training_that_no_evaluation_could_score_is_refused_before_its_first_step(tmp_path):
+def test_a_training_that_could_not_be_evaluated_is_refused_before_its_first_step(tmp_path):
     cfg = get_config("smoke")
     cfg.eval.sampled_negatives = 1000
     experiment = Experiment(build(ExperimentConfig, cfg), tmp_path)
-    with pytest.raises(ValueError, match="sampled_negatives=1000 but user .* untouched items: lower it"):
+    with pytest.raises(ValueError, match="sampled_negatives=1000 but user .* unseen items: lower it"):
         experiment.fit()
     assert not {"config.json", "checkpoints", "metrics.jsonl"} & {path.name for path in tmp_path.iterdir()}

@@ -5,13 +5,13 @@ import pytest
 from rec_jax.mesh import MeshConfig, make_mesh, place_batch, replicate
 
 
-def test_a_mesh_takes_all_devices_or_the_first_few():
+def test_a_mesh_uses_all_devices_or_the_first_ones():
     assert make_mesh(MeshConfig()).shape == {"data": 8, "model": 1}
     assert make_mesh(MeshConfig(model=4)).shape == {"data": 2, "model": 4}
     assert list(make_mesh(MeshConfig(data=3)).devices.flat) == jax.devices()[:3]
 
 
-def test_a_batch_is_split_and_a_tree_repeated():
+def test_batches_are_split_and_trees_replicated():
     mesh = make_mesh(MeshConfig(data=4))
     rows = np.arange(16).reshape(8, 2)
     placed = place_batch({"items": rows}, mesh)["items"]
@@ -26,7 +26,7 @@ def test_a_batch_is_split_and_a_tree_repeated():
     assert [shard.data.shape for shard in whole.addressable_shards] == [(8, 2)] * 4
 
 
-def test_mistakes_name_the_way_out():
+def test_errors_say_what_to_change():
     with pytest.raises(ValueError, match=r"data=-1 .*MeshConfig"):
         MeshConfig(data=-1)
     with pytest.raises(
@@ -37,7 +37,7 @@ def test_mistakes_name_the_way_out():
         place_batch({"items": np.zeros((6, 2), np.int32)}, make_mesh(MeshConfig(data=4)))
 
 
-def test_processes_have_whole_rows_of_the_mesh_and_use_all_devices(monkeypatch):
+def test_several_processes_must_use_all_devices_in_equal_numbers(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "local_device_count", lambda: 4)
     assert make_mesh(MeshConfig(model=4)).shape == {"data": 2, "model": 4}

@@ -1,4 +1,4 @@
-"""The notebooks, run top to bottom on their smoke settings."""
+"""Runs the notebooks from top to bottom with their smoke settings."""
 
 import pathlib
 
@@ -9,11 +9,11 @@ from nbclient import NotebookClient
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def executed(name, folder, monkeypatch) -> str:
-    """What its cells print."""
+def run_notebook(name, folder, monkeypatch, num_devices: int) -> str:
+    """Executes a notebook and returns the text that its cells print."""
     for variable, value in {
         "REC_JAX_SMOKE": "1",
-        "JAX_NUM_CPU_DEVICES": "8",
+        "JAX_NUM_CPU_DEVICES": str(num_devices),
         "PYTHONPATH": str(ROOT),
         "IPYTHONDIR": str(folder / "ipython"),
     }.items():
@@ -25,19 +25,19 @@ def executed(name, folder, monkeypatch) -> str:
     return "".join(output.text for output in outputs if output.output_type == "stream")
 
 
-def test_the_quickstart_trains_tests_and_recommends(tmp_path, monkeypatch):
-    output = executed("quickstart", tmp_path, monkeypatch)
+def test_quickstart_trains_evaluates_and_recommends(tmp_path, monkeypatch):
+    output = run_notebook("quickstart", tmp_path, monkeypatch, num_devices=2)
     for expected in ("best at step", "bigram", "expected metric over random orderings", "to somebody after"):
         assert expected in output
 
 
-def test_losses_are_the_same_on_every_mesh_of_the_notebook(tmp_path, monkeypatch):
-    output = executed("meshes", tmp_path, monkeypatch)
-    assert "dims of the table split" in output and "1,000,000,001 rows" in output
+def test_meshes_gives_the_same_losses_on_every_mesh(tmp_path, monkeypatch):
+    output = run_notebook("meshes", tmp_path, monkeypatch, num_devices=8)
+    assert "dims of the table split" in output and "1,000,000,001 entries" in output
 
 
 @pytest.mark.parametrize("name", ["quickstart", "meshes"])
-def test_notebooks_are_kept_without_outputs(name):
+def test_notebooks_are_stored_without_outputs(name):
     notebook = nbformat.read(ROOT / f"notebooks/{name}.ipynb", as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert "pip install" in code[0].source

@@ -1,7 +1,8 @@
-"""Rules of the house that a machine can check."""
+"""Style rules of the code base that can be checked automatically."""
 
 import ast
 import dataclasses
+import functools
 import pathlib
 
 from ml_collections import ConfigDict
@@ -9,7 +10,7 @@ from ml_collections import ConfigDict
 from rec_jax.run_config import ExperimentConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
-# What is on a line may import what is above it, and its own.
+# A module may import the modules of its own line and of the lines above.
 ORDER = """
 hashing tree config report workdir
 mesh processes
@@ -33,10 +34,10 @@ experiments configs
 LEVELS = {name: level for level, line in enumerate(ORDER.split("\n")) for name in line.split()}
 
 
-def modules():
-    for folder in ("rec_jax", "experiments", "configs"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            yield path, ast.parse(path.read_text())
+@functools.cache
+def modules() -> list[tuple[pathlib.Path, ast.Module]]:
+    paths = [path for name in ("rec_jax", "experiments", "configs") for path in (ROOT / name).rglob("*.py")]
+    return [(path, ast.parse(path.read_text())) for path in sorted(paths)]
 
 
 def part_of(dotted: str) -> str:
@@ -53,22 +54,22 @@ def imports(tree):
             yield from (alias.name for alias in node.names)
 
 
-def test_imports_go_one_way():
+def test_imports_follow_the_order():
     for path, tree in modules():
-        here = part_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
-        if here == "__init__":  # of the package: `rec_jax.load`, which imports when it is called
+        part = part_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        if part == "__init__":  # of the package: `rec_jax.load` imports inside the function
             continue
         for name in imports(tree):
-            there = part_of(name)
-            assert here in LEVELS and (there in LEVELS or not name.startswith("rec_jax.")), (path, name)
-            if there in LEVELS and there != here:
-                assert LEVELS[there] < LEVELS[here] or {here, there} <= {"experiments", "configs"}, (
+            imported = part_of(name)
+            assert part in LEVELS and (imported in LEVELS or not name.startswith("rec_jax.")), (path, name)
+            if imported in LEVELS and imported != part:
+                assert LEVELS[imported] < LEVELS[part] or {part, imported} <= {"experiments", "configs"}, (
                     f"{path.relative_to(ROOT)} imports {name}"
                 )
-                assert not (here == "nn" and there == "config"), path
+                assert not (part == "nn" and imported == "config"), path
 
 
-def test_nothing_is_too_long_to_read():
+def test_files_and_functions_are_short():
     for path, tree in modules():
         assert len(path.read_text().splitlines()) <= 400, path
         for node in ast.walk(tree):
@@ -78,27 +79,27 @@ def test_nothing_is_too_long_to_read():
                     assert len(node.args.args) + len(node.args.kwonlyargs) <= 1 + 8, path
 
 
-def test_nnx_stays_out_of_the_hot_path():
+def test_nnx_is_not_used_in_the_training_step():
     for path, tree in modules():
         used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         assert not used & {"Optimizer", "cached_partial"}, path
         assert "nnx.jit" not in path.read_text(), path
 
 
-def test_no_default_hides_in_a_get_on_a_config():
+def test_configs_are_read_without_a_default():
     for path, tree in modules():
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and node.attr == "get" and isinstance(node.value, ast.Name):
                 assert node.value.id not in ("cfg", "config"), f"{path}:{node.lineno}"
 
 
-def test_no_drawer_for_odds_and_ends():
+def test_no_module_is_named_utils_or_common():
     names = {path.name for path, _ in modules()}
     assert "utils.py" not in names
     assert [path for path, _ in modules() if path.name == "common.py"] == [ROOT / "configs/common.py"]
 
 
-def test_no_field_of_a_config_is_hidden_by_a_method_of_configdict():
+def test_no_config_field_has_the_name_of_a_configdict_method():
     def names(config):
         for field in dataclasses.fields(config):
             yield field.name

@@ -1,4 +1,4 @@
-"""A trained model on disk: what is read back is what was written, whatever happened in between."""
+"""Trained models on disk: they are read back as they were written, also after failures and damages."""
 
 import json
 from pathlib import Path
@@ -30,8 +30,8 @@ CONFIG = {
 }  # fmt: skip
 
 
-def made_up() -> Dataset:
-    # The second user has items 1 and 5 only before the last four events, and 2 there, too.
+def make_dataset() -> Dataset:
+    # The second user has items 1 and 5 only before the last four events, and item 2 also among these.
     items = np.array([1, 2, 3, 1, 5, 2, 1, 2, 4, 6, 7, 9, 9, 9], np.int32)
     histories = Histories(
         items=items,
@@ -47,7 +47,7 @@ def made_up() -> Dataset:
     return Dataset(histories, split, [], None, make_schema(histories, split, context=("shop",)))
 
 
-DATASET = made_up()
+DATASET = make_dataset()
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,8 @@ def params():
     ]
 
 
-def save(folder, params, step=1, **more) -> TrainedModel:
-    trained.save(folder, params, step, CONFIG, DATASET, **more)
+def save(folder, params, step=1, **options) -> TrainedModel:
+    trained.save(folder, params, step, CONFIG, DATASET, **options)
     return TrainedModel.load(folder)
 
 
@@ -71,35 +71,46 @@ def assert_same(a, b):
 
 def pruned(params):
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.where(rng.uniform(size=x.shape) < 0.7, 0, x), params)
+
+    def prune(x):
+        return jnp.asarray(np.where(rng.uniform(size=x.shape) < 0.7, x.dtype.type(0), x))
+
+    return jax.tree.map(prune, params)
+
+
+def quantized(params, **fields):
+    return quantize_params(params, QuantConfig(names=".*(kernel|embedding)", **fields))
+
+
+def test_parameters_are_read_back_bit_for_bit(params, tmp_path):
+    half = cast_floats(params, jnp.bfloat16)
+    for written in (params, pruned(params), half, pruned(half)):
+        assert_same(save(tmp_path, written).params, written)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_parameters_come_back_bit_for_bit(params, tmp_path, bits):
-    quant = QuantConfig(names=".*(kernel|embedding)", inputs="dynamic", table_bits=bits, symmetric=False)
-    half = cast_floats(params, jnp.bfloat16)
-    for given in (params, pruned(params), half, quantize_params(params, quant), pruned(half)):
-        assert_same(save(tmp_path, given).params, given)
+def test_quantized_parameters_are_read_back_bit_for_bit(params, tmp_path, bits):
+    written = quantized(params, inputs="dynamic", table_bits=bits, symmetric=False)
+    assert_same(save(tmp_path, written).params, written)
 
 
-def test_arrays_are_memory_maps_without_pickles(params, tmp_path):
+def test_arrays_are_memory_maps_and_contain_no_pickles(params, tmp_path):
     model = save(tmp_path, params)
     assert isinstance(model.params["items"]["embedding"], np.memmap)
     for path in model.folder.glob("*.npy"):
         np.load(path, allow_pickle=False)
 
 
-def test_integers_take_the_bytes_of_integers_and_zeros_hardly_any(params, tmp_path):
+def test_quantized_and_pruned_parameters_take_less_space(params, tmp_path):
     whole = save(tmp_path, params).param_bytes
     num_bytes = sum(x.nbytes for x in jax.tree.leaves(params))
     assert num_bytes < whole < 1.1 * num_bytes
-    quant = QuantConfig(names=".*(kernel|embedding)")
-    assert save(tmp_path, quantize_params(params, quant)).param_bytes < 0.35 * whole
+    assert save(tmp_path, quantized(params)).param_bytes < 0.35 * whole
     assert save(tmp_path, pruned(params)).param_bytes < 0.42 * whole
-    assert save(tmp_path, quantize_params(pruned(params), quant)).param_bytes < 0.2 * whole
+    assert save(tmp_path, quantized(pruned(params))).param_bytes < 0.2 * whole
 
 
-def test_the_catalogue_and_the_users(params, tmp_path):
+def test_catalogue_and_users_are_read_back(params, tmp_path):
     model = save(tmp_path, params)
     assert model.step == 1 and model.num_items == NUM_ITEMS and model.config == CONFIG
     assert list(model.item_ids)[:3] == ["", "item 1", "item 2"] and model.titles[2] == "Töst"
@@ -117,10 +128,10 @@ def test_the_catalogue_and_the_users(params, tmp_path):
     assert model.schema == DATASET.schema and len(model.schema) == 3 and not model.schema[2].is_outcome
 
 
-def test_users_may_be_left_out(params, tmp_path):
+def test_users_can_be_left_out(params, tmp_path):
     model = save(tmp_path, params, with_users=False)
     assert not list(model.folder.glob("users*"))
-    with pytest.raises(ValueError, match="without keeping users: give a history"):
+    with pytest.raises(ValueError, match="without keeping users .*: give a history"):
         model.users  # noqa: B018
 
 
@@ -150,7 +161,7 @@ def test_a_sharded_table_is_written_in_the_order_of_ids(params, tmp_path, monkey
     assert_same(save(tmp_path, with_leaf(params, "items/embedding", table)).params, params)
 
 
-def test_the_newest_two_versions_are_kept_and_share_what_does_not_change(params, tmp_path):
+def test_two_versions_are_kept_and_share_unchanged_files(params, tmp_path):
     for step in (3, 6, 9):
         save(tmp_path, params, step)
     root = tmp_path / "model"
@@ -162,7 +173,7 @@ def test_the_newest_two_versions_are_kept_and_share_what_does_not_change(params,
     )
 
 
-def test_a_process_killed_while_it_writes_leaves_the_old_version(params, tmp_path, monkeypatch):
+def test_a_process_killed_while_writing_leaves_the_old_version(params, tmp_path, monkeypatch):
     save(tmp_path, params, 3)
     calls = []
 
@@ -179,7 +190,7 @@ def test_a_process_killed_while_it_writes_leaves_the_old_version(params, tmp_pat
     model = TrainedModel.load(tmp_path)
     assert model.step == 3
     assert_same(model.params, params)
-    assert save(tmp_path, params, 9).step == 9  # half a version is in nobody's way
+    assert save(tmp_path, params, 9).step == 9  # the incomplete version does no harm
 
 
 def truncate(path):
@@ -197,43 +208,43 @@ def flip(path):
     "damage, message",
     [
         (Path.unlink, "is missing|cannot be read"),
-        (truncate, "bytes, .* were written|cannot be read"),
+        (truncate, "bytes, but .* were written|cannot be read"),
         (flip, "another checksum|cannot be read"),
     ],
 )  # fmt: skip
-def test_a_damaged_version_is_named_and_the_one_before_it_is_read(
+def test_a_damaged_version_is_reported_and_the_previous_one_is_read(
     params, tmp_path, capsys, name, damage, message
 ):
     save(tmp_path, params, 3)
     newest = save(tmp_path, pruned(params), 6)
     path = newest.folder / name
     whole = path.read_bytes()
-    path.unlink()  # the file may be a link
+    path.unlink()  # it can be a hard link into the other version
     path.write_bytes(whole)
     damage(path)
     model = TrainedModel.load(tmp_path)
     assert model.step == 3
     assert_same(model.params, params)
-    said = capsys.readouterr().err
-    assert str(path) in said and "falling back to" in said
+    output = capsys.readouterr().err
+    assert str(path) in output and "falling back to" in output
     with pytest.raises(versions.DamagedError, match=message):
         versions.check(newest.folder)
 
 
-def test_where_nothing_is_intact_the_way_out_is_said(params, tmp_path):
+def test_an_error_says_what_to_do_if_no_version_is_intact(params, tmp_path):
     truncate(save(tmp_path, params).folder / "item_ids.data.npy")
-    with pytest.raises(ValueError, match="item_ids.data.npy has .* bytes.*give the command .* once more"):
+    with pytest.raises(ValueError, match="item_ids.data.npy has .* bytes.*run the command .* once more"):
         TrainedModel.load(tmp_path)
 
 
-def test_a_pointer_to_no_version(params, tmp_path, capsys):
+def test_a_pointer_to_a_missing_version_falls_back(params, tmp_path, capsys):
     save(tmp_path, params, 3)
     (tmp_path / "model/current").write_text("000077")
     assert TrainedModel.load(tmp_path).step == 3
     assert "000077" in capsys.readouterr().err
 
 
-def test_runs_of_other_versions_and_no_runs(params, tmp_path, monkeypatch):
+def test_missing_runs_and_runs_of_other_versions_are_refused(params, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="holds no run"):
         TrainedModel.load(tmp_path / "nothing")
     (tmp_path / "old").mkdir()
@@ -246,7 +257,7 @@ def test_runs_of_other_versions_and_no_runs(params, tmp_path, monkeypatch):
     save(tmp_path, params)
     monkeypatch.undo()
     with pytest.raises(
-        ValueError, match="is of format 0, .*trained by another version of rec_jax: train again"
+        ValueError, match="has format 0, .*trained by another version of rec_jax: train again"
     ):
         TrainedModel.load(tmp_path)
     config = json.loads(json.dumps(CONFIG))
@@ -256,29 +267,29 @@ def test_runs_of_other_versions_and_no_runs(params, tmp_path, monkeypatch):
         TrainedModel.load(tmp_path / "keys").model  # noqa: B018
 
 
-def test_other_data_are_refused_naming_both(params, tmp_path):
+def test_other_data_are_refused(params, tmp_path):
     model = save(tmp_path, params)
     model.check_data(DATASET)
-    other = made_up()
+    other = make_dataset()
     other.histories.item_ids[1] = "renamed"
-    with pytest.raises(ValueError, match=f"vocabulary {model.vocabulary}, and these data have vocabulary "):
+    with pytest.raises(ValueError, match=f"vocabulary {model.vocabulary}, but these data have vocabulary "):
         model.check_data(other)
 
 
-def test_models_of_one_ensemble(params, tmp_path):
+def test_an_ensemble_needs_one_split_and_models_that_score_every_item(params, tmp_path):
     one, two = save(tmp_path / "a", params), save(tmp_path / "b", params)
     trained.check_same_split([one, two])
     two.about["made_of"]["split"] = "f00"
-    with pytest.raises(ValueError, match=f"b learnt from split f00, .*a from split {one.split}"):
+    with pytest.raises(ValueError, match=f"b was trained on split f00, .*a on split {one.split}"):
         trained.check_same_split([one, two])
     two.about["made_of"]["split"] = one.split
-    object.__setattr__(two.model, "generates", True)
-    trained.check_same_split([two])  # alone it may
-    with pytest.raises(ValueError, match="which has no mean with others: leave it out"):
+    object.__setattr__(two.model, "is_generative", True)
+    trained.check_same_split([two])  # alone it is accepted
+    with pytest.raises(ValueError, match="scores cannot be averaged with others: leave it out"):
         trained.check_same_split([one, two])
 
 
-def test_strings():
+def test_strings_are_stored_without_loss():
     texts = ["", "a", "bé", "", "日本"]
     strings = Strings.of(texts)
     assert list(strings) == texts and len(strings) == 5 and strings.index["日本"] == 4

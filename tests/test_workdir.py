@@ -1,4 +1,4 @@
-"""The lock of a working directory, between real processes."""
+"""The lock of a working directory, tested with real processes."""
 
 import os
 import pathlib
@@ -28,7 +28,7 @@ with training_lock(sys.argv[1]):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds the lock of tmp_path until its input ends."""
+    """Starts another process that holds the lock of tmp_path until its stdin is closed."""
     process = subprocess.Popen(
         [sys.executable, "-c", _HOLD, str(tmp_path)],
         stdin=subprocess.PIPE,
@@ -42,28 +42,27 @@ def holder(tmp_path):
     process.communicate()
 
 
-def test_the_second_is_refused_and_the_first_is_named(tmp_path, holder):
+def test_a_second_training_is_refused_and_the_first_is_named(tmp_path, holder):
     with pytest.raises(ValueError) as error, training_lock(tmp_path):
         pass
-    named = (
-        rf"running there, pid {holder.pid} on {re.escape(socket.gethostname())} since \d{{4}}-.* UTC \(-c "
-    )
-    assert re.search(named, str(error.value)) and "another directory" in str(error.value)
+    name = rf"pid {holder.pid} on {re.escape(socket.gethostname())} since \d{{4}}-.* UTC \(-c "
+    assert re.search(f"another training is running there, {name}", str(error.value))
+    assert "another directory" in str(error.value)
 
 
-def test_the_lock_ends_with_its_process(tmp_path, holder):
+def test_the_lock_is_released_when_its_process_is_killed(tmp_path, holder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    assert f"pid {holder.pid}" in (tmp_path / LOCK).read_text()  # It could not tidy up, but holds nothing.
+    assert f"pid {holder.pid}" in (tmp_path / LOCK).read_text()  # not cleaned up, but not locked either
     with training_lock(tmp_path):
         assert f"pid {os.getpid()} " in (tmp_path / LOCK).read_text()
     assert (tmp_path / LOCK).read_text() == ""
 
 
-def test_an_error_drops_it(tmp_path):
+def test_an_error_releases_the_lock(tmp_path):
     with pytest.raises(KeyError), training_lock(tmp_path):
         raise KeyError
-    with training_lock(tmp_path):  # Two of one process do not share it.
+    with training_lock(tmp_path):  # also excludes a second training of the same process
         with pytest.raises(ValueError, match=f"pid {os.getpid()} "), training_lock(tmp_path):
             pass
         assert f"pid {os.getpid()} " in (tmp_path / LOCK).read_text()
@@ -73,7 +72,7 @@ def test_a_refused_training_writes_nothing(tmp_path, holder, monkeypatch):
     from configs import sasrec
 
     experiment = Experiment(build(ExperimentConfig, sasrec.get_config("smoke")), tmp_path)
-    (tmp_path / "model.npz").write_text("of a run before")
+    (tmp_path / "model.npz").write_text("of an earlier run")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     with pytest.raises(ValueError, match=f"pid {holder.pid} "):
         experiment.fit()

@@ -1,4 +1,4 @@
-"""Several runs as one: the mean of their standardised scores."""
+"""Ensembles of runs: the mean of their standardised scores."""
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,11 @@ from rec_jax.objectives.catalogue import Scores
 
 
 class EnsembleRanker(ScoreRanker):
-    """Ranks by the mean of the scores of several rankers, each first brought to mean 0 and variance 1 over
-    the catalogue, history by history.
+    """Ranks by the mean of several rankers' scores. For each history, the scores of a ranker are first
+    standardised to mean 0 and variance 1 over the catalogue.
 
-    The mean of log-probabilities would rank like the mean of raw scores, for the normaliser of a softmax is
-    the same for all items: a run with larger scores, by its temperature or its loss, would outvote others.
+    The mean of log-probabilities would rank like the mean of raw scores, because the normaliser of a softmax
+    is the same for all items. A run with larger scores, due to its temperature or loss, would then dominate.
     """
 
     def __init__(self, rankers):

@@ -1,4 +1,4 @@
-"""Full-catalogue evaluation of any ranker."""
+"""Evaluation of any ranker against the whole catalogue."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -13,32 +13,32 @@ from rec_jax.models.baselines import check_ease
 from rec_jax.models.ranker import Ranker
 from rec_jax.objectives.catalogue import Ranks
 
-_BYTES_OF_EVENT = 16  # of a history in a tile, about as much as a few scores
+_BYTES_OF_EVENT = 16  # memory per event of the histories in a tile
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    filter_seen: bool = True  # headline metrics leave out items of the user's own history
+    filter_seen: bool = True  # headline metrics: rank without the items of the user's own history
     ks: tuple[int, ...] = (5, 10, 20)
-    bootstrap: int = 1000  # resamples behind the intervals; 0 = no intervals
-    sampled_negatives: int = 0  # the SASRec paper's protocol, to reproduce its table; 0 = off
-    baselines: tuple[str, ...] = ("popularity", "bigram", "item_knn")  # shown beside the model
-    max_examples: int = 0  # so many are drawn, by the seed of the run; 0 = all
-    batch_bytes: int = 2**25  # size of a tile of scores, [B, V + 1] f32, and of its histories
+    bootstrap: int = 1000  # resamples for the intervals; 0 = no intervals
+    sampled_negatives: int = 0  # also rank against so many random items, as the SASRec paper does; 0 = off
+    baselines: tuple[str, ...] = ("popularity", "bigram", "item_knn")  # evaluated for comparison
+    max_examples: int = 0  # evaluate a random sample of this size, drawn with the run's seed; 0 = all
+    batch_bytes: int = 2**25  # memory of a tile of scores, [B, V + 1] f32, and of its histories
 
     def __post_init__(self):
         if not self.ks or min(self.ks) < 1:
             raise ValueError(f"ks={self.ks} must be positive list lengths (EvalConfig)")
         if 10 not in self.ks:
-            raise ValueError(f"ks={self.ks} must hold 10, which the tables report (EvalConfig)")
+            raise ValueError(f"ks={self.ks} must contain 10, which the printed tables show (EvalConfig)")
         for name in ("bootstrap", "sampled_negatives", "max_examples"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 (off) or more (EvalConfig)")
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 (off) or positive (EvalConfig)")
 
 
 def check_eval(config: EvalConfig, histories, split, seed: int = 0) -> None:
-    """Raises every ValueError that a later evaluation of either part would raise, so that a training that
-    cannot be evaluated is refused before its first step."""
+    """Raises each ValueError that a later evaluation of the val or test part would raise, so that a
+    training that cannot be evaluated is refused before its first step."""
     for part in ("val", "test"):
         ex = _drawn(_held_out(histories, split, part), config.max_examples, seed)
         if config.sampled_negatives:
@@ -50,12 +50,12 @@ def check_eval(config: EvalConfig, histories, split, seed: int = 0) -> None:
 def _held_out(histories, split, part: str) -> Examples:
     ex = examples(histories, split, part)
     if len(ex.users) == 0:
-        raise ValueError(f"the {part} part of the split has no example: nothing to evaluate")
+        raise ValueError(f"the {part} part of the split has no example to evaluate: set another data.split")
     return ex
 
 
 def _drawn(ex: Examples, num: int, seed: int) -> Examples:
-    """`num` of the examples in their order, or all where that is 0 or more than there are."""
+    """Draws `num` of the examples and keeps their order. Returns all examples if `num` is 0 or too large."""
     if not 0 < num < len(ex.users):
         return ex
     drawn = np.sort(np.random.default_rng(seed).choice(len(ex.users), num, replace=False))
@@ -63,10 +63,11 @@ def _drawn(ex: Examples, num: int, seed: int) -> Examples:
 
 
 def rank_examples(ranker: Ranker, histories, ex: Examples, config: EvalConfig, seed: int = 0) -> Ranks:
-    """The exact place of every target in the whole catalogue, as NumPy arrays; a tile of examples at a time,
-    which bounds memory whatever the histories.
+    """Returns the exact rank of every target in the whole catalogue, as NumPy arrays.
 
-    Raises ValueError at a NaN score, naming the user.
+    Ranks one tile of examples at a time, which bounds memory for any lengths of histories.
+
+    Raises ValueError for a NaN score, naming the user.
     """
     if config.sampled_negatives:
         _check_sampled(histories, ex.users, config.sampled_negatives)
@@ -97,7 +98,7 @@ def rank_examples(ranker: Ranker, histories, ex: Examples, config: EvalConfig, s
 
 
 def _check_sampled(histories, users: np.ndarray, num: int) -> None:
-    """Raises ValueError for a user with fewer than `num` items that they touched in no part."""
+    """Raises ValueError if a user has fewer than `num` unseen items (items in none of their events)."""
     queries = Queries.of(histories, np.unique(users))
     for tile in queries.tiles(len(queries), 2**22):
         num_left = histories.num_items - np.bincount(queries[tile].seen()[0])
@@ -105,45 +106,46 @@ def _check_sampled(histories, users: np.ndarray, num: int) -> None:
             first = np.argmax(num_left < num)
             raise ValueError(
                 f"sampled_negatives={num} but user {histories.user_ids[queries.users[tile[first]]]} has only "
-                f"{num_left[first]} untouched items: lower it, or set it to 0 (EvalConfig)"
+                f"{num_left[first]} unseen items: lower it, or set it to 0 (EvalConfig)"
             )
 
 
 def sample_unseen(histories, users: np.ndarray, num: int, seed: int) -> np.ndarray:
-    """int32[B, num] items that the user touched in no part, uniform without replacement; they depend on
-    (seed, user) alone."""
+    """Draws items int32[B, num] that are in none of the user's events, of any part: uniformly, without
+    replacement. They depend only on (seed, user)."""
     out = np.empty((len(users), num), np.int32)
     for row, user in enumerate(users):
-        touched = histories.items[histories.offsets[user] : histories.offsets[user + 1]]
+        seen = histories.items[histories.offsets[user] : histories.offsets[user + 1]]
         is_unseen_V = np.ones(histories.num_items + 1, bool)
-        is_unseen_V[0] = is_unseen_V[touched] = False
+        is_unseen_V[0] = is_unseen_V[seen] = False
         unseen = np.flatnonzero(is_unseen_V)
         out[row] = np.random.default_rng((seed, user)).choice(unseen, num, replace=False)
     return out
 
 
 def evaluate(ranker: Ranker, histories, split, part: str, config: EvalConfig, seed: int = 0) -> dict:
-    """Every metric of one part ("val" or "test") of a split, as plain numbers.
+    """Returns every metric of one part ("val" or "test") of a split, as plain numbers.
 
-    Headline names (`ndcg@10`) follow `config.filter_seen`; both policies are under `filtered/` and
-    `unfiltered/`. `ndcg@10_ci` is the bootstrap interval. `by_history_length` and `by_popularity` break the
-    headline down. `sampled100/...` appears only on request and says what it is. `untrained_items` of the
-    catalogue have no training event; they are ranked like others, and get the share `untrained@10` of the
-    places of all top-10 lists.
+    The headline metrics (`ndcg@10`) follow `config.filter_seen`; those with a prefix, `filtered/` and
+    `unfiltered/`, are given for both policies. `ndcg@10_ci` is the bootstrap interval. `by_history_length`
+    and `by_popularity` break the headline metrics down. `sampled100/...` is present only if
+    config.sampled_negatives is set, with a warning. `untrained_items` is the number of items without a
+    training event, which are ranked like all others; `untrained@10` is their share of all top-10
+    recommendations.
     """
-    everything = _held_out(histories, split, part)
-    ex = _drawn(everything, config.max_examples, seed)
+    held_out = _held_out(histories, split, part)
+    ex = _drawn(held_out, config.max_examples, seed)
     ranks = rank_examples(ranker, histories, ex, config, seed)
-    places = {
+    policies = {
         "filtered": (ranks.greater, ranks.equal),
         "unfiltered": (ranks.greater_unfiltered, ranks.equal_unfiltered),
     }
     result = {}
-    for name, (greater, equal) in places.items():
-        policy = M.rank_metrics(greater, equal, config.ks, histories.num_items)
-        result |= {f"{name}/{key}": float(value.mean()) for key, value in policy.items()}
+    for name, (greater, equal) in policies.items():
+        metrics = M.rank_metrics(greater, equal, config.ks, histories.num_items)
+        result |= {f"{name}/{key}": float(value.mean()) for key, value in metrics.items()}
         if (name == "filtered") == config.filter_seen:
-            values = policy
+            values = metrics
     result = {key: float(value.mean()) for key, value in values.items()} | result
     if config.bootstrap:
         for name in ("hr@10", "ndcg@10"):
@@ -164,10 +166,10 @@ def evaluate(ranker: Ranker, histories, split, part: str, config: EvalConfig, se
         name = f"sampled{config.sampled_negatives}"
         result |= {f"{name}/{key}": float(value.mean()) for key, value in sampled.items()}
         result[f"{name}/warning"] = (
-            "ranks against a few random items; orders models wrongly (Krichene & Rendle, KDD 2020) and is "
-            "here only to reproduce the table of the SASRec paper"
+            "ranks against a few random items only; such metrics can order models wrongly (Krichene & "
+            "Rendle, KDD 2020): use them only to compare with the table of the SASRec paper"
         )
-    result["num_examples"], result["num_held_out"] = len(ex.users), len(everything.users)
+    result["num_examples"], result["num_held_out"] = len(ex.users), len(held_out.users)
     result["filter_seen"] = config.filter_seen
     return result
 
@@ -175,18 +177,18 @@ def evaluate(ranker: Ranker, histories, split, part: str, config: EvalConfig, se
 def per_example(
     ranker: Ranker, histories, split, part: str, config: EvalConfig, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """{metric: f64[E], "users": int[E]} of all examples of a part, by the policy of `config.filter_seen`:
-    what paired comparisons of models need."""
+    """Returns {metric: f64[E], "users": int[E]} of all examples of a part, under the policy of
+    `config.filter_seen`, for paired comparisons of models."""
     ex = _held_out(histories, split, part)
     ranks = rank_examples(ranker, histories, ex, dataclasses.replace(config, sampled_negatives=0), seed)
-    places = (ranks.greater, ranks.equal)
+    greater, equal = ranks.greater, ranks.equal
     if not config.filter_seen:
-        places = (ranks.greater_unfiltered, ranks.equal_unfiltered)
-    return {**M.rank_metrics(*places, config.ks, histories.num_items), "users": ex.users}
+        greater, equal = ranks.greater_unfiltered, ranks.equal_unfiltered
+    return {**M.rank_metrics(greater, equal, config.ks, histories.num_items), "users": ex.users}
 
 
 def _breakdown(values: dict, by: np.ndarray, bounds) -> dict[str, dict]:
-    """hr@10 and ndcg@10 of the examples in each bucket low <= by < high that is not empty."""
+    """Returns hr@10 and ndcg@10 of the examples in each nonempty bucket low <= by < high."""
     edges = [0, *bounds, np.inf]
     out = {}
     for low, high in zip(edges[:-1], edges[1:], strict=True):

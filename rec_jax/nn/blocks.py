@@ -15,8 +15,8 @@ from rec_jax.nn.parallel import join, to_parts
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerShape:
-    """What a transformer block is made of. full_width: see `nn.norm.layer_norm`. mixture: of experts, in the
-    place of the feed-forward."""
+    """The settings of a transformer block. full_width: see `nn.norm.layer_norm`. mixture: a mixture of
+    experts that replaces the feed-forward layer."""
 
     width: int
     num_heads: int
@@ -57,19 +57,19 @@ class FeedForward(nnx.Module):
         self.activation = activation
 
     def __call__(self, x_BSD, ctx: Context):
-        """(y_BSD, None): it has no penalty."""
-        is_split = self.up.kernel.shape[1] < self.up.out_features  # over "model", by channels
+        """Returns (y_BSD, None): a feed-forward layer has no penalty."""
+        is_split = self.up.kernel.shape[1] < self.up.out_features  # by channels, over mesh axis "model"
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         hidden_TF = getattr(nnx, self.activation)(self.up(to_parts(x_TD) if is_split else x_TD))
         return join(self.down, hidden_TF, is_split).reshape(x_BSD.shape), None
 
 
 class TransformerBlock(Block):
-    """Attention then feed-forward, each with a residual.
+    """Attention, then feed-forward, each with a residual connection.
 
-    norm="pre": x + f(norm(x)), twice.
-    norm="post": norm(x) + f(norm(x)), twice: what follows a residual sum is always its normalised form.
-    norm="original": SASRec's own order: as "post", but keys and values see the input before the norm.
+    norm="pre": x + f(norm(x)) for both.
+    norm="post": norm(x) + f(norm(x)) for both, so that a residual sum is always read through its norm.
+    norm="original": as in SASRec: like "post", but keys and values come from the input before the norm.
     """
 
     def __init__(self, shape: TransformerShape, *, rngs: nnx.Rngs):

@@ -9,10 +9,10 @@ from rec_jax.nn.dims import named
 
 
 class CausalConv(nnx.Module):
-    """Each channel's own weighted sum of a token and those before it in its segment, with a bias; a mixer
-    (`nn.context`).
+    """A mixer (`nn.context`) that convolves each channel over a token and the W - 1 tokens before it in its
+    segment, and adds a bias.
 
-    taps: [W, D], that of the token itself first.
+    taps: [W, D], weights by distance; those of the token itself come first.
     """
 
     def __init__(self, width: int, conv_width: int, *, rngs: nnx.Rngs):
@@ -29,7 +29,7 @@ class CausalConv(nnx.Module):
         return y_BSD
 
     def prefill(self, x_BSD, ctx: Context, query_positions):
-        """own: the last inputs [N, 1, W - 1, D], the latest first, 0 where the history has none."""
+        """The suffix is the last inputs [N, 1, W - 1, D], the latest first; 0 before a history starts."""
         rows_N, columns_N = query_positions
         back_W = jnp.arange(self.taps.shape[0] - 1)
         last_NWD = x_BSD[rows_N[:, None], jnp.maximum(columns_N[:, None] - back_W, 0)]

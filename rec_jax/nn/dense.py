@@ -1,4 +1,4 @@
-"""Dense layers whose kernel may be more than an array."""
+"""Dense layers whose kernel is an array, or an object with its own matrix product (quantized, low rank)."""
 
 import flax.nnx as nnx
 import jax
@@ -6,10 +6,10 @@ import jax.numpy as jnp
 
 
 def dense(x_TD, kernel, bias_F=None):
-    """x @ kernel + bias.
+    """Returns y_TF = x @ kernel + bias.
 
-    kernel: an array [D, ...], whose further dims are flattened; or, from a compressed model, an object with a
-    `shape` and `matmul(x_TD)`, which knows how to multiply itself. Returns y_TF.
+    kernel: an array [D, ...], whose dims after the first are flattened; or, in a compressed model, an object
+    with a `shape` and a method `matmul(x_TD)`.
     """
     if isinstance(kernel, jax.Array):
         y_TF = jnp.dot(x_TD, kernel.reshape(kernel.shape[0], -1).astype(x_TD.dtype))
@@ -19,15 +19,15 @@ def dense(x_TD, kernel, bias_F=None):
 
 
 def dense_each(x_ETD, kernel_EDF):
-    """x[e] @ kernel[e] for each of several experts, [E, T, F]. kernel_EDF: an array, or an object as of
-    `dense`, whose part for expert e is kernel_EDF[e]."""
+    """Returns y_ETF: x[e] @ kernel[e] for each expert e. kernel_EDF: an array, or an object that
+    kernel_EDF[e] makes a kernel of `dense`."""
     if isinstance(kernel_EDF, jax.Array):
         return jnp.einsum("etd,edf->etf", x_ETD, kernel_EDF)
     return jnp.stack([kernel_EDF[e].matmul(x_TD) for e, x_TD in enumerate(x_ETD)])
 
 
 class Dense(nnx.Linear):
-    """nnx.Linear by `dense`."""
+    """nnx.Linear computed by `dense`, so that its kernel may be compressed."""
 
     def __call__(self, x_TD):
         return dense(x_TD, self.kernel[...], self.bias[...])

@@ -1,9 +1,9 @@
-"""Names of the dims of parameters, given where a parameter is made. What splits, shrinks or adapts parameters
-reads them from `Model.dims`, {name of the parameter: its dims}.
+"""Names for the dims of parameters, given where a parameter is created. Code that splits, shrinks or adapts
+parameters reads them from `Model.dims`, {parameter name: its dims}.
 
-A dim is named by a string; by a tuple, outermost first, where it packs several, of which a number counts
-groups: ("heads", "head_width"), (3, "width"); or by a list of such where parts of different sizes follow each
-other. None is a dim that nobody asks for.
+A dim is named by a string. A dim that packs several factors is named by a tuple, outermost first, in which a
+number is a number of groups: ("heads", "head_width"), (3, "width"). A dim that concatenates parts of
+different sizes is named by a list of these. None is a dim without a name.
 """
 
 import math
@@ -11,16 +11,16 @@ import math
 import flax.nnx as nnx
 import numpy as np
 
-# Parts one after the other, each a product of (name or None, size), outermost first.
+# Concatenated parts. Each part is a product of factors (name or None, size), outermost first.
 Dim = tuple[tuple[tuple[str | None, int], ...], ...]
 
 
 def named(made, *dims, **sizes: int):
-    """`made` with names for its dims.
+    """Returns `made` after naming its dims.
 
-    made: a parameter; or a module with a kernel (and a bias, which has the kernel's dims but the first) or an
-    embedding. sizes: of the names that do not follow from the shape: all but one of each product, and all in
-    a list.
+    made: a parameter; or a module with an embedding, or with a kernel and maybe a bias, which has all dims of
+    the kernel except the first. sizes: the sizes that do not follow from the shape: of all names except one
+    in a tuple, and of all names in a list.
     """
     if isinstance(made, nnx.Variable):
         resolved = tuple(_resolve(dim, size, sizes) for dim, size in zip(dims, made.shape, strict=True))
@@ -35,7 +35,7 @@ def named(made, *dims, **sizes: int):
 
 
 def dims_of(variable: nnx.Variable) -> tuple[Dim, ...]:
-    """The names that `named` gave it, or none: then nothing splits or shrinks it."""
+    """Returns the dims set by `named`. Without it they have no names, so nothing splits or shrinks them."""
     return variable.get_metadata().get("dims") or tuple((((None, size),),) for size in variable.shape)
 
 
@@ -53,22 +53,23 @@ def _resolve(dim, size: int, sizes: dict[str, int]) -> Dim:
 
 
 def sizes_of(dim: Dim) -> dict[str, int]:
-    """{name: size} of all that a dim packs."""
+    """Returns {name: size} for all named factors of a dim."""
     return {name: size for part in dim for name, size in part if name}
 
 
 def outermost(dim: Dim) -> tuple[str | None, int]:
-    """(name, size) of what a dim consists of in contiguous pieces of equal size."""
+    """Returns (name, size) of the outermost factor, whose units are contiguous and of equal size. (None, 1)
+    if the dim concatenates parts."""
     return dim[0][0] if len(dim) == 1 else (None, 1)
 
 
 def is_stacked(dims: tuple[Dim, ...]) -> bool:
-    """Is a parameter one for each of several experts?"""
+    """Whether a parameter stacks one array for each expert."""
     return outermost(dims[0])[0] == "experts"
 
 
 def places(dim: Dim, kept: dict[str, np.ndarray]) -> np.ndarray:
-    """bool[size of the dim]: the places of the units that are kept. kept: {name: bool[units]}."""
+    """bool[size of the dim]: the elements that belong to kept units. kept: {name: bool[units]}."""
     masks = []
     for part in dim:
         mask = np.ones(1, bool)

@@ -1,4 +1,4 @@
-"""Dropout whose masks are drawn from a counter hash, and drawn again in the backward pass."""
+"""Dropout whose masks come from a counter-based hash. The backward pass computes the mask again."""
 
 from functools import partial
 
@@ -17,8 +17,8 @@ def _keep_mask(key_B: jax.Array, site: int, rate: float, shape: tuple[int, ...])
 def dropout(x: jax.Array, key_B: jax.Array, site: int, rate: float) -> jax.Array:
     """Inverted dropout of `x` [B, ...].
 
-    key_B: uint32[B] from `hashing.row_keys`; site: a number that differs between the dropouts of one model;
-    rate: share of zeros in [0, 1).
+    key_B: uint32[B] from `hashing.row_keys`. site: a number that is different for each dropout of a model.
+    rate: the probability of a zero, in [0, 1).
     """
     return jnp.where(_keep_mask(key_B, site, rate, x.shape), x * (1 / (1 - rate)), 0).astype(x.dtype)
 

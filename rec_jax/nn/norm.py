@@ -1,4 +1,4 @@
-"""Layer normalisation with its own gradient: fewer passes on a CPU than the automatic one takes."""
+"""Layer normalisation. Its handwritten gradient takes fewer passes on a CPU than the automatic one."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ EPSILON = 1e-6
 def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array, full_width: int = 0) -> jax.Array:
     """(x - mean) / sqrt(variance + EPSILON) * scale + bias over the last dim; statistics in f32.
 
-    x [..., D]. full_width: the dims that mean and variance count, of which those beyond D are zeros; 0 = D.
+    x [..., D]. full_width: the number of dims in mean and variance; those after the first D are zeros; 0 = D.
     Source: Ba, Kiros & Hinton, arXiv 1607.06450.
     """
     return _forward(x, scale_D, bias_D, full_width)[0]
@@ -30,7 +30,7 @@ def _forward(x, scale_D, bias_D, full_width):
     mean = _mean(x32, full_width)
     centred = x32 - mean
     variance = _mean(centred**2, full_width)
-    if full_width > x.shape[-1]:  # a zero lies `mean` away from the mean
+    if full_width > x.shape[-1]:  # each missing dim is 0, which differs from the mean by `mean`
         variance += (full_width - x.shape[-1]) / full_width * mean**2
     rstd = jax.lax.rsqrt(variance + EPSILON)
     unit = (centred * rstd).astype(x.dtype)
@@ -38,8 +38,7 @@ def _forward(x, scale_D, bias_D, full_width):
 
 
 def _backward(full_width, residuals, dout):
-    """d = dout * scale goes back less its mean and less its projection on the normalised input; at dims that
-    are missing d is zero."""
+    """dx = rstd * (d - mean(d) - unit * mean(d * unit)), where d = dout * scale; d is 0 in missing dims."""
     unit, rstd, scale_D = residuals
     tokens = tuple(range(dout.ndim - 1))
     dscale_D = jnp.sum(dout * unit, axis=tokens, dtype=jnp.float32).astype(scale_D.dtype)
@@ -54,7 +53,7 @@ layer_norm.defvjp(_forward, _backward)
 
 class LayerNorm(nnx.Module):
     def __init__(self, width: int, full_width: int = 0, dim="width", **sizes: int):
-        """dim, sizes: the name of the dim, see `nn.dims`."""
+        """dim, sizes: the name of the dim and the sizes of its factors, see `nn.dims`."""
         self.full_width = full_width
         self.scale = named(nnx.Param(jnp.ones(width)), dim, **sizes)
         self.bias = named(nnx.Param(jnp.zeros(width)), dim, **sizes)
@@ -64,6 +63,6 @@ class LayerNorm(nnx.Module):
 
 
 def unit(x):
-    """x [..., D] of length 1, computed in f32."""
+    """Returns x [..., D] scaled to length 1; computed in f32."""
     x32 = x.astype(jnp.float32)
     return (x32 * jax.lax.rsqrt(jnp.sum(x32**2, -1, keepdims=True) + 1e-12)).astype(x.dtype)

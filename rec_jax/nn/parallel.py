@@ -1,6 +1,7 @@
-"""Parameters split over a mesh: over "model" by heads and channels (tensor parallelism), over "data" fully.
+"""Parameters sharded over a mesh: by heads, channels and experts over "model" (tensor parallelism), and fully
+over "data" (FSDP).
 
-All functions but `partition` run inside a shard_map over both axes.
+All functions except `split_dims` and `partition` run inside a shard_map over both axes.
 
 Source: Shoeybi et al., arXiv 1909.08053, for the pair of functions around a split block; Rajbhandari et al.,
 SC'20 (arXiv 1910.02054), for parameters of which each device keeps a part.
@@ -18,7 +19,8 @@ from rec_jax.tree import leaf_names
 
 @jax.custom_vjp
 def to_parts(x):
-    """Into a block whose parameters are split over "model": as it is; gradients of the parts are summed."""
+    """Enters a block whose parameters are split over "model": returns x; the backward pass sums the gradients
+    of the parts."""
     return x
 
 
@@ -27,7 +29,7 @@ to_parts.defvjp(lambda x: (x, None), lambda _, grad: (jax.lax.psum(grad, "model"
 
 @jax.custom_vjp
 def sum_parts(x):
-    """Out of such a block: the sum of the parts; its gradient is that of each part."""
+    """Leaves such a block: returns the sum of the parts; the backward pass gives each part its gradient."""
     return jax.lax.psum(x, "model")
 
 
@@ -35,19 +37,22 @@ sum_parts.defvjp(lambda x: (jax.lax.psum(x, "model"), None), lambda _, grad: (gr
 
 
 def join(linear, x_TF, is_split: bool):
-    """The dense layer that ends a block; where the block is split, x_TF and the kernel are one part of it."""
+    """Applies the last dense layer of a block. If is_split, a device has a part of x_TF and the kernel."""
     if not is_split:
         return linear(x_TF)
     return sum_parts(dense(x_TF, linear.kernel[...])) + linear.bias[...]
 
 
-_SPLIT = ("heads", "ff_width", "experts")  # names of dims that blocks can compute in parts
+_SPLIT = ("heads", "ff_width", "experts")  # the dims that blocks can split over "model"
 
 
 def split_dims(dims: dict[str, tuple], parts: int) -> dict[str, int]:
-    """{name of a parameter: the dim that is split over "model"}: heads, channels and experts, in blocks
-    where `parts` divides them and all parameters have them in contiguous pieces; elsewhere they are whole."""
-    splits, whole = [], set()
+    """Returns {parameter name: index of the dim that is split over "model"}.
+
+    Heads, channels and experts of a block are split if `parts` divides their number and they are the
+    outermost factor of a dim in every parameter of the block; otherwise they are replicated.
+    """
+    splits, unsplit = [], set()
     for name, param_dims in dims.items():
         block = name.split("/")[:2]
         for index, dim in enumerate(param_dims):
@@ -56,25 +61,28 @@ def split_dims(dims: dict[str, tuple], parts: int) -> dict[str, int]:
                 if outer == unit and size % parts == 0:
                     splits.append((name, index, (*block, unit)))
                 else:
-                    whole.add((*block, unit))
+                    unsplit.add((*block, unit))
     return {
-        name: index for name, index, unit in splits if parts > 1 and unit[-1] in _SPLIT and unit not in whole
+        name: index
+        for name, index, unit in splits
+        if parts > 1 and unit[-1] in _SPLIT and unit not in unsplit
     }
 
 
 def partition(params, dims: dict[str, tuple], mesh: Mesh, *, fully_sharded: bool):
-    """A tree of PartitionSpecs. dims: see `nn.dims`; parameters that have none are whole along "model".
+    """Returns a tree of PartitionSpecs.
 
-    fully_sharded: also over "data", along the largest dim that it divides and that is whole.
+    dims: see `nn.dims`; parameters without names are replicated over "model". fully_sharded: shard parameters
+    also over "data", along their largest unsharded dim that the size of "data" divides.
     """
     split = split_dims(dims, mesh.shape["model"])
 
     def spec_of(name: str, x) -> P:
         axes = ["model" if split.get(name) == d else None for d in range(x.ndim)]
         size = mesh.shape["data"]
-        free = [d for d in range(x.ndim) if axes[d] is None and x.shape[d] % size == 0]
-        if fully_sharded and free and size > 1:
-            axes[max(free, key=lambda d: x.shape[d])] = "data"
+        candidates = [d for d in range(x.ndim) if axes[d] is None and x.shape[d] % size == 0]
+        if fully_sharded and candidates and size > 1:
+            axes[max(candidates, key=lambda d: x.shape[d])] = "data"
         return P(*axes)
 
     names = leaf_names(params)
@@ -82,25 +90,26 @@ def partition(params, dims: dict[str, tuple], mesh: Mesh, *, fully_sharded: bool
 
 
 def gather(params, specs):
-    """Parameters that are whole along "data"."""
+    """Returns parameters gathered over "data"."""
 
-    def whole(x, spec):
+    def gathered(x, spec):
         if "data" not in spec:
             return x
         return jax.lax.all_gather(x, "data", axis=tuple(spec).index("data"), tiled=True)
 
-    return jax.tree.map(whole, params, specs)
+    return jax.tree.map(gathered, params, specs)
 
 
 def reduce(grads, specs, dtype=jnp.float32):
-    """Sums over "data" of gradients, each device getting its own part; dtype: of what is sent and summed."""
+    """Returns gradients summed over "data"; each device gets the sum for its own part of a sharded parameter.
+    dtype: the type in which they are sent and summed."""
 
     def total(grad, spec):
         grad = grad.astype(dtype)
         if "data" in spec:
             dim = tuple(spec).index("data")
             grad = jax.lax.psum_scatter(grad, "data", scatter_dimension=dim, tiled=True)
-        elif jax.lax.axis_size("data") > 1:  # XLA copies everything even where there is nobody to sum with
+        elif jax.lax.axis_size("data") > 1:  # a psum over one device would still copy
             grad = jax.lax.psum(grad, "data")
         return grad.astype(jnp.float32)
 
@@ -108,7 +117,7 @@ def reduce(grads, specs, dtype=jnp.float32):
 
 
 def sum_squares(grads, specs) -> jax.Array:
-    """Of all elements of all devices, each counted once."""
+    """The sum of squared gradients over all elements and devices, each element counted once."""
 
     def squares(grad, spec):
         axes = tuple(axis for axis in spec if axis is not None)

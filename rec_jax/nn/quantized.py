@@ -1,14 +1,15 @@
-"""Kernels and tables in 8 or 4 bits, which take the place of arrays among the parameters of a model.
+"""Kernels and embedding tables in 8 or 4 bits, which replace arrays among the parameters of a model.
 
-A number x is kept as a code, an integer, and read back as (code - zero) * scale; a symmetric code has no
-zero. There is one scale for each output channel of a kernel and for each row of a table. Codes of 4 bits lie
-two to a byte: byte j of a row holds dim j in its lower half and dim j + ceil(D/2) in its upper one.
+A number x is stored as an integer code and read as (code - zero) * scale, with a quantization scale and a
+zero point; symmetric quantization has no zero point. There is one scale for each output channel of a kernel
+and one for each entry of a table. Two 4-bit codes share a byte: byte j of an entry holds dim j in its lower
+half and dim j + ceil(D/2) in its upper half.
 
-From the library qwix: `QArray`, codes with their scale, and `dot_general`, which multiplies two of them in
-integers. What it lacks is here: tables (rows by id, scores), codes of 4 bits that take 4 bits
-(jnp.int4 takes a byte on a CPU) and inputs with a zero point for the price of one product. Its providers
-quantize whole models by intercepting their operations; here a model reads parameters, and some know how to
-multiply themselves (`rec_jax.nn.dense`).
+From the library qwix: `QArray`, codes with their scale, and `dot_general`, the integer product of two of
+them. This module adds what qwix lacks: tables (lookups and scores), 4-bit codes that take 4 bits (jnp.int4
+takes a byte on a CPU), and inputs with a zero point at the cost of a single product. The providers of qwix
+quantize whole models by intercepting their operations; here a model reads its parameters, and a quantized
+kernel has its own matrix product (`rec_jax.nn.dense`).
 """
 
 from dataclasses import dataclass, field
@@ -19,30 +20,29 @@ import jax
 import jax.numpy as jnp
 
 if TYPE_CHECKING:
-    import qwix  # slow to import, and needed for integers only
+    import qwix  # slow to import, and needed only for integer products
 
-_SLICE_ELEMENTS = 2**18  # of a table that are unpacked at once: 1 MiB of f32
+_SLICE_ELEMENTS = 2**18  # elements of a table to unpack at a time: 1 MiB of f32
 _ROWS_BY_COLUMNS = (((1,), (0,)), ((), ()))
 _ROWS_BY_ROWS = (((1,), (1,)), ((), ()))
 
 
 class ParamValue:
-    """What may be the value of an nnx.Param, which is read as `param[...]`. One for several experts is a tree
-    whose arrays have these in dim 0; `param[...][e]` is that of expert e."""
+    """A value that an nnx.Param can hold in place of an array; read it as `param[...]`. If its arrays stack
+    experts in dim 0, `param[...][e]` is the value of expert e."""
 
     def __getitem__(self, index):
         return self if index is ... else jax.tree.map(lambda x: x[index], self)
 
 
 def code_limits(bits: int, symmetric: bool) -> tuple[int, int]:
-    """The least and the greatest code."""
+    """Returns (lowest code, highest code)."""
     high = 2 ** (bits - 1) - 1
     return (-high if symmetric else -high - 1), high
 
 
 def encode(x, scale, zero=None, bits: int = 8) -> jax.Array:
-    """int8 codes of x, clipped to those there are. scale, zero: broadcast to x. Where the scale is 0, so is
-    x."""
+    """Returns int8 codes of x, clipped to the limits. scale, zero: broadcast to x. x is 0 where scale is."""
     codes = _unclipped(x, scale, zero)
     return jnp.clip(codes, *code_limits(bits, zero is None)).astype(jnp.int8)
 
@@ -54,25 +54,25 @@ def _unclipped(x, scale, zero):
 
 
 def decode(codes, scale, zero=None) -> jax.Array:
-    """f32 numbers of codes."""
+    """Returns the f32 numbers that the codes stand for."""
     codes = codes.astype(jnp.float32)
     return (codes if zero is None else codes - zero) * scale.astype(jnp.float32)
 
 
 def token_scale(x_TD) -> jax.Array:
-    """f32[T, 1]: the scale of symmetric 8 bits for each token, so that none of its numbers is clipped."""
+    """f32[T, 1]: for each token, the smallest scale at which symmetric 8-bit codes clip no number."""
     return jnp.max(jnp.abs(x_TD.astype(jnp.float32)), -1, keepdims=True) / 127
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QuantizedKernel(ParamValue):
-    """A kernel [D, ...] in int8, symmetric.
+    """A kernel [D, ...] in symmetric int8.
 
-    weight: the codes in the shape of the kernel, scale [1, ...].
-    inputs: "float" multiplies the codes by inputs as they are; "dynamic" quantizes each token by its own
-    largest number; "static" all by the calibrated input_scale [1, 1] and, unless symmetric, input_zero
-    int8[1, 1]. The latter two multiply integers.
+    weight: codes in the shape of the kernel, with a scale [1, ...].
+    inputs: "float" multiplies the codes by unquantized inputs. "dynamic" quantizes each token with a scale
+    from its own largest number. "static" quantizes all tokens with the calibrated input_scale [1, 1] and,
+    unless symmetric, input_zero int8[1, 1]. The latter two multiply integers.
     """
 
     weight: "qwix.QArray"
@@ -87,10 +87,10 @@ class QuantizedKernel(ParamValue):
         return codes.shape[0], codes.size // codes.shape[0]
 
     def matmul(self, x_TD) -> jax.Array:
-        """y_TF of the type of x."""
+        """Returns y_TF in the type of x."""
         codes_DF = self.weight.qvalue.reshape(self.shape)
         scale_1F = self.weight.scale.reshape(1, -1).astype(jnp.float32)
-        if self.inputs == "float":  # scaled after the product: for few tokens, y is less than the kernel
+        if self.inputs == "float":  # scaled after the product: with few tokens, y is smaller than the kernel
             y_TF = jnp.dot(x_TD, codes_DF.astype(x_TD.dtype), preferred_element_type=jnp.float32)
             return (y_TF * scale_1F).astype(x_TD.dtype)
         import qwix
@@ -104,22 +104,22 @@ class QuantizedKernel(ParamValue):
         return y_TF.astype(x_TD.dtype)
 
     def matmul_transposed(self, y_TF) -> jax.Array:
-        """x_TD = y @ kernel.T, of the type of y, by f32 inputs: the scales lie along the summed dim."""
+        """Returns x_TD = y @ kernel.T in the type of y. Computed in f32: the scales are on the summed dim."""
         scaled_TF = y_TF.astype(jnp.float32) * self.weight.scale.reshape(1, -1).astype(jnp.float32)
         codes_FD = self.weight.qvalue.reshape(self.shape).T.astype(jnp.float32)
         return jnp.dot(scaled_TF, codes_FD).astype(y_TF.dtype)
 
     def dequantize(self) -> jax.Array:
-        """The kernel in f32 and its own shape."""
+        """Returns the kernel in f32, in its own shape."""
         return decode(self.weight.qvalue, self.weight.scale)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QuantizedTable(ParamValue):
-    """A table [V, D] in 8 or 4 bits.
+    """An embedding table [V, D] in 8 or 4 bits.
 
-    codes: int8[V, D], or uint8[V, ceil(D/2)] as `pack_int4` gives. zero_V: int8, or None if symmetric.
+    codes: int8[V, D], or uint8[V, ceil(D/2)] from `pack_int4`. zero_V: int8, or None if symmetric.
     """
 
     codes: jax.Array
@@ -136,18 +136,18 @@ class QuantizedTable(ParamValue):
         return codes if self.bits == 8 else unpack_int4(codes, self.dim)
 
     def rows(self, ids) -> jax.Array:
-        """f32[..., D] for integers [...]; an id outside [0, V) reads as a row of NaN."""
+        """Returns the entries f32[..., D] of integer ids [...]. An id outside [0, V) reads as NaN."""
         scale = self.scale_V.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         zero = None if self.zero_V is None else self.zero_V.at[ids].get(mode="clip")[..., None]
         return decode(self._unpack(self.codes.at[ids].get(mode="clip")), scale[..., None], zero)
 
     def dequantize(self) -> jax.Array:
-        """table_VD in f32."""
+        """Returns table_VD in f32."""
         zero_V1 = None if self.zero_V is None else self.zero_V[:, None]
         return decode(self._unpack(self.codes), self.scale_V[:, None], zero_V1)
 
     def scores(self, x_BD) -> jax.Array:
-        """f32[B, V]: dot products of x with every row, in f32."""
+        """f32[B, V]: dot products of x with all entries, computed in f32."""
         x_BD = x_BD.astype(jnp.float32)
         out_BV = self._float_dot(x_BD)
         if self.zero_V is not None:
@@ -155,11 +155,11 @@ class QuantizedTable(ParamValue):
         return out_BV * self.scale_V.astype(jnp.float32)
 
     def _float_dot(self, x_BD):
-        """f32[B, V]: with the codes, converted slice by slice so that no second table, of f32, takes room."""
+        """f32[B, V]: dot products with the codes, converted slice by slice to avoid a whole table in f32."""
         num_rows = self.shape[0]
         size = min(num_rows, max(1, _SLICE_ELEMENTS // self.dim))
 
-        def fill(i, out_BV):  # the last slice is moved back inside the table, reading and writing
+        def fill(i, out_BV):  # the last slice is clamped: it overlaps the one before
             codes_vD = self._unpack(jax.lax.dynamic_slice_in_dim(self.codes, i * size, size))
             out_Bv = jax.lax.dot_general(x_BD, codes_vD.astype(jnp.float32), _ROWS_BY_ROWS)
             return jax.lax.dynamic_update_slice(out_BV, out_Bv, (0, i * size))
@@ -168,7 +168,7 @@ class QuantizedTable(ParamValue):
 
 
 def pack_int4(codes) -> jax.Array:
-    """uint8[..., ceil(D/2)] of codes [..., D] from -8 to 7. A missing last one is packed as 0."""
+    """Returns uint8[..., ceil(D/2)] of codes [..., D] from -8 to 7. If D is odd, a code 0 is added."""
     half = -(-codes.shape[-1] // 2)
     padded = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 2 * half - codes.shape[-1])])
     bits = (padded + 8).astype(jnp.uint8)
@@ -176,13 +176,13 @@ def pack_int4(codes) -> jax.Array:
 
 
 def unpack_int4(packed, dim: int) -> jax.Array:
-    """int8[..., dim]: what `pack_int4` packed."""
+    """Returns codes int8[..., dim], the inverse of `pack_int4`."""
     bits = jnp.concatenate([packed & 15, packed >> 4], -1)[..., :dim]
     return bits.astype(jnp.int8) - 8
 
 
 def score_items(x_BD, table) -> jax.Array:
-    """f32[B, V]: dot products with all rows of a table, an array or a QuantizedTable."""
+    """f32[B, V]: dot products with all entries of a table, an array or a QuantizedTable."""
     if isinstance(table, QuantizedTable):
         return table.scores(x_BD)
     return jnp.matmul(x_BD, table.T, preferred_element_type=jnp.float32)
@@ -190,10 +190,10 @@ def score_items(x_BD, table) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def fake_quantize(x, scale, zero, bits: int):
-    """x as it reads after quantization. scale, zero (or None): broadcast to x.
+    """Returns x quantized and decoded again. scale, zero (or None): broadcast to x.
 
-    The gradient takes the rounding for the identity: it passes where the code is not clipped, is 0 where it
-    is, and 0 for scale and zero. Source: Jacob et al., CVPR'18 (arXiv 1712.05877), section 3.
+    The gradient treats rounding as the identity (straight-through): it is 0 where a code is clipped, and for
+    scale and zero. Source: Jacob et al., CVPR'18 (arXiv 1712.05877), section 3.
     """
     return decode(encode(x, scale, zero, bits), scale, zero).astype(x.dtype)
 
@@ -214,9 +214,10 @@ fake_quantize.defvjp(_fake_quantize_fwd, _fake_quantize_bwd)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FakeQuantizedInputs(ParamValue):
-    """A kernel for training whose inputs read as after dynamic quantization, each token by its own scale.
+    """A kernel for quantization-aware training: it rounds its inputs as dynamic quantization would, with one
+    scale per token.
 
-    is_on: bool scalar, may be traced.
+    is_on: whether inputs are rounded; a bool scalar that may be traced.
     """
 
     kernel: jax.Array
@@ -228,11 +229,11 @@ class FakeQuantizedInputs(ParamValue):
         return self.kernel.shape[0], self.kernel.size // self.kernel.shape[0]
 
     def matmul(self, x_TD) -> jax.Array:
-        """y_TF. Gradients go to x and the kernel."""
+        """Returns y_TF, with gradients for x and the kernel."""
         scale_T1 = jax.lax.stop_gradient(token_scale(x_TD))
         x_TD = jnp.where(self.is_on, fake_quantize(x_TD, scale_T1, None, 8), x_TD)
         return jnp.dot(x_TD, self.kernel.reshape(self.shape).astype(x_TD.dtype))
 
     def matmul_transposed(self, y_TF) -> jax.Array:
-        """x_TD = y @ kernel.T; the inputs are as they are, see QuantizedKernel."""
+        """Returns x_TD = y @ kernel.T; the inputs are not rounded, as in QuantizedKernel."""
         return jnp.dot(y_TF, self.kernel.reshape(self.shape).T.astype(y_TF.dtype))

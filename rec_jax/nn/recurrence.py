@@ -1,4 +1,4 @@
-"""A linear recurrence along packed rows, with its own gradient."""
+"""A linear recurrence along packed rows, with a handwritten gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -7,13 +7,13 @@ from rec_jax.nn.context import Context
 
 
 def linear_scan(a_BSD: jax.Array, x_BSD: jax.Array) -> jax.Array:
-    """h_t = a_t * h_{t-1} + x_t along S, element by element, from h = 0; f32[B, S, D], computed in f32.
+    """Returns h_t = a_t * h_{t-1} + x_t along S, element by element, from h = 0.
 
-    Where a is 0 the state starts anew, as it should where a segment does.
+    h is f32[B, S, D], computed in f32. a = 0 resets the state, as is needed at the first token of a segment.
 
-    Work grows linearly in S. A CPU goes token by token, which is faster there than either an associative scan
-    or chunks of it, at any length from 200 to 8,192, and compiles sooner. Other backends, for which S steps
-    one after the other are slow, take an associative scan of about 2 log2(S) steps.
+    The work is linear in S. On a CPU the scan is sequential, which is faster there than an associative scan,
+    whole or in chunks, for all S from 200 to 8,192, and compiles faster. Other backends, where S sequential
+    steps are slow, use an associative scan of about 2 log2(S) steps.
     """
     return _linear_scan(a_BSD.astype(jnp.float32), x_BSD.astype(jnp.float32))
 
@@ -29,7 +29,7 @@ def _forward(a_BSD, x_BSD):
 
 
 def _backward(residuals, dh_BSD):
-    """dx_t = dh_t + a_{t+1} * dx_{t+1}, the same recurrence from the end; da_t = dx_t * h_{t-1}."""
+    """dx_t = dh_t + a_{t+1} * dx_{t+1}, the same recurrence in reverse; da_t = dx_t * h_{t-1}."""
     a_BSD, h_BSD = residuals
     next_a = jnp.pad(a_BSD[:, 1:], ((0, 0), (0, 1), (0, 0)))
     last_h = jnp.pad(h_BSD[:, :-1], ((0, 0), (1, 0), (0, 0)))
@@ -42,7 +42,7 @@ _linear_scan.defvjp(_forward, _backward)
 
 def _scan(a_BSD, x_BSD, reverse: bool = False):
     if not _is_cpu():
-        return jax.lax.associative_scan(_join, (a_BSD, x_BSD), reverse=reverse, axis=1)[1]
+        return jax.lax.associative_scan(_compose, (a_BSD, x_BSD), reverse=reverse, axis=1)[1]
 
     def step(h_BD, token):
         a_BD, x_BD = token
@@ -54,14 +54,14 @@ def _scan(a_BSD, x_BSD, reverse: bool = False):
     return h_SBD.swapaxes(0, 1)
 
 
-def _join(first, second):
-    """Of two stretches of tokens, each h -> a * h + x, the one followed by the other."""
+def _compose(first, second):
+    """Composes two updates h -> a * h + x: the first, then the second."""
     (a, x), (b, y) = first, second
     return a * b, b * x + y
 
 
 class LinearRecurrence:
-    """`linear_scan` as a mixer (`nn.context`); own: the states [N, K, D]."""
+    """The mixer (`nn.context`) that computes `linear_scan`. Its suffix is the states [N, K, D]."""
 
     def __call__(self, a_BSD, x_BSD, ctx: Context):
         return linear_scan(a_BSD, x_BSD)

@@ -1,7 +1,7 @@
-"""The items of a catalogue as vectors, and their scores: exact ranks and the best items.
+"""The item vectors of a catalogue, and their scores: exact ranks and top-k items.
 
-Both come whole, or row-sharded over a mesh (see `tables/exchange.Placement`): then a device has the scores of
-its own items, and only counts and its best items travel.
+Vectors and scores are on one device, or row-sharded over a mesh (see `tables/exchange.Placement`). With
+sharding, each device scores its own items, and devices exchange only counts and their best items.
 """
 
 from dataclasses import dataclass, field
@@ -17,15 +17,16 @@ from rec_jax.nn.quantized import QuantizedTable, score_items
 from rec_jax.objectives.softmax import sharded_softmax_cross_entropy, softmax_cross_entropy
 from rec_jax.tables.exchange import AXES, Placement, shard_index
 
-_LEAST = jnp.finfo(jnp.float32).min
+_MIN_FLOAT = jnp.finfo(jnp.float32).min
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Ranks:
-    """Where the target of each query stands, int[B]: items above it and items level with it, itself included,
-    without the items of the query's history (`greater`, `equal`) or with them. num_nan: scores that are not
-    numbers. top_BK: the best ids, 0 where none is left. sampled_*: among the sampled ids alone."""
+    """The rank of each query's target as counts, int[B]: items with a greater score, and items with an equal
+    score, the target included. `greater` and `equal` leave out the items of the query's history; the
+    `unfiltered` ones count them. num_nan: the number of NaN scores. top_BK: ids of the best items, 0 where no
+    item is left. sampled_*: the counts among the sampled ids only."""
 
     greater: jax.Array
     equal: jax.Array
@@ -40,11 +41,11 @@ class Ranks:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Scores:
-    """Scores of every item for B queries.
+    """Scores of all items for B queries.
 
     values_BV: f32[B, V + 1] in the order of ids; column 0 (padding) is not read. With a placement:
-    f32[B, placement.size], a column for each row of the row-sharded array, as P(None, AXES). num_items:
-    int32, if the ids above it are spare entries of a table that grows; None = all are items.
+    f32[B, placement.size], one column per row of the row-sharded array, sharded as P(None, AXES). num_items:
+    int32; ids above it are spare entries of a table that grows. None = all ids are items.
     """
 
     values_BV: jax.Array
@@ -54,13 +55,14 @@ class Scores:
 
     @partial(jax.jit, static_argnames=("top_k", "filter_seen"))
     def rank(self, targets_B, seen, sampled_BN=None, *, top_k: int, filter_seen: bool = True) -> Ranks:
-        """The exact place of each target, compared with scores of the same array, so that ties are exact.
+        """Returns the exact rank of each target. All scores come from the same array, so that ties are exact.
 
-        targets_B: ids. seen: (rows int[P], ids int[P]), the items of each query's history; pairs of a row
-        beyond B are ignored. sampled_BN: ids of the sampled protocol. filter_seen: which list top_BK is.
+        targets_B: ids. seen: (query indices int[P], ids int[P]), the items of each query's history; pairs
+        with a query index of B or more are ignored. sampled_BN: ids of the sampled protocol. filter_seen:
+        whether top_BK leaves out the items of the history.
 
-        Items are left out by a mask, not by a score of -inf: a model may give that score itself, and is then
-        tied with its own like any other. A target in its own history is ranked.
+        Items are excluded by a mask rather than by a score of -inf, because a model may itself return -inf,
+        and such items are tied like any others. A target that is in the history is still ranked.
         """
 
         def part(columns, values_Bv, targets_B, seen_rows_P, seen_P, sampled_BN):
@@ -78,7 +80,9 @@ class Scores:
                 jnp.isnan(values_Bv) & is_item_Bv,
             )
             is_listed_Bv = is_unseen_Bv if filter_seen else is_item_Bv
-            finite_Bv = jnp.maximum(values_Bv, _LEAST)  # a listed -inf still comes before what is left out
+            finite_Bv = jnp.maximum(
+                values_Bv, _MIN_FLOAT
+            )  # a listed score of -inf stays above excluded items
             best_BK, id_BK = columns.top_k(jnp.where(is_listed_Bv, finite_Bv, -jnp.inf), top_k)
             top_BK = jnp.where(best_BK == -jnp.inf, 0, id_BK)
             if sampled_BN is None:
@@ -91,11 +95,12 @@ class Scores:
 
     @partial(jax.jit, static_argnames="k")
     def top_k(self, k: int, exclude=None, allowed_V=None) -> tuple[jax.Array, jax.Array]:
-        """(scores f32[B, k], ids int32[B, k]), best first, exact; -inf and id 0 where fewer are left. What
-        scores -inf is not listed.
+        """Returns (scores f32[B, k], ids int32[B, k]), exact, best first; -inf and id 0 if fewer than k items
+        are left. Items that score -inf are not listed.
 
-        exclude: (rows int[P], ids int[P]) pairs that are left out; rows beyond B are ignored. allowed_V:
-        bool[V + 1], the items to choose from. Equal scores: the lower id first, if the scores are whole.
+        exclude: (query indices int[P], ids int[P]), pairs to leave out; query indices of B or more are
+        ignored. allowed_V: bool[V + 1], the items to choose from. Of equal scores the lower id comes first,
+        unless the scores are sharded.
         """
         num_rows = self.placement.num_rows if self.placement else self.values_BV.shape[1]
         num = min(k, num_rows - 1)
@@ -110,12 +115,12 @@ class Scores:
             return best_BK, jnp.where(best_BK == -jnp.inf, 0, id_BK)
 
         best_BK, ids_BK = self._map(part, exclude, allowed_V)
-        beyond = (0, 0), (0, k - num)
-        return jnp.pad(best_BK, beyond, constant_values=-jnp.inf), jnp.pad(ids_BK, beyond)
+        padding = (0, 0), (0, k - num)
+        return jnp.pad(best_BK, padding, constant_values=-jnp.inf), jnp.pad(ids_BK, padding)
 
     @jax.jit
     def at(self, ids_BN) -> jax.Array:
-        """f32[B, N]: the scores of given items."""
+        """f32[B, N]: the scores of the given items."""
         return self._map(lambda columns, values_Bv, ids_BN: columns.get(values_Bv, ids_BN), ids_BN)
 
     def whole(self) -> jax.Array:
@@ -130,7 +135,7 @@ class Scores:
         return gathered.addressable_data(0)
 
     def _map(self, part, *args):
-        """part(columns, values_Bv, *args) of the whole, or of the columns of each device."""
+        """Calls part(columns, values_Bv, *args) once, or on every device with its own columns."""
         if self.placement is None:
             values_BV = self.values_BV.astype(jnp.float32)
             return part(_Columns(values_BV.shape[1], self.num_items), values_BV, *args)
@@ -145,7 +150,7 @@ class Scores:
 
 
 class _Columns:
-    """All columns of an array of scores. ids_v: the id of each, 0 for what is no item."""
+    """All columns of an array of scores. ids_v: the id of each column, 0 for padding and spare entries."""
 
     def __init__(self, size: int, num_items=None):
         ids_v = jnp.arange(size)
@@ -157,24 +162,24 @@ class _Columns:
         return ids
 
     def sum(self, x):
-        """Over all devices."""
+        """Sums over all devices."""
         return x
 
     def max(self, x):
         return x
 
     def items_only(self, values_Bv):
-        """-inf in place of the scores of what is no item."""
+        """Sets the scores of padding and spare entries to -inf."""
         if self._has_spare:
             return jnp.where(self.ids_v > 0, values_Bv, -jnp.inf)
         return values_Bv.at[:, 0].set(-jnp.inf)
 
     def top_k(self, values_Bv, k: int):
-        """(scores, ids) of the k best columns of all devices."""
+        """Returns (scores, ids) of the k best columns over all devices."""
         return jax.lax.top_k(values_Bv, k)
 
     def get(self, values_Bv, ids_BN):
-        """f32[B, N]: the scores of ids."""
+        """f32[B, N]: the scores of the given ids."""
         rows_B1 = jnp.arange(len(values_Bv))[:, None]
         return self.max(values_Bv.at[rows_B1, self.of(ids_BN)].get(mode="fill", fill_value=-jnp.inf))
 
@@ -189,7 +194,7 @@ class _ShardColumns(_Columns):
         self.ids_v = jnp.where(ids_v <= last, ids_v, 0)
 
     def of(self, ids):
-        """Ids of other devices get a column beyond the last."""
+        """The column of each id; ids of other devices get the first column out of range."""
         columns = self._placement.to_physical(ids) - self._first
         return jnp.where((columns >= 0) & (columns < self._size), columns, self._size)
 
@@ -203,28 +208,29 @@ class _ShardColumns(_Columns):
         return jnp.where(self.ids_v > 0, values_Bv, -jnp.inf)
 
     def top_k(self, values_Bv, k: int):
-        """What travels is the best k of each device."""
+        """Gathers only the k best columns of each device."""
         best_BK, column_BK = jax.lax.top_k(values_Bv, min(k, self._size))
         row_BK = column_BK + self._first
         best_BN, row_BN = (jax.lax.all_gather(x, AXES, axis=1, tiled=True) for x in (best_BK, row_BK))
-        best_BK, place_BK = jax.lax.top_k(best_BN, k)
-        return best_BK, self._placement.to_ids(jnp.take_along_axis(row_BN, place_BK, axis=1))
+        best_BK, index_BK = jax.lax.top_k(best_BN, k)
+        return best_BK, self._placement.to_ids(jnp.take_along_axis(row_BN, index_BK, axis=1))
 
 
 def _count_rows(*masks_BV):
-    """How often each mask holds in each row. One pass: XLA:CPU takes ten times as long over several sums."""
+    """int32[B] for each mask: its number of true values per query. One pass over all masks, because separate
+    sums take ten times as long in XLA:CPU."""
     zeros = (jnp.int32(0),) * len(masks_BV)
     masks_BV = tuple(mask.astype(jnp.int32) for mask in masks_BV)
-    return jax.lax.reduce(masks_BV, zeros, lambda sums, more: tuple(map(jnp.add, sums, more)), (1,))
+    return jax.lax.reduce(masks_BV, zeros, lambda sums, others: tuple(map(jnp.add, sums, others)), (1,))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Catalogue:
-    """The vectors of all items; a score is the dot product with a query.
+    """The vectors of all items. The score of an item is the dot product of its vector with a query.
 
-    vectors: [V + 1, D], an array or a QuantizedTable; row 0 is padding. With a placement: the row-sharded
-    array [placement.size, D], as P(AXES). num_items: as of `Scores`.
+    vectors: [V + 1, D], an array or a QuantizedTable; entry 0 is padding. With a placement: the row-sharded
+    array [placement.size, D], sharded as P(AXES). num_items: as in `Scores`.
     """
 
     vectors: jax.Array | QuantizedTable
@@ -234,7 +240,7 @@ class Catalogue:
 
     @jax.jit
     def scores(self, x_BD) -> Scores:
-        """Of every item, in f32."""
+        """The scores of all items, in f32."""
         scores_BV = score_items(x_BD, self.vectors)
         if self.placement is not None:
             sharding = NamedSharding(self.mesh, P(None, AXES))
@@ -242,11 +248,11 @@ class Catalogue:
         return Scores(scores_BV, self.placement, self.mesh, self.num_items)
 
     def cross_entropy(self, x_TD, targets_T, weights_T, bias_V=None) -> jax.Array:
-        """Sum over tokens of weight * (log of the sum of exp(scores) - score of the target), a f32 scalar.
+        """Sum over tokens of weight * (log of the sum of exp(scores) - score of the target), an f32 scalar.
 
-        With a placement: inside a shard_map over both axes, where `vectors` are the rows of this device, and
-        the tokens those of its part of the batch; the gradient of `vectors` is then complete, over the tokens
-        of all devices. targets_T: ids. bias_V: f32[V + 1], added to the scores.
+        targets_T: ids. bias_V: f32[V + 1], added to the scores. With a placement, call it inside a shard_map
+        over both mesh axes: `vectors` are the entries of this device, and the tokens are those of its part of
+        the batch. The gradient of `vectors` is then complete: it covers the tokens of all devices.
         """
         vectors_vD = self.vectors
         if self.placement is None:
@@ -261,6 +267,6 @@ class Catalogue:
 
 
 def _with_bias(x_TD, vectors_VD, bias_V):
-    """The same with one dim more, whose products are the bias: a softmax that streams, streams it too."""
+    """Appends one dim whose product is the bias, so that a softmax over tiles adds it tile by tile."""
     x_TD = jnp.pad(x_TD, ((0, 0), (0, 1)), constant_values=1)
     return x_TD, jnp.concatenate([vectors_VD, bias_V[:, None].astype(vectors_VD.dtype)], axis=1)

@@ -1,4 +1,4 @@
-"""Contrastive learning: two views of a history should be nearer to each other than to other histories."""
+"""Contrastive learning: two views of a history should be closer to each other than to other histories."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,13 +16,15 @@ _MASKED = -1e30
 
 @dataclass(frozen=True)
 class ContrastiveConfig:
-    """weight: of a history's contrastive loss beside the losses of its tokens; 0 = off.
+    """The contrastive loss. weight: the weight of a history's contrastive loss relative to the losses of its
+    tokens; 0 = off.
 
-    view: "dropout" is a second pass with other masks (one more pass); "augment" changes the history twice, as
-    the section `augment` here says (two more). same_target: histories with the same next item are views of
-    each other, too. The other histories are those of one device's micro-batch: train.micro_rows is part of
-    what is learnt, and so is the number of devices where it cuts that short. All pairs are compared, at half
-    a micro-batch's tokens each way: 32 rows of 200 take half a gigabyte, 128 rows 8.
+    view: "dropout" encodes the history a second time with other dropout masks (one extra forward pass);
+    "augment" encodes two augmented views of it, see the section `augment` here (two extra passes).
+    same_target: histories with the same next item also count as positives. Negatives are the other histories
+    of the micro-batch on the same device: train.micro_rows therefore changes the loss, and so does the number
+    of devices if it leaves a device fewer rows. The matrix of all pairs has up to half the tokens of a
+    micro-batch on each side: 0.5 GB for 32 rows of 200 tokens, 8 GB for 128 rows.
     """
 
     weight: float = 0.0
@@ -38,7 +40,8 @@ class ContrastiveConfig:
             raise ValueError(f"temperature={self.temperature} must be positive (ContrastiveConfig)")
         if self.view == "augment" and not self.augment.is_on:
             raise ValueError(
-                f"view='augment' needs a change above 0 in its section, {self.augment} (ContrastiveConfig)"
+                "view='augment' needs crop, mask, reorder or substitute above 0 in the section augment, not "
+                f"{self.augment} (ContrastiveConfig)"
             )
 
     @property
@@ -47,12 +50,13 @@ class ContrastiveConfig:
 
 
 def contrastive_sum(config: ContrastiveConfig, module, x_BSD, batch: Batch, key_B) -> jax.Array:
-    """weight * the sum over histories of -log(exp(s+) / sum of exp(s)), a f32 scalar.
+    """weight * the sum over histories of -log(exp(s+) / sum of exp(s)), an f32 scalar.
 
-    s: cosines over temperature, of the output at the last token of each history with at least two; s+ that of
-    its other view, the sum over the views of all other histories and s+; the mean over both views. Where
-    histories with the same target count as views, the mean over them. x_BSD: what the module gave for the
-    batch, its first view by dropout. batch: what `Views.change` made of it.
+    s: cosine / temperature of the outputs at the last tokens of two views; only histories of at least two
+    tokens take part. s+: the score of the two views of one history. The sum covers s+ and the views of all
+    other histories. The loss of a history is the mean over its two views and, with same_target, over all
+    positives. x_BSD: the module's output for the batch; it is the first view if view = "dropout". batch: as
+    returned by `Objective.prepare`.
 
     Source: CL4SRec, Xie et al., ICDE'22 (arXiv 2010.14395), eq. 3; DuoRec, Qiu et al., WSDM'22 (arXiv
     2110.05730), eq. 9 to 14; several positives: Khosla et al., NeurIPS'20 (arXiv 2004.11362), eq. 2.
@@ -81,8 +85,8 @@ def contrastive_sum(config: ContrastiveConfig, module, x_BSD, batch: Batch, key_
 
 
 def _last_tokens(batch):
-    """(rows, columns, which are real) of the last tokens of all segments with at least two, of which there
-    cannot be more than half the tokens."""
+    """Returns (rows, columns, is_real), each [N]: the last tokens of all segments of at least two tokens.
+    N is half the number of tokens, the largest possible number of such segments."""
     segments_BS = batch.segments
     is_last_BS = segments_BS != jnp.pad(segments_BS[:, 1:], ((0, 0), (0, 1)))
     is_last_BS &= (segments_BS > 0) & (batch.positions > 0)
@@ -91,7 +95,7 @@ def _last_tokens(batch):
 
 
 def _of_segments(x_BSD, segments_BS, row_N, segment_N):
-    """x at the last token of each segment."""
-    is_its_NS = segments_BS[row_N] == segment_N[:, None]
-    column_N = jnp.max(jnp.where(is_its_NS, jnp.arange(segments_BS.shape[1]), 0), axis=1)
+    """x_ND: the vector at the last token of each segment."""
+    is_inside_NS = segments_BS[row_N] == segment_N[:, None]
+    column_N = jnp.max(jnp.where(is_inside_NS, jnp.arange(segments_BS.shape[1]), 0), axis=1)
     return x_BSD[row_N, column_N]

@@ -1,4 +1,4 @@
-"""Distillation: a student learns from the scores, the ranking or the hidden states of trained teachers."""
+"""Distillation: a student learns from the scores, the rankings or the hidden states of trained teachers."""
 
 import math
 from dataclasses import dataclass
@@ -16,12 +16,14 @@ _DROPPED = -1e30
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """teachers: working directories of trained runs on the same data; their probabilities are averaged.
+    """Distillation. teachers: working directories of trained runs on the same data; their probabilities are
+    averaged.
 
     loss: "logits" is the divergence from the teachers' softmax over the catalogue (over the target and its
-    negatives, where the student's own loss samples). "ranking" takes only the order of their first
-    `num_ranked` items. weight: of this loss; the student's own has the rest. hidden_weight: of a loss that
-    asks for the teacher's similarities between hidden states, and so for no equal widths; 0 = off.
+    negatives, if the student's own loss samples negatives). "ranking" uses only the order of the teachers'
+    first `num_ranked` items. weight: the weight of this loss; the student's own loss has weight 1 - weight.
+    hidden_weight: the weight of a loss that matches the similarities between hidden states, for which widths
+    may differ; 0 = off.
     """
 
     teachers: tuple[str, ...] = ()
@@ -43,10 +45,12 @@ class DistillConfig:
 
 
 def distill_sum(config: DistillConfig, own_loss, student, teachers, batch, negatives) -> jax.Array:
-    """The student's own loss and what the teachers add, summed over the real tokens of a micro-batch.
+    """Mixes the student's own loss with the distillation losses, summed over real tokens of a micro-batch.
 
-    student: (x_BSD, table_VD, hidden states x_BSD of each block); teachers: a list of the same, of any
-    widths. batch: targets int32[B, S] (0 = padding), segments. negatives: of a sampled loss, or None.
+    own_loss: the student's own loss; not read if config.weight > 0 and negatives is None, because
+    `soft_cross_entropy` computes it again. student: (x_BSD, table_VD, hidden states x_BSD of each block);
+    teachers: a list of the same, of any widths. batch: targets int32[B, S] (0 = padding). negatives: those of
+    a sampled loss, or None.
     """
     x_BSD, table_VD, hidden = student
     targets_BS = batch.targets
@@ -54,63 +58,65 @@ def distill_sum(config: DistillConfig, own_loss, student, teachers, batch, negat
     if config.weight and negatives is None:
         flat = [(x.reshape(-1, x.shape[-1]), table) for x, table, _ in teachers]
         weights_T, targets_T = real_BS.reshape(-1).astype(jnp.float32), targets_BS.reshape(-1)
-        x_TD, rest = x_BSD.reshape(-1, x_BSD.shape[-1]), (config.weight, _aim(config), config.temperature)
-        loss = soft_cross_entropy(x_TD, table_VD, flat, targets_T, weights_T, *rest)
+        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        options = (config.weight, _transform(config), config.temperature)
+        loss = soft_cross_entropy(x_TD, table_VD, flat, targets_T, weights_T, *options)
     elif config.weight:
         candidates = partial(_candidates, batch=batch, negatives=negatives, temperature=config.temperature)
         scores = [candidates(x, table) for x, table, _ in [student, *teachers]]
-        aim_BSK = _mean_probs(scores[1:], 1.0, _aim(config))
+        soft_targets_BSK = _soft_targets(scores[1:], 1.0, _transform(config))
         log_BSK = jax.nn.log_softmax(scores[0])
-        divergence_BS = config.temperature**2 * _divergence(aim_BSK, log_BSK)
-        taught = jnp.sum(jnp.where(real_BS, divergence_BS, 0))
-        loss = (1 - config.weight) * own_loss + config.weight * taught
+        divergence_BS = config.temperature**2 * _divergence(soft_targets_BSK, log_BSK)
+        distill_loss = jnp.sum(jnp.where(real_BS, divergence_BS, 0))
+        loss = (1 - config.weight) * own_loss + config.weight * distill_loss
     else:
         loss = own_loss
     if config.hidden_weight:
-        for _, _, their_hidden in teachers:
-            apart = similarity_sum(hidden, their_hidden, real_BS)
-            loss += config.hidden_weight / len(teachers) * apart
+        for _, _, teacher_hidden in teachers:
+            hidden_loss = similarity_sum(hidden, teacher_hidden, real_BS)
+            loss += config.hidden_weight / len(teachers) * hidden_loss
     return loss
 
 
-def _aim(config: DistillConfig):
-    """Teachers' probabilities -> the distribution that the student is to have."""
+def _transform(config: DistillConfig):
+    """Returns the function from the teachers' mean probabilities to soft targets; None = unchanged."""
     return partial(_first_ranked, config.num_ranked) if config.loss == "ranking" else None
 
 
 def _first_ranked(num: int, probs):
-    """Probabilities that fall with the place in the list and say nothing of the rest.
+    """Soft targets that decay with the rank of an item, and are 0 after the first `num` items.
 
-    Source: Tang & Wang, KDD'18 (arXiv 1809.07428), eq. 8: weights exp(-place / lambda), here with
-    lambda = num / 2. Differs: a cross-entropy over the catalogue, not a logistic loss of each item.
+    Source: Tang & Wang, KDD'18 (arXiv 1809.07428), eq. 8: weights exp(-rank / lambda), here with
+    lambda = num / 2. Differs: a cross-entropy over the catalogue, not a logistic loss per item.
     """
-    num = min(num, probs.shape[-1] - 1)  # row 0 is padding
-    places = jax.lax.top_k(probs, num)[1]
+    num = min(num, probs.shape[-1] - 1)  # entry 0 is padding
+    top_ids = jax.lax.top_k(probs, num)[1]
     weights = jax.nn.softmax(-jnp.arange(num) / (num / 2))
-    return jnp.sum(jax.nn.one_hot(places, probs.shape[-1]) * weights[:, None], axis=-2)
+    return jnp.sum(jax.nn.one_hot(top_ids, probs.shape[-1]) * weights[:, None], axis=-2)
 
 
-def _mean_probs(scores: list, temperature: float, aim):
+def _soft_targets(scores: list, temperature: float, transform):
+    """The mean of the teachers' softmax distributions, transformed if `transform` is not None."""
     probs = sum(jax.nn.softmax(s / temperature) for s in scores) / len(scores)
-    return probs if aim is None else aim(probs)
+    return probs if transform is None else transform(probs)
 
 
-def _divergence(aim, log_probs):
-    """Kullback-Leibler, over the last dim; what both leave out does not count."""
-    terms = aim * (jnp.log(jnp.maximum(aim, 1e-30)) - log_probs)
+def _divergence(soft_targets, log_probs):
+    """The Kullback-Leibler divergence over the last dim, without dropped candidates."""
+    terms = soft_targets * (jnp.log(jnp.maximum(soft_targets, 1e-30)) - log_probs)
     return jnp.sum(jnp.where(log_probs > _DROPPED / 2, terms, 0), axis=-1)
 
 
 def soft_cross_entropy(
-    x_TD, table_VD, teachers: list, targets_T, weights_T, share=1.0, aim=None, temperature=1.0
+    x_TD, table_VD, teachers: list, targets_T, weights_T, share=1.0, transform=None, temperature=1.0
 ):
-    """Sum over tokens of weight * (share * temperature^2 * KL(teachers || student) + (1 - share) * CE), a f32
-    scalar over all items. CE: the student's own cross-entropy at the targets.
+    """Sum over tokens of weight * (share * temperature^2 * KL(teachers || student) + (1 - share) * CE), an
+    f32 scalar. Both terms are over all items. CE: the student's own cross-entropy at the targets.
 
-    teachers: [(x_TE, table_VE), ...], of the same rows; aim: maps their mean probabilities to what is wanted
-    of the student. Row 0 takes no part. Gradients flow to x_TD and table_VD only; like those of
-    `softmax_cross_entropy` they are formed in the forward pass, while a tile of probabilities is in cache,
-    and both losses share their products.
+    teachers: [(x_TE, table_VE), ...], with the same items; transform: maps their mean probabilities to soft
+    targets, None = unchanged. Entry 0 is padding and left out. Gradients flow to x_TD and table_VD only. Like
+    those of `softmax_cross_entropy` they are computed in the forward pass, while a tile of probabilities is
+    in cache, and both terms share the matrix products.
     Source: Hinton et al. 2015 (arXiv 1503.02531), section 2.
     """
 
@@ -126,13 +132,13 @@ def soft_cross_entropy(
 
         def tile(carry, xs):
             total, dtable_VD = carry
-            x_tD, their_xs, targets_t, weights_t = xs
-            theirs = [_logits(x, table) for x, (_, table) in zip(their_xs, teachers, strict=True)]
-            aim_tV = _mean_probs(theirs, temperature, aim)
+            x_tD, teacher_xs, targets_t, weights_t = xs
+            teacher_logits = [_logits(x, table) for x, (_, table) in zip(teacher_xs, teachers, strict=True)]
+            soft_targets_tV = _soft_targets(teacher_logits, temperature, transform)
             logits_tV = _logits(x_tD, table_VD)
             log_tV = jax.nn.log_softmax(logits_tV / temperature)
-            loss_t = share * temperature**2 * _divergence(aim_tV, log_tV)
-            dlogits_tV = share * temperature * (jnp.exp(log_tV) - aim_tV)
+            loss_t = share * temperature**2 * _divergence(soft_targets_tV, log_tV)
+            dlogits_tV = share * temperature * (jnp.exp(log_tV) - soft_targets_tV)
             if share < 1:
                 log_tV = log_tV if temperature == 1 else jax.nn.log_softmax(logits_tV)
                 is_target_tV = jnp.arange(num_rows) == targets_t[:, None]
@@ -140,7 +146,7 @@ def soft_cross_entropy(
                 dlogits_tV += (1 - share) * (jnp.exp(log_tV) - is_target_tV)
             dlogits_tV = (dlogits_tV * weights_t[:, None]).astype(x_tD.dtype)
             dx_tD = jnp.dot(dlogits_tV, table_VD, preferred_element_type=jnp.float32)
-            # Padding has target 0, whose log-probability is none, and weight 0.
+            # Padding has weight 0 and target 0, whose log-probability is about -1e30.
             total += jnp.sum(jnp.where(weights_t > 0, weights_t * loss_t, 0))
             return (total, dtable_VD + dot_t_f32(dlogits_tV, x_tD)), dx_tD
 
@@ -162,8 +168,8 @@ def _logits(x_TD, table_VD):
 
 
 def _candidates(x_BSD, table_VD, batch, negatives, temperature):
-    """Scores of the target and the negatives over the temperature, [B, S, 1 + K]; corrected like those of a
-    sampled softmax, so that their softmax estimates that over the catalogue."""
+    """Scores of the target and the negatives divided by the temperature, [B, S, 1 + K], corrected as in a
+    sampled softmax, so that their softmax estimates the softmax over the catalogue."""
     ids_BSK, targets_BS = negatives.ids_BSK, batch.targets
     scores_BSK = item_scores(x_BSD, table_VD, ids_BSK) / temperature
     scores_BSK -= negatives.log_prob_BSK + math.log(ids_BSK.shape[-1])
@@ -172,22 +178,26 @@ def _candidates(x_BSD, table_VD, batch, negatives, temperature):
     return jnp.concatenate([target_BS[..., None] / temperature, scores_BSK], axis=-1)
 
 
-def similarity_sum(hidden: list, their_hidden: list, real_BS) -> jax.Array:
-    """How far cosine similarities of the tokens of a row differ from the teacher's: mean square over pairs of
-    the row, times the number of its real tokens. Layers are matched evenly, last with last.
+def similarity_sum(hidden: list, teacher_hidden: list, real_BS) -> jax.Array:
+    """The sum over rows of (mean squared difference between the cosine similarities of student and teacher,
+    over all pairs of real tokens of the row) * (number of real tokens). Layers are matched at even distances,
+    the last with the last.
 
     Source: Tung & Mori, ICCV'19 (arXiv 1907.09682), on tokens instead of images.
     """
-    if not hidden or not their_hidden:
-        raise ValueError("hidden_weight needs student and teachers of at least one layer (DistillConfig)")
+    if not hidden or not teacher_hidden:
+        raise ValueError(
+            "hidden_weight needs a student and teachers with at least one layer: set hidden_weight=0 "
+            "(DistillConfig)"
+        )
     pairs_BST = real_BS[:, :, None] & real_BS[:, None, :]
     num_B = jnp.sum(real_BS, axis=1)
     total = 0.0
     for index, x_BSD in enumerate(hidden, 1):
-        theirs_BSE = their_hidden[max(1, index * len(their_hidden) // len(hidden)) - 1]
-        apart_BST = _cosines(x_BSD) - _cosines(theirs_BSE)
-        squares_B = jnp.sum(jnp.where(pairs_BST, apart_BST**2, 0), axis=(1, 2))
-        total += jnp.sum(squares_B / jnp.maximum(num_B, 1))  # num_B of num_B**2 pairs
+        teacher_BSE = teacher_hidden[max(1, index * len(teacher_hidden) // len(hidden)) - 1]
+        difference_BST = _cosines(x_BSD) - _cosines(teacher_BSE)
+        squares_B = jnp.sum(jnp.where(pairs_BST, difference_BST**2, 0), axis=(1, 2))
+        total += jnp.sum(squares_B / jnp.maximum(num_B, 1))  # the mean over num_B**2 pairs, times num_B
     return total / len(hidden)
 
 

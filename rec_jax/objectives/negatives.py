@@ -1,4 +1,4 @@
-"""Sampled negatives, with exact log-probabilities, and what the popularity of items does to a loss."""
+"""Sampled negatives with exact log-probabilities; weights and biases of a loss by item popularity."""
 
 from dataclasses import dataclass, field
 
@@ -8,8 +8,8 @@ import numpy as np
 
 from rec_jax.hashing import Site, mix, words
 
-_NEVER = -1e30  # the bias of an entry that stands for no item yet
-_SHARED = 1  # sets the key of shared negatives apart from those of rows
+_SPARE_BIAS = -1e30  # the bias of a spare entry of the table, which has no item yet
+_SHARED = 1  # makes the key of shared negatives differ from the keys of rows
 
 
 @jax.tree_util.register_dataclass
@@ -17,12 +17,12 @@ _SHARED = 1  # sets the key of shared negatives apart from those of rows
 class Sampler:
     """Draws item ids in 1..V with known probabilities, by Walker's alias method.
 
-    Source: Walker 1977; Vose 1991. One uniform bucket and one coin a draw, whatever the distribution.
+    Source: Walker 1977; Vose 1991. A draw takes one uniform bucket and one coin toss for any distribution.
     """
 
     accept_V: jax.Array  # f32[V]: probability of keeping the bucket's own item
     alias_V: jax.Array  # int32[V]: the other item of the bucket, counted from 0
-    log_prob_V: jax.Array  # f32[V + 1]: log-probability of each item id; row 0 (padding) is -inf
+    log_prob_V: jax.Array  # f32[V + 1]: log-probability of each item id; -inf for padding (id 0)
 
     @property
     def num_items(self) -> int:
@@ -32,9 +32,9 @@ class Sampler:
         return self.log_prob_V[ids]
 
     def draw(self, key_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """int32[B, *shape] item ids, by keys uint32[B] from `hashing.row_keys`.
+        """int32[B, *shape] item ids. key_B: uint32[B] from `hashing.row_keys`.
 
-        A bucket's probability is exact to a relative V / 2**32, a coin's to 2**-24.
+        Probabilities of buckets are exact to a relative V / 2**32, those of coin tosses to 2**-24.
         """
         bucket = _bucket(key_B, shape, self.num_items)
         coin = (words(key_B, Site.NEGATIVE_COIN, shape) >> 8).astype(jnp.float32) * 2.0**-24
@@ -44,7 +44,7 @@ class Sampler:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class UniformSampler:
-    """The same for equal probabilities, without arrays."""
+    """A `Sampler` of equal probabilities that needs no arrays."""
 
     num_items: int = field(metadata={"static": True})
 
@@ -62,17 +62,18 @@ def _bucket(key_B, shape, num_items: int):
 def make_sampler(
     kind: str, item_counts: np.ndarray, num_items: int | None = None
 ) -> Sampler | UniformSampler:
-    """item_counts: int[V + 1] training events of each item id (row 0 unused). num_items: those that exist, if
-    the ids above it are spare entries, which are never drawn.
+    """Returns a sampler of negatives.
 
-    kind: "uniform", or "popularity": in proportion to the count, an unseen item counting as one event so
-    that every item can be drawn and log-probabilities stay finite. "in_batch" uses the second's
-    log-probabilities (a batch is a draw from the training events) and draws from the batch itself.
+    kind: "uniform", or "popularity": in proportion to the item's count; an unseen item counts as one event,
+    so that every item can be drawn and log-probabilities stay finite. "in_batch" draws from the batch itself
+    and uses the log-probabilities of "popularity", because a batch is a sample of the training events.
+    item_counts: int[V + 1] training events of each item id (entry 0 unused). num_items: the number of items,
+    if the ids above it are spare entries; these are never drawn.
     """
     if kind not in ("uniform", "popularity", "in_batch"):
         raise ValueError(f"sampler={kind!r}: use uniform, popularity or in_batch (LossConfig)")
     if len(item_counts) < 2:
-        raise ValueError("the catalogue is empty: no item to draw negatives from")
+        raise ValueError("the catalogue is empty: there is no item to draw negatives from")
     if kind == "uniform" and num_items is None:
         return UniformSampler(len(item_counts) - 1)
     weights = np.maximum(np.asarray(item_counts[1:], np.float64), 1) ** (kind != "uniform")
@@ -98,15 +99,16 @@ def _alias_table(probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         accept[high] -= 1 - accept[low]
         if accept[high] < 1:
             small.append(large.pop())
-    accept[small + large] = 1  # what rounding left over
+    accept[small + large] = 1  # not exactly 1 because of rounding
     return accept, alias
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ItemPrior:
-    """What a loss knows of items before it has seen a batch: a sampler of negatives, and, where the loss asks
-    for them, f32[V + 1] the weight of each item as a target and the bias of its score in training."""
+    """Arrays of a loss that depend on item popularity. sampler: draws negatives. weight_V: f32[V + 1], the
+    loss weight of each item as a target. bias_V: f32[V + 1], added to the item's score in training. None =
+    not used by the loss."""
 
     sampler: Sampler | UniformSampler
     weight_V: jax.Array | None = None
@@ -114,13 +116,14 @@ class ItemPrior:
 
 
 def make_prior(config, item_counts: np.ndarray, num_items: int | None = None) -> ItemPrior:
-    """config: a LossConfig. item_counts: int[V + 1] training events of each item (row 0 unused). num_items:
-    those that exist, if the ids above it are spare entries of a table that grows: they are never drawn or
-    scored.
+    """Returns the prior that a LossConfig needs.
+
+    item_counts: int[V + 1] training events of each item (entry 0 unused). num_items: the number of items, if
+    the ids above it are spare entries of a table that grows; these are never drawn or scored.
     """
     weight_V = bias_V = None
     if num_items is not None:
-        bias_V = jnp.where(jnp.arange(len(item_counts)) <= num_items, 0.0, _NEVER)
+        bias_V = jnp.where(jnp.arange(len(item_counts)) <= num_items, 0.0, _SPARE_BIAS)
     if config.ips_power:
         weight_V = jnp.asarray(propensity_weights(item_counts, config.ips_power, config.ips_clip))
     if config.popularity_discount:
@@ -131,12 +134,13 @@ def make_prior(config, item_counts: np.ndarray, num_items: int | None = None) ->
 
 
 def propensity_weights(item_counts: np.ndarray, power: float, clip: float) -> np.ndarray:
-    """f32[V + 1]: (count / largest count)^-power, at most `clip`, over its mean over the training events.
+    """f32[V + 1]: (count / largest count)^-power, at most `clip`, divided by its mean over training events.
 
-    With a mean of 1 a step stays as large as without weights.
+    With a mean weight of 1, the loss keeps the scale that it has without weights.
     Source: Saito et al., WSDM'20 (arXiv 1909.03601), section 5.1, with power = 0.5; clipping: Gilotte et al.,
     WSDM'18.
-    Differs: normalised; a token's whole loss is weighted, negatives included, so that they stay balanced.
+    Differs: normalised; the whole loss of a token is weighted, including its negatives, so that positives and
+    negatives stay balanced.
     """
     counts_V = _counts(item_counts)
     weights_V = np.minimum((counts_V / counts_V[1:].max()) ** -power, clip)
@@ -145,8 +149,8 @@ def propensity_weights(item_counts: np.ndarray, power: float, clip: float) -> np
 
 
 def log_popularity(item_counts: np.ndarray) -> np.ndarray:
-    """f32[V + 1]: log of each item's share of the training events over an even share; an unseen item counts
-    as one event. The constant changes no softmax, and leaves other losses where they start."""
+    """f32[V + 1]: log(count / mean count) of each item; an unseen item counts as one event. Dividing by the
+    mean does not change a softmax, and keeps the initial value of other losses nearly unchanged."""
     counts_V = _counts(item_counts)
     return np.log(counts_V / counts_V[1:].mean()).astype(np.float32)
 
@@ -160,7 +164,7 @@ def _counts(item_counts: np.ndarray) -> np.ndarray:
 class Negatives:
     """Drawn item ids and their log-probabilities, [1, 1, K], [B, 1, K] or [B, S, K].
 
-    local_ids_BSK: where the ids are among the entries of the item embedding table that were read.
+    local_ids_BSK: the indices of the ids among the entries of the item embedding table that were read.
     """
 
     ids_BSK: jax.Array
@@ -173,10 +177,10 @@ class Negatives:
 
 
 def draw_shared(config, sampler, seed, targets_BS) -> Negatives:
-    """Negatives that the whole batch shares, [1, 1, K].
+    """Draws negatives that the whole batch shares, [1, 1, K].
 
-    config: a SampledLossConfig. seed: uint32 scalar of this step. targets_BS: of the full batch, over all
-    devices and micro-batches.
+    config: a SampledLossConfig. seed: uint32 scalar of this step. targets_BS: the targets of the full batch,
+    over all devices and micro-batches.
     """
     key_B, shape = mix(seed, _SHARED)[None], (1, config.num_negatives)
     if config.sampler != "in_batch":
@@ -188,6 +192,6 @@ def draw_shared(config, sampler, seed, targets_BS) -> Negatives:
 
 
 def draw_by_row(config, sampler, key_B, length: int) -> Negatives:
-    """Negatives of each row or position. key_B: uint32[B] from `hashing.row_keys`; length: S."""
+    """Draws negatives for each row or position. key_B: uint32[B] from `hashing.row_keys`; length: S."""
     shape = (1 if config.sharing == "row" else length, config.num_negatives)
     return Negatives.of(sampler.draw(key_B, shape), sampler)

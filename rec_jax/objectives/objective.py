@@ -1,10 +1,11 @@
-"""What a training step minimises: a token loss, what wraps it, and what adds to it.
+"""The objective that a training step minimises: a token loss, its wrappers, and additional terms.
 
 token loss            softmax, sampled softmax, BCE or gBCE of the targets (token_loss.py)
-Matryoshka            the mean of it over prefixes of the vectors
-multi-token           it again for each head that looks further ahead
-distillation          a mixture with the teachers' distribution (distill.py)
-contrastive, experts  added: views of a history attract each other; experts are used evenly
+Matryoshka            the mean of the token loss over prefixes of the vectors
+multi-token           the token loss again for each head that predicts a later item
+distillation          a mixture with the loss against the teachers' distribution (distill.py)
+contrastive           added: two views of a history should have similar vectors (contrastive.py)
+experts               added: a penalty if experts are used unevenly
 """
 
 import dataclasses
@@ -27,11 +28,11 @@ from rec_jax.tree import cast_floats
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Fixed:
-    """Arrays that a step reads and never changes. They are arguments of the compiled step: a constant would
-    be held once more.
+    """Arrays that a step reads and never changes. They are arguments of the compiled step, because constants
+    of the program would take memory a second time.
 
-    prior: of the items. neighbours_VK: see `augment`; None where nothing is substituted. frozen: of
-    `compress.training.Compression`.
+    prior: the item prior of the loss. neighbours_VK: see `augment`; None if no items are substituted. frozen:
+    the frozen arrays of `compress.training.Compression`.
     """
 
     prior: ItemPrior
@@ -42,8 +43,8 @@ class Fixed:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepContext:
-    """step: int32, steps done before. seed: uint32, of all that is random in the step. shared: negatives that
-    all rows share, or None."""
+    """Inputs of a step other than parameters and batch. step: int32, the number of steps before this one.
+    seed: uint32, determines all randomness of the step. shared: negatives that all rows share, or None."""
 
     step: jax.Array
     seed: jax.Array
@@ -51,14 +52,14 @@ class StepContext:
     shared: Negatives | None = None
 
 
-_NO_CHANGE, _NO_VIEWS = AugmentConfig(), ContrastiveConfig()
+_NO_AUGMENT, _NO_CONTRASTIVE = AugmentConfig(), ContrastiveConfig()
 
 
 class Objective:
-    """The loss of a micro-batch inside a step, and what the step must draw and read for it.
+    """The loss of a micro-batch inside a step, and the random draws that it needs.
 
-    placement: of the rows of an item embedding table that the loss scores where they are, or None. extras: a
-    `compress.training.Compression`, or None.
+    placement: the placement of a row-sharded item embedding table over whose shards the loss is computed, or
+    None. compression: a `compress.training.Compression`, or None.
     """
 
     def __init__(
@@ -67,8 +68,8 @@ class Objective:
         loss: LossConfig,
         precision,
         *,
-        augment: AugmentConfig = _NO_CHANGE,
-        contrastive: ContrastiveConfig = _NO_VIEWS,
+        augment: AugmentConfig = _NO_AUGMENT,
+        contrastive: ContrastiveConfig = _NO_CONTRASTIVE,
         placement=None,
         compression=None,
     ):
@@ -79,32 +80,34 @@ class Objective:
 
     @property
     def abstract_params(self):
-        """Of what is trained."""
+        """Shapes and dtypes of the trained parameters."""
         return (self._compression or self._model).abstract_params
 
     def trained(self, params):
-        """What is trained, from the parameters of the model: these, or adapters."""
+        """Returns the parameters to train, made from those of the model: the same ones, or LoRA adapters."""
         return self._compression.init(params) if self._compression else params
 
     def final(self, params):
-        """The parameters that the model is evaluated with, from those that are trained."""
+        """Returns the model parameters for evaluation, made from the trained ones."""
         return self._compression.final(params) if self._compression else params
 
     def merged(self, params):
-        """The same without what only quantization-aware training does to them: to be stored."""
+        """Returns the model parameters to store: as `final`, but without the rounding of quantization-aware
+        training."""
         return self._compression.merged(params) if self._compression else params
 
     @property
     def reads_catalogue(self) -> bool:
-        """Does it score all items, or only the targets and some negatives?"""
+        """Whether the loss scores all items, rather than only the targets and sampled negatives."""
         return not is_sampled(self._loss)
 
     def draw_shared(self, batch: Batch, seed, fixed: Fixed) -> Negatives | None:
-        """What all rows of all devices share. batch: the whole one, before augmentation."""
+        """Draws the negatives that all rows of all devices share; None if the loss has none. batch: the batch
+        of all devices, before augmentation."""
         return draw_shared(self._loss, fixed.prior.sampler, seed, batch.targets) if self._shares else None
 
     def prepare(self, batch: Batch, context: StepContext) -> Batch:
-        """The rows of a device as training sees them: augmented, and with views for a contrastive loss."""
+        """Returns the rows of a device augmented for training, and with two views for a contrastive loss."""
         neighbours_VK = context.fixed.neighbours_VK
         key_B, views, prepared = row_keys(context.seed, batch.row_ids), (), batch
         if self._augment.is_on:
@@ -115,18 +118,19 @@ class Objective:
         return prepared.replace(views=views)
 
     def draw(self, batch: Batch, context: StepContext) -> Negatives | None:
-        """Negatives of each row; None where there are none, or all rows share theirs."""
+        """Draws the negatives of each row; None if the loss has none, or if all rows share them."""
         if self.reads_catalogue or self._shares:
             return None
         key_B = row_keys(context.seed, batch.row_ids)
         return draw_by_row(self._loss, context.fixed.prior.sampler, key_B, batch.segments.shape[1])
 
     def __call__(self, params, scored, micro: Batch, negatives: Negatives | None, context: StepContext):
-        """(loss, tokens) of a micro-batch: the sum over its tokens with a target, and their number.
+        """Returns (loss, tokens) of a micro-batch: the sum over tokens with a target, and their number.
 
-        params: as they are trained; of a table that is updated sparsely, the entries that were read. scored:
-        the same for the item vectors, where the loss scores a row-sharded table: with this device's rows of
-        it; else None. negatives: of the rows, None = shared, or still to be drawn.
+        params: the trained parameters; for a table with sparse updates, only the entries that were read.
+        scored: if the loss scores a row-sharded table, the same parameters with this device's shard of the
+        table, from which the item vectors are computed; else None. negatives: the negatives of the rows; None
+        = they are shared, or still to be drawn.
         """
         if self._compression:
             params = self._compression.adapt(params, context.fixed.frozen, context.step)
@@ -146,7 +150,7 @@ class Objective:
         return loss + penalty, jnp.sum(micro.targets > 0, dtype=jnp.float32)
 
     def score(self, params, x_BSD, hidden, micro, negatives, context):
-        """The token loss of query vectors, with what wraps it."""
+        """Returns the token loss of query vectors, including Matryoshka, multi-token and distillation."""
         config, x_BSD = self._loss, x_BSD.astype(self._precision.output_dtype)
         module = self._model.bind(cast_floats(params, self._precision.output_dtype))
         catalogue = Catalogue(module.item_vectors(), self._placement)
@@ -155,8 +159,11 @@ class Objective:
             return self._token_loss(x_BSD, catalogue, batch, negatives, context.fixed.prior)
 
         def over_prefixes(x_BSD, batch):
-            """Source: Kusupati et al., NeurIPS'22 (arXiv 2205.13147), eq. 1, with equal weights. Differs:
-            their mean, so that a step stays as large."""
+            """The mean token loss over Matryoshka prefixes.
+
+            Source: Kusupati et al., NeurIPS'22 (arXiv 2205.13147), eq. 1, with equal weights. Differs: the
+            mean instead of the sum, so that the loss keeps its scale.
+            """
             loss = token_loss(x_BSD, catalogue, batch)
             for dims in config.matryoshka:
                 prefixes = dataclasses.replace(catalogue, vectors=module.cut_items(catalogue.vectors, dims))
@@ -164,7 +171,7 @@ class Objective:
             return loss / (1 + len(config.matryoshka)) if config.matryoshka else loss
 
         # Multi-token prediction. Source: Gloeckle et al., ICML'24 (arXiv 2404.19737), eq. 2. Differs: a head
-        # adds a matrix product to the query vectors of the first, and is no layer.
+        # is not a layer; it adds a linear map of the first head's query vectors to these vectors.
         loss = over_prefixes(x_BSD, micro)
         for steps in range(1, module.config.num_future):
             later = over_prefixes(module.ahead(x_BSD, steps), micro.shift_targets(steps))

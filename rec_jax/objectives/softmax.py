@@ -1,15 +1,15 @@
-"""Exact cross-entropy over the whole catalogue without ever holding all logits.
+"""Exact cross-entropy over the whole catalogue without holding all logits in memory.
 
-Two schedules of the same sum, chosen by catalogue size; both are compared with the naive formula in
-the tests.
+The same sum is computed by one of two schedules, chosen by catalogue size. The tests compare both with the
+naive formula.
 
-* Small catalogue: tiles of tokens x all items. The loss is linear in its per-token terms, so the
-  gradients are formed in the forward pass while a tile of probabilities is in cache, and the backward
-  pass only scales them: 6*N*V*D multiply-adds and one exponential a logit, like the naive formula. Tiles
-  of tokens without a weight are skipped: most of them, where a model asks for few masked tokens.
-* Large catalogue: all tokens x tiles of items with a running maximum and sum, recomputed in the
-  backward pass: 8*N*V*D, two exponentials a logit, and temporary memory that does not grow with V.
-  The same where the rows of the table are sharded over a mesh.
+* Small catalogue: tiles of tokens x all items. The loss is linear in its per-token terms, so the gradients
+  are computed in the forward pass, while a tile of probabilities is in cache, and the backward pass only
+  scales them: 6*N*V*D multiply-adds and one exponential per logit, as in the naive formula. Tiles in which
+  all tokens have weight 0 are skipped: most tiles, if a model predicts few masked tokens.
+* Large catalogue: all tokens x tiles of items with a running maximum and sum; the backward pass recomputes
+  the logits: 8*N*V*D multiply-adds, two exponentials per logit, and temporary memory that does not grow
+  with V. Row-sharded tables use this schedule as well.
 """
 
 import jax
@@ -17,17 +17,17 @@ import jax.numpy as jnp
 
 from rec_jax.tables.exchange import AXES, shard_index
 
-# Elements of a tile of logits: 8 MiB of f32, which fits the shared cache of today's CPUs.
+# Elements of a tile of logits: 8 MiB of f32, which fits into the shared cache of current CPUs.
 TILE_ELEMENTS = 2**21
-# From this many items on, gradients of all items per tile of tokens cost more than a recomputation.
+# Number of items from which the gradient of the whole table in each tile costs more than recomputing logits.
 STREAM_ITEMS = 32_768
 _MASKED = -1e30
 
 
 def softmax_cross_entropy(h_TD, table_VD, targets_T, weights_T) -> jax.Array:
-    """Sum over tokens of weight * (logsumexp_v <h, table_v> - <h, table_target>), a f32 scalar.
+    """Sum over tokens of weight * (logsumexp_v <h, table_v> - <h, table_target>), an f32 scalar.
 
-    Row 0 of the table is padding and takes no part. Tokens of weight 0 add nothing, gradients included.
+    Entry 0 of the table is padding and left out. Tokens of weight 0 add nothing to the loss or its gradients.
     Gradients flow to `h_TD` and `table_VD`.
     """
     schedule = _token_tiles if table_VD.shape[0] < STREAM_ITEMS else _item_tiles
@@ -35,7 +35,7 @@ def softmax_cross_entropy(h_TD, table_VD, targets_T, weights_T) -> jax.Array:
 
 
 def naive_softmax_cross_entropy(h_TD, table_VD, targets_T, weights_T) -> jax.Array:
-    """The formula with all logits in one array: the reference, and the yardstick of the benchmark."""
+    """The formula with all logits in one array: the reference in tests, and the baseline of the benchmark."""
     logits_TV = dot_f32(h_TD, table_VD).at[:, 0].set(_MASKED)
     target_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
     return jnp.sum(weights_T * (jax.nn.logsumexp(logits_TV, axis=-1) - target_T))
@@ -54,6 +54,7 @@ def dot_t_f32(a_XY, b_XD):
 
 
 def tiled(x, num_tiles, size):
+    """Pads the first dim with zeros and splits it: [num_tiles, size, ...]."""
     pad = [(0, num_tiles * size - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
     return jnp.pad(x, pad).reshape(num_tiles, size, *x.shape[1:])
 
@@ -68,7 +69,7 @@ def _token_tiles_fwd(h_TD, table_VD, targets_T, weights_T):
     num_tiles = -(-num_tokens * num_rows // TILE_ELEMENTS)
     size = -(-num_tokens // num_tiles)
 
-    # Tokens of weight 0 go last, so that whole tiles of them can be skipped.
+    # Move tokens of weight 0 to the end, so that whole tiles of them can be skipped.
     order_T = jnp.argsort(weights_T == 0, stable=True)
     xs = h_TD[order_T], targets_T[order_T], weights_T[order_T]
 
@@ -100,7 +101,7 @@ def _token_tiles_fwd(h_TD, table_VD, targets_T, weights_T):
     dh_TD = dh_TD.reshape(-1, h_TD.shape[1])[jnp.argsort(order_T)]
     dh_TD -= weights_T[:, None] * table_VD[targets_T]
     dtable_VD = dtable_VD.at[targets_T].add(-weights_T[:, None] * h_TD)
-    # Zero-size arrays carry the dtypes that the gradients are cast to.
+    # Empty arrays carry the dtypes that the gradients are cast to.
     return loss, (dh_TD, dtable_VD, h_TD[:0], table_VD[:0])
 
 
@@ -124,27 +125,27 @@ def _item_tiling(num_tokens, num_rows):
 
 
 def _item_slices(table_VD, real_V, num_tiles, size):
-    """i -> (start, rows, which are real) of tile i. The last tile is moved back inside the table: what
-    it shares with the tile before is not real."""
+    """Returns a function: i -> (start, entries, is_real) of tile i. The last tile is moved back so that it
+    ends with the table; entries that it shares with the tile before are not real."""
     num_rows = table_VD.shape[0]
 
-    def at(i):
+    def tile_slice(i):
         start = jnp.minimum(i * size, num_rows - size)
         rows_vD = jax.lax.dynamic_slice_in_dim(table_VD, start, size)
         real_v = jax.lax.dynamic_slice_in_dim(real_V, start, size)
         return start, rows_vD, (start + jnp.arange(size) >= i * size) & real_v
 
-    return at
+    return tile_slice
 
 
 def _sum_tiles(h_TD, table_VD, real_V):
-    """(maximum, sum of exp(logit - maximum)) over the real rows, each f32[T]."""
+    """Returns (maximum, sum of exp(logit - maximum)) over the real entries, each f32[T]."""
     num_tiles, size = _item_tiling(h_TD.shape[0], table_VD.shape[0])
-    tile_at = _item_slices(table_VD, real_V, num_tiles, size)
+    tile_slice = _item_slices(table_VD, real_V, num_tiles, size)
 
     def tile(carry, i):
         max_T, sum_T = carry
-        _, rows_vD, real_v = tile_at(i)
+        _, rows_vD, real_v = tile_slice(i)
         logits_Tv = jnp.where(real_v, dot_f32(h_TD, rows_vD), _MASKED)
         new_T = jnp.maximum(max_T, jnp.max(logits_Tv, axis=-1))
         exp_T = jnp.sum(jnp.exp(logits_Tv - new_T[:, None]), axis=-1)
@@ -157,11 +158,11 @@ def _sum_tiles(h_TD, table_VD, real_V):
 def _grad_tiles(h_TD, table_VD, real_V, weights_T, lse_T, dh_TD, dtable_VD):
     """Adds the gradients of sum(weights_T * lse_T) to dh_TD and dtable_VD."""
     num_tiles, size = _item_tiling(h_TD.shape[0], table_VD.shape[0])
-    tile_at = _item_slices(table_VD, real_V, num_tiles, size)
+    tile_slice = _item_slices(table_VD, real_V, num_tiles, size)
 
     def tile(carry, i):
         dh_TD, dtable_VD = carry
-        start, rows_vD, real_v = tile_at(i)
+        start, rows_vD, real_v = tile_slice(i)
         logits_Tv = jnp.where(real_v, dot_f32(h_TD, rows_vD), _MASKED)
         dlogits_Tv = (jnp.exp(logits_Tv - lse_T[:, None]) * weights_T[:, None]).astype(h_TD.dtype)
         dh_TD += jnp.dot(dlogits_Tv, rows_vD, preferred_element_type=jnp.float32)
@@ -195,14 +196,17 @@ _item_tiles.defvjp(_item_tiles_fwd, _item_tiles_bwd)
 
 @jax.custom_vjp
 def sharded_softmax_cross_entropy(h_TD, table_vD, real_v, targets_T, weights_T) -> jax.Array:
-    """The same sum over the tokens of one device, where the rows of the table are sharded over a mesh.
+    """`softmax_cross_entropy` of the tokens of one device, with a table that is row-sharded over a mesh.
 
-    Runs inside a shard_map over "data" and "model", tokens split over "data" only. Each device scores the
-    tokens of all against its own rows: what travels is tokens and three numbers a token, never a table. The
-    gradient of table_vD is complete, over the tokens of all devices; it must not be summed again.
+    Runs inside a shard_map over "data" and "model"; tokens are split over "data" only. Each device scores the
+    tokens of all devices against its own entries. Devices exchange tokens and three numbers per token, never
+    table entries. The gradient of table_vD is complete: it covers the tokens of all devices, and must not be
+    summed again.
 
-    table_vD: the rows of this device; real_v: bool[v], which of them are items. targets_T: rows of the whole
-    array. Source: the vocabulary-parallel cross-entropy of Megatron-LM (arXiv 1909.08053, section 3).
+    table_vD: the entries of this device; real_v: bool[v], whether each is an item. targets_T: row indices in
+    the whole array.
+
+    Source: the vocabulary-parallel cross-entropy of Megatron-LM (arXiv 1909.08053, section 3).
     """
     return _sharded_fwd(h_TD, table_vD, real_v, targets_T, weights_T)[0]
 
@@ -210,17 +214,17 @@ def sharded_softmax_cross_entropy(h_TD, table_vD, real_v, targets_T, weights_T) 
 def _sharded_fwd(h_TD, table_vD, real_v, targets_T, weights_T):
     all_TD, all_targets_T = (jax.lax.all_gather(x, "data", tiled=True) for x in (h_TD, targets_T))
     max_T, sum_T = _sum_tiles(all_TD, table_vD, real_v)
-    top_T = jax.lax.pmax(max_T, AXES)
+    all_max_T = jax.lax.pmax(max_T, AXES)
     local_T = all_targets_T - shard_index() * len(table_vD)
-    is_here_T = (local_T >= 0) & (local_T < len(table_vD))
-    local_T = jnp.where(is_here_T, local_T, len(table_vD))
+    is_local_T = (local_T >= 0) & (local_T < len(table_vD))
+    local_T = jnp.where(is_local_T, local_T, len(table_vD))
     rows_TD = table_vD.at[local_T].get(mode="fill", fill_value=0)
     target_T = jnp.sum((all_TD * rows_TD).astype(jnp.float32), axis=-1)
-    sum_T, target_T = jax.lax.psum((sum_T * jnp.exp(max_T - top_T), target_T), AXES)
-    lse_T = top_T + jnp.log(sum_T)
+    sum_T, target_T = jax.lax.psum((sum_T * jnp.exp(max_T - all_max_T), target_T), AXES)
+    lse_T = all_max_T + jnp.log(sum_T)
     start = jax.lax.axis_index("data") * len(h_TD)
-    mine_T = jax.lax.dynamic_slice_in_dim(lse_T - target_T, start, len(h_TD))
-    loss = jnp.sum(weights_T * mine_T)
+    own_T = jax.lax.dynamic_slice_in_dim(lse_T - target_T, start, len(h_TD))
+    loss = jnp.sum(weights_T * own_T)
     return loss, (all_TD, table_vD, real_v, local_T, rows_TD, weights_T, lse_T)
 
 

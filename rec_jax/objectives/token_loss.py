@@ -1,7 +1,7 @@
-"""How tokens with a target are scored: the losses that `loss.type` names, each with its own keys.
+"""Losses of tokens with a target. `loss.type` selects one; each has its own config keys.
 
 A token loss takes the query vectors of a micro-batch, the item vectors and the targets, and returns a sum
-over real tokens, so that sums over micro-batches and devices equal the full batch.
+over real tokens, so that sums over micro-batches and devices equal the loss of the full batch.
 """
 
 import math
@@ -15,17 +15,18 @@ from rec_jax.data.batch import Batch
 from rec_jax.objectives.catalogue import Catalogue
 from rec_jax.objectives.negatives import ItemPrior, Negatives
 
-_DROPPED = -1e30  # the score of a negative that does not count
+_DROPPED = -1e30  # the score of a negative that is left out
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLossConfig:
-    """What every loss has.
+    """Keys of every loss.
 
-    ips_power: targets weigh their training events to minus this power, at most ips_clip times the weight of
-    the most frequent item; 0 = all weigh alike. popularity_discount times the log-popularity is added to
-    scores in training only: above 0 favours the long tail. matryoshka: the mean loss of the first so many
-    dims each, and of all. future_weight: of each head of model.num_future but the first.
+    ips_power: the weight of a target is its number of training events to the power -ips_power, at most
+    ips_clip times the weight of the most frequent item; 0 = equal weights. popularity_discount: this number
+    times the log-popularity is added to scores, in training only; above 0 it favours the long tail.
+    matryoshka: sizes of vector prefixes; the loss is the mean over these prefixes and the full vectors.
+    future_weight: the weight of each head of model.num_future except the first.
     """
 
     ips_power: float = 0.0
@@ -55,10 +56,10 @@ class SoftmaxConfig(TokenLossConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SampledLossConfig(TokenLossConfig):
-    """What every loss of sampled negatives has.
+    """Keys of every loss with sampled negatives.
 
-    sharing: which tokens see the same negatives. exclude_history: drop a negative that stands in the token's
-    own packed history.
+    sharing: which tokens share negatives: those of the batch, of a row, or none. exclude_history: leave out
+    negatives that occur in the token's own segment.
     """
 
     num_negatives: int = 256
@@ -106,10 +107,10 @@ class TokenLoss(Protocol):
     def __call__(
         self, x_BSD: jax.Array, catalogue: Catalogue, batch: Batch, negatives: Negatives, prior: ItemPrior
     ) -> jax.Array:
-        """The sum over tokens with a target, a f32 scalar.
+        """Returns the loss summed over tokens with a target, an f32 scalar.
 
-        x_BSD: query vectors. catalogue: all items; or, for a loss of sampled negatives, vectors of those that
-        were read, among which batch.local_ids and negatives.local_ids_BSK say where targets and negatives are.
+        x_BSD: query vectors. catalogue: all items; for a loss with sampled negatives it may hold only the
+        item vectors that were read: batch.local_ids and negatives.local_ids_BSK are indices into them.
         """
 
 
@@ -118,22 +119,22 @@ def make_token_loss(config: LossConfig) -> TokenLoss:
 
 
 def is_sampled(config: LossConfig) -> bool:
-    """Does the loss read the targets and some negatives only, not the whole catalogue?"""
+    """Whether the loss reads only the targets and sampled negatives, not the whole catalogue."""
     return isinstance(config, SampledLossConfig)
 
 
 def num_negatives(config: LossConfig, rows: int, length: int) -> int:
-    """Negatives drawn for so many packed rows of that length."""
+    """The number of negatives drawn for `rows` packed rows of `length` tokens."""
     if not is_sampled(config):
         return 0
     return config.num_negatives * {"batch": 1, "row": rows, "position": rows * length}[config.sharing]
 
 
 def softmax(config: SoftmaxConfig) -> TokenLoss:
-    """The cross-entropy over the catalogue, whole or row-sharded.
+    """The cross-entropy over the catalogue, on one device or row-sharded.
 
     Source of popularity_discount, here and below: Menon et al., ICLR'21 (arXiv 2007.07314), eq. 10. Differs:
-    also for losses of sampled negatives.
+    also applied to losses with sampled negatives.
     """
 
     def loss(x_BSD, catalogue, batch, negatives, prior):
@@ -148,7 +149,7 @@ def softmax(config: SoftmaxConfig) -> TokenLoss:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A loss of the target and sampled negatives."""
+    """A loss over the target and sampled negatives."""
 
     config: SampledLossConfig
 
@@ -169,8 +170,8 @@ class Sampled:
             beta = 1.0
             if config.type == "gbce":
                 beta = gbce_beta(config.num_negatives, prior.sampler.num_items, config.calibration)
-            # Scores start where positives and negatives balance (0 for one negative), as a constant that no
-            # ranking sees: else all vectors first move together to reach it, and learning starts late.
+            # The constant at which positives and negatives balance (0 for one negative). It changes no
+            # ranking. Without it, training first moves all vectors together to reach this score.
             prior_score = math.log(beta / config.num_negatives)
             neg_scores_BSK = jnp.where(dropped_BSK, _DROPPED, neg_scores_BSK + prior_score)
             loss_BS = jnp.sum(jax.nn.softplus(neg_scores_BSK), axis=-1)
@@ -181,8 +182,8 @@ class Sampled:
 
 
 def item_scores(x_BSD, vectors_XD, ids_BSK):
-    """<x, vectors[ids]> in f32 as [B, S, K]. ids_BSK may have dims of size 1: one matrix product where tokens
-    share ids."""
+    """<x, vectors[ids]> in f32, [B, S, K]. The first two dims of ids_BSK may have size 1: tokens then share
+    ids, and one matrix product scores them."""
     vectors = vectors_XD[ids_BSK]
     if ids_BSK.shape[:2] == (1, 1):
         return jnp.einsum("bsd,kd->bsk", x_BSD, vectors[0, 0], preferred_element_type=jnp.float32)
@@ -192,7 +193,7 @@ def item_scores(x_BSD, vectors_XD, ids_BSK):
 
 
 def gbce_beta(num_negatives: int, num_items: int, t: float) -> float:
-    """The power of the positive's probability in gBCE.
+    """The exponent of the positive's probability in gBCE.
 
     Source: Petrov & Macdonald, RecSys'23 (arXiv 2308.07192), eq. 13: with the sampling rate
     alpha = K / (V - 1), beta = alpha * (t * (1 - 1/alpha) + 1/alpha).
@@ -204,9 +205,9 @@ def gbce_beta(num_negatives: int, num_items: int, t: float) -> float:
 def _sampled_softmax(pos_BS, neg_scores_BSK, neg_log_prob_BSK, dropped_BSK):
     """-log(exp(pos) / Z) with Z = exp(pos) + sum over negatives of exp(score) / (K * q).
 
-    Z is an unbiased estimate of the partition over the catalogue: the positive is there for certain and
-    needs no correction, and a negative equal to it is dropped. Source: Bengio & Senecal 2008 for the
-    importance weights; the case of the positive is also argued in Petrov et al., RecSys'25.
+    Z is an unbiased estimate of the partition function over the catalogue: the positive is always included
+    and needs no correction; a negative equal to it is left out. Source: Bengio & Senecal 2008 for the
+    importance weights; Petrov et al., RecSys'25, also discuss the correction of the positive.
     """
     corrected = neg_scores_BSK - neg_log_prob_BSK - math.log(neg_scores_BSK.shape[-1])
     corrected = jnp.where(dropped_BSK, _DROPPED, corrected)
@@ -215,7 +216,7 @@ def _sampled_softmax(pos_BS, neg_scores_BSK, neg_log_prob_BSK, dropped_BSK):
 
 
 def _in_history(neg_BSK, batch: Batch):
-    """bool[B, S, K]: does the negative occur anywhere in the token's own segment, as item or target?"""
+    """bool[B, S, K]: whether the negative occurs anywhere in the token's own segment, as item or target."""
     same_BST = batch.segments[:, :, None] == batch.segments[:, None, :]
     neg_BSK = jnp.broadcast_to(neg_BSK, batch.segments.shape + neg_BSK.shape[-1:])
 

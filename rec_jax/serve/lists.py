@@ -1,4 +1,4 @@
-"""Recommendations to many users, written to a file while they are computed."""
+"""Files of recommendations to many users, written batch by batch."""
 
 import contextlib
 import os
@@ -34,15 +34,17 @@ def write_lists(
     seen: bool = False,
     candidates: Candidates | None = None,
 ) -> dict[str, int]:
-    """Writes the k best items of each user as rows of user, rank (from 1), item, title and score.
+    """Writes the k best items of each user, one line per item: user, rank (from 1), item, title, score.
 
-    A batch of users is in memory at a time; `path` appears when all is written.
+    One batch of users is in memory at a time. `path` appears only when the file is complete.
 
     Args:
-      path: ends in .parquet or .csv.
+      path: must end in .parquet or .csv.
       users: int64[N], see `Recommender.find_users`.
+      seen, candidates: see `Recommender.recommend`.
 
-    Returns counts: users, rows, users with fewer than k items, rows of items without a training event.
+    Returns counts: "users", "rows" (lines of the file), "short" (users with fewer than k items), "untrained"
+    (lines with an item that has no training event).
     Raises ValueError for another kind of file.
     """
     path = check_path(path)
@@ -55,20 +57,20 @@ def write_lists(
     try:
         with _WRITERS[path.suffix](partial, _SCHEMA) as writer, progress:
             for batch, ids_BK, scores_BK in batches:
-                is_found_BK = scores_BK > -np.inf
-                rows, ranks = np.nonzero(is_found_BK)
-                ids = ids_BK[is_found_BK]
+                is_item_BK = scores_BK > -np.inf
+                rows, ranks = np.nonzero(is_item_BK)
+                ids = ids_BK[is_item_BK]
                 columns = {
                     "user": user_ids.take(pa.array(batch[rows])),
                     "rank": pa.array((ranks + 1).astype(np.int32)),
                     "item": item_ids.take(pa.array(ids)),
                     "title": titles.take(pa.array(ids)),
-                    "score": pa.array(scores_BK[is_found_BK]),
+                    "score": pa.array(scores_BK[is_item_BK]),
                 }
                 cast = [pc.cast(column, _SCHEMA.field(name).type) for name, column in columns.items()]
                 writer.write_batch(pa.RecordBatch.from_arrays(cast, schema=_SCHEMA))
                 counts["rows"] += len(ids)
-                counts["short"] += int((is_found_BK.sum(1) < k).sum())
+                counts["short"] += int((is_item_BK.sum(1) < k).sum())
                 counts["untrained"] += int((model.train_counts[ids] == 0).sum())
                 progress.update(len(batch))
         os.replace(partial, path)
@@ -80,9 +82,10 @@ def write_lists(
 
 
 def check_path(path) -> Path:
+    """Raises ValueError unless a file of a known kind can be written to `path`."""
     path = Path(path)
     if path.suffix not in _WRITERS:
         raise ValueError(f"--output={path} must end in {' or '.join(_WRITERS)}")
     if not path.parent.is_dir():
-        raise ValueError(f"--output={path}: there is no directory {path.parent}")
+        raise ValueError(f"--output={path}: the directory {path.parent} does not exist: create it first")
     return path

@@ -1,4 +1,4 @@
-"""How embedding tables learn and where they are placed, from a config."""
+"""The optimizers and layouts of embedding tables, from a config."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,21 +13,21 @@ from rec_jax.tables.tables import Table, Tables
 
 @dataclass(frozen=True)
 class TableConfig:
-    """How the embedding tables of a model learn and where their entries are.
+    """The optimizer and the layout of all embedding tables of a model.
 
-    optimizer: "dense" treats them like any parameter. The others update only the entries that a batch reads,
-    at a cost that does not grow with the catalogue; they need a sampled loss, for an exact softmax reads
-    every entry. "catch_up_adam" makes up for the steps that "lazy_adam" leaves out.
-    layout: "replicated" keeps a whole table on every device, "rows" shards its rows over the mesh, "dims"
-    its dims over mesh.model; "auto" is what `python -m experiments.plan` says.
+    optimizer: "dense" updates tables like any parameter. The others are a sparse update of the entries that a
+    batch reads, at a cost that does not grow with the catalogue; they need a sampled loss, because an exact
+    softmax reads every entry. "catch_up_adam" makes up for the steps that "lazy_adam" leaves out.
+    layout: "replicated" keeps the whole table on every device, "rows" shards its rows over the mesh, "dims"
+    shards its dims over mesh.model; "auto" chooses, and `python -m experiments.plan` shows how.
     """
 
     optimizer: Literal["dense", "sgd", "adagrad", "rowwise_adagrad", "lazy_adam", "catch_up_adam"] = "dense"
-    learning_rate: float = 0.05  # of sparse updates, by the schedule of optim
-    weight_decay: float = 0.0  # decoupled, of the entries that a step updates
+    learning_rate: float = 0.05  # of sparse updates; follows the schedule of optim
+    weight_decay: float = 0.0  # decoupled; applies to the entries read
     layout: Literal["auto", "replicated", "rows", "dims"] = "auto"
-    capacity_factor: float = 1.0  # entries a device sends another at once, over an even share of its ids
-    device_gbytes: float = 8.0  # what a table and its optimizer may take of a device, for layout="auto"
+    capacity_factor: float = 1.0  # entries sent to a device per round, as a multiple of an even share
+    device_gbytes: float = 8.0  # memory per device for a table and its optimizer state, for layout="auto"
 
     def __post_init__(self):
         for name in ("learning_rate", "capacity_factor", "device_gbytes"):
@@ -37,18 +37,18 @@ class TableConfig:
             raise ValueError(f"weight_decay={self.weight_decay} must not be negative (TableConfig)")
         if self.weight_decay and self.optimizer in ("dense", "catch_up_adam"):
             raise ValueError(
-                f"weight_decay={self.weight_decay} is not for optimizer={self.optimizer!r}: use "
-                "optim.weight_decay for 'dense', or another optimizer of sparse updates (TableConfig)"
+                f"weight_decay={self.weight_decay} is not supported with optimizer={self.optimizer!r}: set "
+                "optim.weight_decay for 'dense', or choose another sparse optimizer (TableConfig)"
             )
         if self.optimizer == "dense" and self.layout == "dims":
             raise ValueError(
-                f"layout={self.layout!r} is for tables that are updated sparsely: choose an optimizer other "
-                "than 'dense', or layout='rows' (TableConfig)"
+                f"layout={self.layout!r} is not supported with optimizer='dense': choose another optimizer "
+                "or layout='rows' (TableConfig)"
             )
 
     @property
     def is_plain(self) -> bool:
-        """Are tables parameters like any other?"""
+        """Whether tables are plain parameters."""
         return self.optimizer == "dense" and self.layout == "replicated"
 
 
@@ -61,7 +61,7 @@ def _sparse_optimizer(config: TableConfig, schedule: optax.Schedule, optim):
         "rowwise_adagrad": scale_by_rowwise_rss(optim.eps, "model" if config.layout == "dims" else None),
         "lazy_adam": optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
     }[config.optimizer]
-    # A decay by 0 would still gather the entries to look at them.
+    # A decay of 0 would still gather the entries.
     decay = [optax.add_decayed_weights(config.weight_decay)] if config.weight_decay else []
     return optax.chain(scale, *decay, optax.scale_by_learning_rate(schedule))
 
@@ -69,11 +69,11 @@ def _sparse_optimizer(config: TableConfig, schedule: optax.Schedule, optim):
 def make_tables(
     config: TableConfig, named: dict[str, tuple[str, int]], mesh: Mesh, schedule, optim, dense
 ) -> Tables:
-    """The tables that are not parameters like any other; none of them where config.is_plain.
+    """Returns the tables that are not plain parameters; none if config.is_plain.
 
-    config: with a layout that is not "auto". named: {table: (path of its parameter, number of rows)}.
-    schedule: learning rate of sparse updates by step. optim: an OptimConfig, whose moments they have. dense:
-    the optax transformation of tables that are updated as a whole.
+    config: its layout must not be "auto". named: {table: (path of its parameter, number of rows)}. schedule:
+    the learning rate of sparse updates by step. optim: an OptimConfig, for b1, b2 and eps. dense: the optax
+    transformation of dense tables.
     """
     if config.is_plain:
         return Tables({})

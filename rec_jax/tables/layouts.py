@@ -1,17 +1,17 @@
-"""How a table is sharded over a mesh with the axes "data" and "model", and its rows are read and updated.
+"""Layouts of an embedding table on a mesh with the axes "data" and "model", with their reads and updates.
 
-A batch is split over "data" and whole on every device of "model". Three layouts of one interface:
+A batch is split over "data" and replicated over "model". Three layouts have the same interface:
 
     Replicated   every device has the whole table
-    RowSharded   rows are sharded over all devices; distinct ids, rows and gradients are exchanged
-    DimSharded   each device of "model" has some of the dims of all rows
+    RowSharded   rows are sharded over all devices; distinct ids, entries and gradients are exchanged
+    DimSharded   dims are sharded over "model"; each device has some dims of all entries
 
-`place`, `unplace` and `init` work on whole arrays, all other methods inside a shard_map over both axes, on
-what one device has. An update has two halves, so that a caller can scale the gradients in between:
+`place`, `unplace`, `init` and `catch_up` take whole arrays. The other methods run inside a shard_map over
+both axes, on the arrays of one device. An update has two parts, between which the caller can scale gradients:
 
     read = layout.read(optimizer, arrays, state, ids_N)
-    read.rows_UD[read.local_ids_N]                                       the lookup
-    entry_ids, grads = layout.sum_grads(read.entry_ids, grads_UD)        of read.rows_UD
+    read.entries_UD[read.local_ids_N]                               the lookup
+    entry_ids, grads = layout.sum_grads(read.entry_ids, grads_UD)   grads_UD: gradients of read.entries_UD
     arrays, state, squares = layout.update(optimizer, arrays, state, entry_ids, grads)
 """
 
@@ -27,16 +27,16 @@ from jax.sharding import PartitionSpec as P
 
 from rec_jax.tables import exchange
 from rec_jax.tables.exchange import AXES, NUM_GROUPS, Placement
-from rec_jax.tables.sparse import find_rows, read_rows, update_rows
+from rec_jax.tables.sparse import find_rows, read_entries, update_rows
 
 
 class Read(NamedTuple):
-    """What one device has read. Id 0, padding, must be among the ids; its place is 0."""
+    """The entries that one device has read. The first id must be 0, padding; its local id is 0."""
 
-    rows_UD: jax.Array
-    local_ids_N: jax.Array  # int32[N]: rows_UD[local_ids_N] are the rows of the ids
-    entry_ids: Any  # which rows these are, for `sum_grads`
-    rounds: jax.Array  # int32 scalar: exchanges with other devices, more than 1 where ids exceeded a capacity
+    entries_UD: jax.Array
+    local_ids_N: jax.Array  # int32[N]: entries_UD[local_ids_N] are the entries of the ids
+    entry_ids: Any  # for `sum_grads`: ids of these entries, or their rows in the array if row-sharded
+    rounds: jax.Array  # int32 scalar: rounds of exchange; more than 1 if ids exceeded a capacity
 
 
 @dataclass(frozen=True)
@@ -49,60 +49,60 @@ class Replicated:
         return P()
 
     def state_specs(self, state):
-        """Of the optimizer's state, like `spec` of the arrays."""
+        """Returns the PartitionSpecs of the optimizer state, which match `spec`."""
         return jax.tree.map(lambda x: P(*tuple(self.spec)[: x.ndim]), state)
 
     def place(self, table_VD):
-        """The arrays on the mesh, of a table in the order of ids."""
+        """Returns the arrays on the mesh. table_VD: in the order of ids."""
         if len(table_VD) != self.num_rows:
-            raise ValueError(f"a table of {len(table_VD)} rows must have num_rows={self.num_rows}")
+            raise ValueError(f"the table has {len(table_VD)} rows: it must have num_rows={self.num_rows}")
         return jax.jit(self.arrange, out_shardings=shardings(self.mesh, self.spec))(table_VD)
 
     def init(self, optimizer, arrays):
-        """The state of the optimizer, its rows placed like those of the table."""
+        """Returns the optimizer state, sharded like the table."""
         specs = self.state_specs(jax.eval_shape(optimizer.init, arrays))
         return jax.jit(optimizer.init, out_shardings=shardings(self.mesh, specs))(arrays)
 
     def arrange(self, table_VD):
-        """What `place` puts on the mesh."""
+        """Returns the whole array that `place` puts on the mesh."""
         return table_VD
 
     def unplace(self, arrays) -> jax.Array:
-        """The table in the order of ids."""
+        """Returns the table in the order of ids."""
         return arrays
 
     def catch_up(self, optimizer, arrays, state) -> tuple:
-        """(arrays, state) with all made up for that rows have missed: before a table is read as a whole."""
+        """Returns (arrays, state) with all missed steps added; call it before the whole table is read."""
         updates, state = optimizer.missed(state)
         return arrays + updates, state
 
     def read(self, optimizer, table_VD, state, ids_N) -> Read:
         distinct = find_rows(ids_N, self.num_rows)
-        rows_UD = read_rows(optimizer, table_VD, state, distinct.rows_U)
-        return Read(rows_UD, distinct.local_ids_N, distinct.rows_U, jnp.ones((), jnp.int32))
+        entries_UD = read_entries(optimizer, table_VD, state, distinct.rows_U)
+        return Read(entries_UD, distinct.local_ids_N, distinct.rows_U, jnp.ones((), jnp.int32))
 
-    def sum_grads(self, rows_U, grads_UD) -> tuple:
-        """Sums over all devices: distinct rows, and their gradients."""
+    def sum_grads(self, entry_ids_U, grads_UD) -> tuple:
+        """Returns (distinct entry ids, gradients), summed over all devices."""
         if self.mesh.shape["data"] == 1:
-            return rows_U, grads_UD
-        rows_N = jax.lax.all_gather(rows_U, "data", tiled=True)
+            return entry_ids_U, grads_UD
+        entry_ids_N = jax.lax.all_gather(entry_ids_U, "data", tiled=True)
         grads_ND = jax.lax.all_gather(grads_UD, "data", tiled=True)
-        # The free places of all devices become one and the same id that is no row.
-        distinct = find_rows(jnp.minimum(rows_N, self.num_rows), self.num_rows)
+        # The unused slots of all devices become one invalid id, num_rows.
+        distinct = find_rows(jnp.minimum(entry_ids_N, self.num_rows), self.num_rows)
         return distinct.rows_U, jnp.zeros_like(grads_ND).at[distinct.local_ids_N].add(grads_ND)
 
-    def sum_squares(self, rows_U, grads_UD) -> jax.Array:
+    def sum_squares(self, entry_ids_U, grads_UD) -> jax.Array:
         return jnp.sum(grads_UD**2)
 
-    def update(self, optimizer, table_VD, state, rows_U, grads_UD) -> tuple:
-        """(arrays, state, sum of the squared gradients) after one step of the optimizer."""
-        updated = update_rows(optimizer, table_VD, state, rows_U, grads_UD)
-        return *updated, self.sum_squares(rows_U, grads_UD)
+    def update(self, optimizer, table_VD, state, entry_ids_U, grads_UD) -> tuple:
+        """Returns (arrays, state, sum of squared gradients) after one optimizer step."""
+        updated = update_rows(optimizer, table_VD, state, entry_ids_U, grads_UD)
+        return *updated, self.sum_squares(entry_ids_U, grads_UD)
 
 
 @dataclass(frozen=True)
 class DimSharded(Replicated):
-    """An optimizer that sums over the dims of a row must know that they are split over "model"."""
+    """Dims sharded over "model", over which an optimizer that sums over dims must sum too."""
 
     @property
     def spec(self) -> P:
@@ -112,33 +112,33 @@ class DimSharded(Replicated):
         parts = self.mesh.shape["model"]
         if table_VD.shape[1] % parts:
             raise ValueError(
-                f"layout='dims' splits {table_VD.shape[1]} dims over mesh.model={parts}, which must divide "
-                "them"
+                f"layout='dims' cannot shard {table_VD.shape[1]} dims over mesh.model={parts}: choose a "
+                "divisor of the dims, or another table.layout"
             )
         return table_VD
 
     def read(self, optimizer, table_Vd, state, ids_N) -> Read:
         part = super().read(optimizer, table_Vd, state, ids_N)
-        return part._replace(rows_UD=jax.lax.all_gather(part.rows_UD, "model", axis=1, tiled=True))
+        return part._replace(entries_UD=jax.lax.all_gather(part.entries_UD, "model", axis=1, tiled=True))
 
-    def sum_grads(self, rows_U, grads_UD) -> tuple:
+    def sum_grads(self, entry_ids_U, grads_UD) -> tuple:
         dim = grads_UD.shape[1] // jax.lax.axis_size("model")
         grads_Ud = jax.lax.dynamic_slice_in_dim(grads_UD, jax.lax.axis_index("model") * dim, dim, axis=1)
-        return super().sum_grads(rows_U, grads_Ud)
+        return super().sum_grads(entry_ids_U, grads_Ud)
 
-    def sum_squares(self, rows_U, grads_Ud) -> jax.Array:
+    def sum_squares(self, entry_ids_U, grads_Ud) -> jax.Array:
         return jax.lax.psum(jnp.sum(grads_Ud**2), "model")
 
 
 @dataclass(frozen=True)
 class RowSharded(Replicated):
-    capacity_factor: float = 1.0  # rows a device sends another at once, over an even share of its ids
+    capacity_factor: float = 1.0  # entries sent to a device per round, as a multiple of an even share
 
     def __post_init__(self):
         if NUM_GROUPS % self.mesh.size:
             raise ValueError(
-                f"rows are sharded over mesh.data * mesh.model = {self.mesh.size} devices, which must divide "
-                f"{NUM_GROUPS}: use a power of two, or another table.layout"
+                f"layout='rows' cannot shard over mesh.data * mesh.model = {self.mesh.size} devices, which "
+                f"must divide {NUM_GROUPS}: use a power of two, or another table.layout"
             )
 
     @property
@@ -156,7 +156,7 @@ class RowSharded(Replicated):
         return self.placement.unplace(arrays)
 
     @property
-    def _local_rows(self) -> int:
+    def _num_local(self) -> int:
         return self.placement.size // self.mesh.size
 
     def _capacity(self, num_ids: int) -> int:
@@ -164,28 +164,32 @@ class RowSharded(Replicated):
 
     def read(self, optimizer, table_vD, state, ids_N) -> Read:
         distinct = exchange.dedupe_physical(self.placement, ids_N)
-        rows_UD, rounds = exchange.read_sharded(
+        entries_UD, rounds = exchange.read_sharded(
             optimizer, table_vD, state, distinct.rows_U, self._capacity(ids_N.size)
         )
-        return Read(rows_UD, distinct.local_ids_N, distinct.rows_U, rounds)
+        return Read(entries_UD, distinct.local_ids_N, distinct.rows_U, rounds)
 
-    def sum_grads(self, rows_U, grads_UD) -> tuple:
-        """As they are: it is the owners of rows who sum."""
-        return rows_U, grads_UD
+    def sum_grads(self, entry_ids_U, grads_UD) -> tuple:
+        """Returns its arguments: `update` sums on the device that owns an entry."""
+        return entry_ids_U, grads_UD
 
-    def sum_squares(self, rows_U, grads_UD) -> jax.Array:
-        return exchange.sum_squares_sharded(rows_U, grads_UD, self._local_rows, self._capacity(rows_U.size))
-
-    def update(self, optimizer, table_vD, state, rows_U, grads_UD) -> tuple:
-        return exchange.update_sharded(
-            optimizer, table_vD, state, rows_U, grads_UD, self._capacity(rows_U.size)
+    def sum_squares(self, entry_ids_U, grads_UD) -> jax.Array:
+        return exchange.sum_squares_sharded(
+            entry_ids_U, grads_UD, self._num_local, self._capacity(entry_ids_U.size)
         )
 
-    def scatter(self, rows_U, grads_UD) -> jax.Array:
-        """f32[local rows, D]: the gradient of all local rows."""
-        return exchange.scatter_sharded(rows_U, grads_UD, self._local_rows, self._capacity(rows_U.size))
+    def update(self, optimizer, table_vD, state, entry_ids_U, grads_UD) -> tuple:
+        return exchange.update_sharded(
+            optimizer, table_vD, state, entry_ids_U, grads_UD, self._capacity(entry_ids_U.size)
+        )
+
+    def scatter(self, entry_ids_U, grads_UD) -> jax.Array:
+        """f32[rows of this device, D]: their gradient, zero for entries not read."""
+        return exchange.scatter_sharded(
+            entry_ids_U, grads_UD, self._num_local, self._capacity(entry_ids_U.size)
+        )
 
 
 def shardings(mesh: Mesh, specs):
-    """The same tree of NamedShardings."""
+    """Returns the tree of specs as NamedShardings."""
     return jax.tree.map(partial(NamedSharding, mesh), specs)

@@ -1,14 +1,14 @@
 """Named embedding tables in a training step: none, one or several, each with its layout and optimizer.
 
-    dense, arrays = tables.split(params)            # arrays: {name: table}; all other parameters stay
-    reads = tables.read(arrays, states, ids)        # ids: {name: a pytree of int32 arrays, 0 = padding}
-    params = tables.join(dense, reads.rows)         # what a loss is differentiated with respect to
+    dense, arrays = tables.split(params)                # arrays: {name: table}; dense: the other parameters
+    reads = tables.read(arrays, states, ids)            # ids: {name: a pytree of int32 arrays, 0 = padding}
+    params = tables.join(dense, reads.rows)             # a loss is differentiated with respect to these
     ... rows[reads.local_ids[...]] is a lookup ...
-    reads, grads = tables.sum_grads(reads, grads)   # over devices
+    reads, grads = tables.sum_grads(reads, grads, {})   # over devices
     arrays, states, squares = tables.update(arrays, states, reads, grads)
 
-A table that is a parameter like any other is not among them; with no tables every method returns what it was
-given. To clip, or to divide by a number of tokens, scale what `sum_grads` returns.
+Tables that are plain parameters are not among them. Without tables, the methods do nothing. To clip
+gradients, or to divide them by a number of tokens, scale the result of `sum_grads`.
 """
 
 import dataclasses
@@ -22,33 +22,37 @@ from jax.flatten_util import ravel_pytree
 
 from rec_jax.tables.exchange import AXES, Placement
 from rec_jax.tables.layouts import Replicated
-from rec_jax.tables.sparse import RowOptimizer
+from rec_jax.tables.sparse import CatchUpOptimizer
 from rec_jax.tree import pop_leaf, with_leaf
 
 
 @dataclass(frozen=True)
 class Table:
-    """path: of its parameter, "items/embedding". is_dense: updated as a whole in every step, for a loss that
-    reads all of it; then its layout is RowSharded. Else only the entries that a batch reads are updated."""
+    """An embedding table with its layout and optimizer.
+
+    path: of its parameter, such as "items/embedding". is_dense: whether every step updates all entries, for a
+    loss that reads the whole table; its layout is then RowSharded. Otherwise a step updates the entries that
+    it reads.
+    """
 
     path: str
     layout: Replicated
-    optimizer: optax.GradientTransformation | RowOptimizer
+    optimizer: optax.GradientTransformation | CatchUpOptimizer
     is_dense: bool = False
 
     @property
     def placement(self) -> Placement | None:
-        """Where its rows are, if they are sharded."""
+        """The placement of its entries if it is row-sharded, otherwise None."""
         return getattr(self.layout, "placement", None)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Reads:
-    """What a device has read of each table, by name.
+    """The entries that a device has read, by name of the table.
 
-    rows: f32[U, D], the distinct entries. places: the pytrees of ids, as places in the rows. entry_ids: which
-    entries these are. rounds: int32, see `layouts.Read`.
+    rows: f32[U, D], distinct entries. local_ids: the pytrees of ids, as indices into these entries.
+    entry_ids: ids of these entries. rounds: int32, see `layouts.Read`.
     """
 
     rows: dict[str, jax.Array]
@@ -59,10 +63,10 @@ class Reads:
 
 @dataclass(frozen=True)
 class Tables:
-    """Every dict that these methods take and return has all of the names.
+    """Embedding tables by name. The keys of all dicts are the names of all tables, except in `shards`.
 
-    The methods from `read` on work inside a shard_map over both axes, on what one device has, the others on
-    whole arrays.
+    `read` and the methods after it run inside a shard_map over both axes, on the arrays of one device. The
+    methods before it take whole arrays.
     """
 
     tables: dict[str, Table]
@@ -75,38 +79,38 @@ class Tables:
 
     @property
     def placement(self):
-        """Of the rows of a table that a loss reads as a whole, None where there is none."""
+        """The placement of the table that a loss reads as a whole, or None if there is none."""
         return next((table.placement for table in self.tables.values() if table.is_dense), None)
 
     def split(self, params: dict) -> tuple[dict, dict]:
-        """(the parameters without the tables, {name: table})."""
+        """Returns (the parameters without the tables, {name: table})."""
         arrays = {}
         for name, table in self.tables.items():
             params, arrays[name] = pop_leaf(params, table.path)
         return params, arrays
 
     def join(self, dense: dict, arrays: dict) -> dict:
-        """The parameters with those arrays in the places of the tables."""
+        """Returns the parameters with these arrays as the tables."""
         for name, table in self.tables.items():
             dense = with_leaf(dense, table.path, arrays[name])
         return dense
 
     def place(self, whole: dict) -> dict:
-        """The arrays on the mesh. whole: tables [V, D] in the order of ids."""
+        """Returns the arrays on the mesh. whole: tables [V, D] in the order of ids."""
         return self._each(lambda table, x: table.layout.place(x), whole)
 
     def unplace(self, params: dict) -> dict:
-        """The parameters with tables in the order of ids."""
+        """Returns the parameters with tables in the order of ids."""
         dense, arrays = self.split(params)
         return self.join(dense, self._each(lambda table, x: table.layout.unplace(x), arrays))
 
     def init(self, arrays: dict) -> dict:
-        """The states of the optimizers."""
+        """Returns the states of the optimizers."""
         return self._each(lambda table, x: table.layout.init(table.optimizer, x), arrays)
 
     @property
     def specs(self) -> dict:
-        """How the arrays are placed on the mesh, for a shard_map."""
+        """The PartitionSpecs of the arrays, for a shard_map."""
         return self._each(lambda table: table.layout.spec)
 
     def state_specs(self, states: dict) -> dict:
@@ -114,53 +118,55 @@ class Tables:
 
     @property
     def can_catch_up(self) -> bool:
-        """Do entries miss steps that must be made up for before a table is read as a whole?"""
-        return any(isinstance(table.optimizer, RowOptimizer) for table in self.tables.values())
+        """Whether entries may have missed steps; then `catch_up` must come before a whole table is read."""
+        return any(isinstance(table.optimizer, CatchUpOptimizer) for table in self.tables.values())
 
     def catch_up(self, arrays: dict, states: dict) -> tuple[dict, dict]:
-        """(arrays, states) with every entry as an evaluation should see it."""
+        """Returns (arrays, states) with all missed steps added, as evaluation needs them."""
 
         def caught_up(table, array, state):
-            if not isinstance(table.optimizer, RowOptimizer):
+            if not isinstance(table.optimizer, CatchUpOptimizer):
                 return array, state
             return table.layout.catch_up(table.optimizer, array, state)
 
         return _unzip(self._each(caught_up, arrays, states), 2)
 
     def read(self, arrays: dict, states: dict, ids: dict) -> Reads:
-        """All lookups of a step, each distinct entry of a table read once.
+        """Reads all lookups of a step; each distinct entry of a table is read once.
 
-        ids: of each table, a pytree of int32 arrays, 0 = padding. One outside the table reads as NaN.
-        Raises: ValueError for names that no table has or that are missing, and for ids of other types.
+        ids: for each table, a pytree of int32 arrays, 0 = padding. An id outside the table reads as NaN.
+        Raises: ValueError for unknown or missing names of tables, and for ids that are not int32.
         """
         if ids.keys() != self.tables.keys():
-            raise ValueError(f"ids of {sorted(ids)} must be of all tables: {sorted(self.tables)} (Tables)")
+            raise ValueError(f"ids={sorted(ids)} must name all tables: {sorted(self.tables)} (Tables)")
         reads, local_ids = {}, {}
         for name, table in self.tables.items():
             types = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(ids[name])})
             if types != ["int32"]:
-                raise ValueError(f"ids[{name!r}] must be int32 arrays, at least one, not {types} (Tables)")
+                raise ValueError(
+                    f"ids[{name!r}] must be at least one int32 array, not {types or None} (Tables)"
+                )
             flat_N, unravel = ravel_pytree(ids[name])
-            ids_N = jnp.concatenate([jnp.zeros(1, jnp.int32), flat_N])  # layouts want padding among the ids
+            ids_N = jnp.concatenate([jnp.zeros(1, jnp.int32), flat_N])  # layouts need id 0 first
             optimizer = None if table.is_dense else table.optimizer
             reads[name] = table.layout.read(optimizer, arrays[name], states[name], ids_N)
             local_ids[name] = unravel(reads[name].local_ids_N[1:])
-        rows, entry_ids, rounds = (
+        entries, entry_ids, rounds = (
             {name: getattr(read, field) for name, read in reads.items()}
-            for field in ("rows_UD", "entry_ids", "rounds")
+            for field in ("entries_UD", "entry_ids", "rounds")
         )
-        return Reads(rows, local_ids, entry_ids, rounds)
+        return Reads(entries, local_ids, entry_ids, rounds)
 
     def shards(self, arrays: dict) -> dict:
-        """This device's part of the tables that a loss reads as a whole."""
+        """Returns {name: this device's shard} of the tables that a loss reads as a whole."""
         return {name: arrays[name] for name, table in self.tables.items() if table.is_dense}
 
     def sum_grads(self, reads: Reads, grads: dict, shard_grads: dict) -> tuple[Reads, dict]:
-        """(reads, grads) for `update`: summed over devices, unless it is the owners of rows who sum.
+        """Returns (reads, grads) for `update`: gradients summed over devices, except for row-sharded tables,
+        whose owners of entries sum them in `update`.
 
-        grads: of `reads.rows`. shard_grads: of `shards`, complete on their device.
+        grads: gradients of `reads.rows`. shard_grads: gradients of `shards`, complete on their device.
         """
-
         summed = self._each(lambda table, *read: table.layout.sum_grads(*read), reads.entry_ids, grads)
         entry_ids, grads = _unzip(summed, 2)
         for name, grads_vD in shard_grads.items():
@@ -168,7 +174,7 @@ class Tables:
         return dataclasses.replace(reads, entry_ids=entry_ids), grads
 
     def sum_squares(self, reads: Reads, grads: dict) -> jax.Array | float:
-        """f32 scalar: the sum of all squared gradients, at the price of an exchange where rows are sharded.
+        """f32 scalar: the sum of all squared gradients. Row-sharded tables need a separate exchange for it.
 
         reads, grads: from `sum_grads`.
         """
@@ -181,9 +187,9 @@ class Tables:
         return sum(self._each(squares, reads.entry_ids, grads).values())
 
     def update(self, arrays: dict, states: dict, reads: Reads, grads: dict) -> tuple[dict, dict, jax.Array]:
-        """(arrays, states, sum of all squared gradients) after one step; entry 0 is always among those read.
+        """Returns (arrays, states, sum of all squared gradients) after one step.
 
-        reads, grads: from `sum_grads`.
+        reads, grads: from `sum_grads`. Entry 0 is always among the entries read.
         """
 
         def updated(table, array, state, entry_ids, grads):
@@ -198,10 +204,12 @@ class Tables:
         return arrays, states, sum(squares.values())
 
     def _each(self, function, *dicts: dict) -> dict:
-        """{name: function(table, what each dict has under the name)}."""
+        """Returns {name: function(table, the values of the dicts for this name)}."""
         for given in dicts:
             if given.keys() != self.tables.keys():
-                raise ValueError(f"{sorted(given)} must be all tables: {sorted(self.tables)} (Tables)")
+                raise ValueError(
+                    f"the names {sorted(given)} must be those of all tables: {sorted(self.tables)} (Tables)"
+                )
         return {name: function(table, *(d[name] for d in dicts)) for name, table in self.tables.items()}
 
 

@@ -1,15 +1,15 @@
-"""Checkpoints: what a run needs to resume exactly, kept so that no single failure loses it.
+"""Checkpoints: everything a run needs to resume exactly, stored so that no single failure loses it.
 
     checkpoints/latest/STEP    the newest `keep` states
-    checkpoints/best/STEP      states of the best validation scores, the newest two
-    checkpoints/damaged/...    checkpoints that could not be read back, set aside by a restore
+    checkpoints/best/STEP      the newest two states that were the best so far
+    checkpoints/damaged/...    checkpoints that could not be read, moved here by a restore
 
-A state is written once: to `best` if its evaluation was the best so far, else to `latest`. So the
-newest checkpoint of both folders is always one consistent snapshot, and `best` can never disagree
-with it. `best` keeps two, because the snapshot before the newest one names the best of its time.
+A state is written once: to `best` if its evaluation was the best so far, else to `latest`. The newest
+checkpoint of both folders is therefore always one consistent snapshot, and `best` cannot disagree with it.
+`best` keeps two states, so that the snapshot before the newest one still finds the best state of its time.
 
-Each checkpoint holds the arrays (Orbax, written in the background, renamed into place when
-complete) and a JSON record: data position, progress, what the run is, and a checksum of each leaf.
+Each checkpoint holds the arrays (written by Orbax in the background, renamed into place when complete) and
+a JSON record: data position, progress, run_info (config and split checksum), and a checksum of each leaf.
 """
 
 import contextlib
@@ -39,17 +39,17 @@ _FULL_DISK_TEXTS = ("No space left", "File too large", "quota exceeded", "RESOUR
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written (a full disk, mostly); earlier ones are intact."""
+    """A checkpoint could not be written, usually because the disk is full; earlier ones are intact."""
 
 
 class DamagedError(ValueError):
-    """A checkpoint cannot be read back: truncated, incomplete or altered."""
+    """A checkpoint cannot be read: it is truncated, incomplete or altered."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A checkpoint read back: arrays placed like the target they were restored into, and the JSON record
-    saved with them (step, data, progress, run_info, digests)."""
+    """A restored checkpoint: arrays with the sharding of the arrays they were restored into, and the JSON
+    record saved with them (step, data, progress, run_info, digests)."""
 
     state: Any
     record: dict
@@ -57,8 +57,8 @@ class Restored:
 
 
 class Saver:
-    """Writes checkpoints in the background, at most one at a time. Every method raises SaveError if it fails,
-    or if the save before it has failed."""
+    """Writes checkpoints in the background, one at a time. Every method raises SaveError if it fails, or if
+    the previous save has failed."""
 
     def __init__(self, directory, keep: int):
         _silence_orbax()
@@ -69,11 +69,11 @@ class Saver:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.LatestN(num_kept),
                 save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1),
-                cleanup_tmp_directories=True,  # What a killed process left half-written.
+                cleanup_tmp_directories=True,  # Incomplete checkpoints of a killed process.
                 lightweight_initialize=True,  # A damaged old checkpoint must not stop the run.
             )
             path = self._directory / kind
-            with self._errors_explained():
+            with self._explain_errors():
                 path.mkdir(parents=True, exist_ok=True)
                 self._managers[kind] = ocp.CheckpointManager(path, options=options)
 
@@ -86,69 +86,68 @@ class Saver:
             state=ocp.args.PyTreeSave(state),
             record=ocp.args.JsonSave({"record": record, "digest": _record_digest(record)}),
         )
-        with self._errors_explained():
+        with self._explain_errors():
             self._managers["best" if best else "latest"].save(step, args=args)
 
     def check(self) -> None:
-        """Does not wait for the save in progress."""
-        with self._errors_explained():
+        """Raises if a save has failed; does not wait for the save in progress."""
+        with self._explain_errors():
             for manager in self._managers.values():
                 manager.check_for_errors()
 
     def wait(self) -> None:
-        """Blocks until nothing is being written."""
-        with self._errors_explained():
+        """Waits for the save in progress."""
+        with self._explain_errors():
             for manager in self._managers.values():
                 manager.wait_until_finished()
                 manager.check_for_errors()
 
     def close(self) -> None:
-        """Waits for the last save and frees the threads."""
+        """Waits for the save in progress and frees the threads."""
         try:
             self.wait()
         finally:
             for manager in self._managers.values():
-                with contextlib.suppress(Exception):  # Reported by wait(), which ran first.
+                with contextlib.suppress(Exception):  # wait() has already reported it.
                     manager.close()
 
     @contextlib.contextmanager
-    def _errors_explained(self):
+    def _explain_errors(self):
         try:
             yield
         except Exception as error:
             cause = "the disk is full" if _is_full_disk(error) else f"{type(error).__name__}: {error}"
             what = f"of step {self._pending}" if self._pending >= 0 else "folder"
-            intact = "no checkpoint was written yet: make room and run the same command again"
+            advice = "no checkpoint was written yet: free some disk space and run the same command again"
             if kept := _candidates(self._directory, ("best", "latest")):
-                intact = (
-                    f"the checkpoint of step {kept[0].name} is intact: make room and run the same command "
-                    "again to resume from it"
+                advice = (
+                    f"the checkpoint of step {kept[0].name} is intact: free some disk space and run the same "
+                    "command again to resume from it"
                 )
             raise SaveError(
-                f"the checkpoint {what} could not be written to {self._directory}: {cause}; {intact}"
+                f"the checkpoint {what} could not be written to {self._directory}: {cause}; {advice}"
             ) from error
 
 
 def restore(directory, state, check: Callable[[dict, pathlib.Path], None] | None = None) -> Restored | None:
-    """The newest checkpoint that is whole, or None where there is none at all.
+    """Restores the newest intact checkpoint; None if there are no checkpoints.
 
-    A checkpoint that is truncated, incomplete or altered is named on stderr, moved to `damaged/`,
-    and the one before it is used.
+    A checkpoint that is truncated, incomplete or altered is reported on stderr and moved to `damaged/`; the
+    previous one is then used.
 
     Args:
-      state: a pytree of arrays: the structure, shapes, types and placement to restore into.
-      check: `(record, path)`, raises ValueError if the run must not resume from what was saved there; called
-        before the arrays are read.
+      state: a pytree of arrays: the structure, shapes, dtypes and shardings to restore into.
+      check: called as `check(record, path)` before the arrays are read; raises ValueError if the run must not
+        resume from this checkpoint.
 
-    Raises DamagedError if there are checkpoints, but none is whole.
+    Raises DamagedError if there are checkpoints, but none is intact.
     """
     directory = pathlib.Path(directory).absolute()
-    restored, reasons = _newest_whole(_candidates(directory, ("best", "latest")), state, check)
+    restored, reasons = _newest_intact(_candidates(directory, ("best", "latest")), state, check)
     if restored is None and reasons:
         raise DamagedError(
-            f"none of the {len(reasons)} checkpoints in {directory} can be read back: start anew "
-            f"with another workdir, or delete {directory} to start anew in this one. "
-            + "; ".join(reasons.values())
+            f"none of the {len(reasons)} checkpoints in {directory} can be read: start over in another "
+            f"workdir, or delete {directory} to start over in this one. " + "; ".join(reasons.values())
         )
     for damaged in reasons:
         if processes.is_first():
@@ -160,24 +159,24 @@ def restore(directory, state, check: Callable[[dict, pathlib.Path], None] | None
 
 
 def restore_best(directory, params, max_step: int | None = None) -> Restored | None:
-    """The parameters alone of the best validation score, or None where no evaluation was saved.
+    """Restores only the parameters with the best validation score; None if there are none.
 
-    A damaged best checkpoint is named on stderr and the best before it is used.
+    A damaged best checkpoint is reported on stderr, and the best one before it is used.
 
     Args:
       params: a pytree of arrays (or of ShapeDtypeStruct with a sharding) to restore into.
-      max_step: checkpoints newer than this are not considered.
+      max_step: later checkpoints are ignored.
     """
     paths = _candidates(pathlib.Path(directory).absolute(), ("best",))
     if max_step is not None:
         paths = [path for path in paths if int(path.name) <= max_step]
-    restored, _ = _newest_whole(paths, {"params": params})
+    restored, _ = _newest_intact(paths, {"params": params})
     return restored and dataclasses.replace(restored, state=restored.state["params"])
 
 
-def _newest_whole(paths, target, check=None) -> tuple[Restored | None, dict[pathlib.Path, str]]:
-    """(the first of the checkpoints that is whole, why those before it are not, which are also named on
-    stderr)."""
+def _newest_intact(paths, target, check=None) -> tuple[Restored | None, dict[pathlib.Path, str]]:
+    """Returns (the first intact checkpoint of `paths` or None, {damaged path before it: reason}). Reports
+    damage on stderr."""
     reasons = {}
     for path in paths:
         try:
@@ -189,7 +188,7 @@ def _newest_whole(paths, target, check=None) -> tuple[Restored | None, dict[path
 
 
 def is_finite(params) -> bool:
-    """Whether every float of the parameters is finite; waits for them to be computed."""
+    """Whether all parameters are finite; waits until they are computed."""
     return bool(_all_finite(jax.tree.leaves(params)))
 
 
@@ -199,36 +198,36 @@ def _all_finite(leaves: list) -> jax.Array:
 
 
 def _candidates(directory: pathlib.Path, kinds) -> list[pathlib.Path]:
-    """Complete checkpoints, newest first; a half-written one still has a temporary name."""
+    """Complete checkpoints, newest first; an incomplete one still has a temporary name."""
     paths = [path for kind in kinds for path in (directory / kind).glob("*") if path.name.isdigit()]
-    # sorted() is stable: of two with one step, the best comes first, as it was evaluated.
+    # sorted() is stable: of two with the same step, the one in `best`, which has been evaluated, is first.
     return sorted(paths, key=lambda path: -int(path.name))
 
 
 def _read(path: pathlib.Path, target, check=None) -> Restored:
     _silence_orbax()
-    with _damage_raised(path):
+    with _raise_damage(path):
         with _reader() as reader:
             saved = reader.restore(path, ocp.args.Composite(record=ocp.args.JsonRestore())).record
         record = saved["record"]
         if _record_digest(record) != saved["digest"]:
-            raise DamagedError("the checksum of its record differs from the one saved")
+            raise DamagedError("the checksum of its record differs from the saved one")
     if check:
         check(record, path)
-    with _damage_raised(path):
+    with _raise_damage(path):
         return Restored(_read_state(path, target, record["digests"]), record, path)
 
 
 def _reader() -> ocp.Checkpointer:
-    """Of this process alone: Orbax would wait for one that met damage."""
+    """A reader for this process only; otherwise Orbax would wait for a process that found damage."""
     alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
 
 
 @contextlib.contextmanager
-def _damage_raised(path: pathlib.Path):
-    """Turns any error into a DamagedError, for damage shows up as any kind of error; in all processes, if one
-    meets it."""
+def _raise_damage(path: pathlib.Path):
+    """Turns any error into a DamagedError, because damage can cause any kind of error. All processes raise it
+    if one of them has an error."""
     reason = ""
     try:
         yield
@@ -239,7 +238,7 @@ def _damage_raised(path: pathlib.Path):
 
 
 def _read_state(path: pathlib.Path, target, digests: dict):
-    """The arrays of `target` (the whole state, or {"params": ...}), checked leaf by leaf."""
+    """Reads the arrays of `target` (the whole state, or {"params": ...}) and verifies their checksums."""
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target)
     args = ocp.args.PyTreeRestore(
         abstract,
@@ -250,14 +249,14 @@ def _read_state(path: pathlib.Path, target, digests: dict):
         state = reader.restore(path, ocp.args.Composite(state=args)).state
     for name, digest in _digests(state).items():
         if digests.get(name, digest) != digest:
-            raise DamagedError(f"the checksum of {name} is {digest}, {digests[name]} was saved")
+            raise DamagedError(f"the checksum of {name} is {digest}, but {digests[name]} was saved")
     return state
 
 
 def _digests(state) -> dict[str, int]:
     """crc32 of the bytes of each leaf, by path (`params/item/table`).
 
-    A leaf that is sharded over several processes has none: no process holds all of its bytes.
+    A leaf that is sharded over several processes has no checksum, because no process holds all of its bytes.
     """
     return {
         name: _digest(leaf)
@@ -267,17 +266,17 @@ def _digests(state) -> dict[str, int]:
 
 
 def _digest(leaf) -> int:
-    """Over the shards in the order of their rows, where they are that: a whole copy of a large table would
-    stay in memory as long as the table."""
+    """crc32 of a leaf. If it is sharded along its first dim only, its shards are read one by one in order:
+    JAX would keep a copy of the whole array in memory as long as the array exists."""
 
     def bounds(shard):
         return [dim.indices(size)[:2] for dim, size in zip(shard.index, leaf.shape, strict=True)]
 
-    by_bounds = {str(bounds(shard)): shard for shard in leaf.addressable_shards}  # one of each replica
+    by_bounds = {str(bounds(shard)): shard for shard in leaf.addressable_shards}  # drops replicas
     shards = sorted(by_bounds.values(), key=bounds)
-    is_by_rows = all(bounds(shard)[1:] == [(0, size) for size in leaf.shape[1:]] for shard in shards)
+    is_along_first_dim = all(bounds(shard)[1:] == [(0, size) for size in leaf.shape[1:]] for shard in shards)
     digest = 0
-    for array in [shard.data for shard in shards] if is_by_rows else [leaf]:
+    for array in [shard.data for shard in shards] if is_along_first_dim else [leaf]:
         digest = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), digest)
     return digest
 
@@ -287,7 +286,7 @@ def _record_digest(record: dict) -> int:
 
 
 def _set_aside(path: pathlib.Path, directory: pathlib.Path) -> None:
-    """Moves a damaged checkpoint out of the way of the run that will write this step again."""
+    """Moves a damaged checkpoint to `damaged/`, so that the run can write this step again."""
     folder = directory / "damaged"
     folder.mkdir(exist_ok=True)
     stem = f"{path.parent.name}-{path.name}"
@@ -308,12 +307,11 @@ def _is_full_disk(error: BaseException | None) -> bool:
 
 @functools.cache
 def _silence_orbax() -> None:
-    """Keeps from stderr the many tracebacks of one failed save or restore, and the chatter.
+    """Hides Orbax's messages and its many tracebacks of one failed save or restore from stderr.
 
-    Orbax reads and writes leaves concurrently. On an error each of its threads logs it, and the
-    readers or writers of other leaves complain that their event loop is closed. The error itself
-    reaches our caller as SaveError or DamagedError. Under absl's app.run Orbax also logs a dozen
-    lines a save.
+    Orbax reads and writes leaves concurrently. On an error, each of its threads logs the error, and the
+    readers or writers of other leaves log that their event loop is closed. The caller receives the error
+    itself as a SaveError or DamagedError. Under absl's app.run, Orbax also logs a dozen lines per save.
     """
 
     def is_worth_logging(record: logging.LogRecord) -> bool:

@@ -1,7 +1,8 @@
-"""The training loop: one for every model, read from top to bottom.
+"""The training loop, the same for every model.
 
-Its order is evaluate the current state, save, next batch, step, log. The host runs a few steps
-ahead of the device and waits for it only to log: metrics stay (total, count) pairs on the device.
+Each iteration evaluates the current state, saves it, takes the next batch, runs a step, and logs; evaluation,
+saving and logging only when they are due. The host runs a few steps ahead of the device: metrics stay on the
+device as (total, count) pairs until they are logged.
 """
 
 import contextlib
@@ -23,26 +24,26 @@ from rec_jax.train.same_run import changes, check_same_run
 from rec_jax.train.schedule import Progress, Schedule, TrainConfig
 from rec_jax.train.window import Window
 
-_WAY_OUT = "Lower the learning rate, clip the gradients, or use f32."
+_ADVICE = "Lower the learning rate, clip the gradients, or use f32."
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """The batches of all epochs, and how they reach the devices."""
+    """The batches of all epochs, and the function that places them on the devices."""
 
     batches: Any  # a grain DatasetIterator over host batches
     steps_per_epoch: int
-    place: Callable[[Any], Any] = jax.device_put  # puts a host batch on the devices
-    describe: Callable[[int], str] | None = None  # what the batch of a 0-based step holds, for messages
+    place: Callable[[Any], Any] = jax.device_put  # places a host batch on the devices
+    describe: Callable[[int], str] | None = None  # 0-based step -> content of its batch, for error messages
 
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """What picks the best parameters."""
+    """The evaluation that selects the best parameters."""
 
     evaluate: Callable[[Any], dict]  # parameters -> metrics, TrainConfig.metric among them
-    prepare: Callable[[Any], Any] | None = None  # state, consumed -> one that can be evaluated and saved
-    begin: float = 0.0  # share of the run before which nothing is evaluated, and so cannot be the best
+    prepare: Callable[[Any], Any] | None = None  # state (donated) -> state to evaluate and save
+    begin: float = 0.0  # share of the run before which nothing is evaluated; the best step comes after it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,26 +70,26 @@ def fit(
     learning_rate: Callable[[int], float],
     on_best: Callable[[Any, dict], None] | None = None,
 ) -> FitResult:
-    """Trains until the last epoch or until validation stops improving; resumes what it finds.
+    """Trains until the last epoch or until validation stops improving; resumes the run in `workdir`, if any.
 
-    On SIGTERM (or one Ctrl-C) it finishes the step, saves and raises SystemExit, with code 0 (130). If one
-    of several processes is told to stop, all do, after the next step that is logged.
+    On SIGTERM (or one Ctrl-C) it finishes the step, saves, and raises SystemExit with code 0 (130 for
+    Ctrl-C). If one of several processes receives the signal, all of them stop after the next logged step.
 
     Args:
       state: a registered dataclass with `step` (int32 scalar) and `params`; donated.
       step_fn: `(state, batch) -> (state, metrics)`, jitted; metrics map a name to a pair of device
         scalars (total, count) and include `loss` and `tokens` (real tokens as the total).
-      workdir: takes `metrics.jsonl`, `tensorboard/`, `checkpoints/` and `curves.png`.
-      run_info: what the run is (config, split checksum), JSON-able; `check_same_run` says how a resumed run
-        may differ.
-      learning_rate: maps a 0-based step to its rate, for the log: a line has that of its last step.
-      on_best: `(params, record)`, called by all processes after each evaluation that is the best so far, once
-        its checkpoint is on the disk, and again for the best of the run before `fit` returns, in case a
-        killed session could not. `record["step"]` is the step of that evaluation. The next step donates
-        `params`: copy what must outlive the call.
+      workdir: the folder of `metrics.jsonl`, `tensorboard/`, `checkpoints/` and `curves.png`.
+      run_info: identifies the run (config, split checksum), JSON-able; see `check_same_run` for the
+        differences that a resumed run may have.
+      learning_rate: maps a 0-based step to its learning rate. A line of the log shows that of its last step.
+      on_best: `(params, record)`. All processes call it after each evaluation that is the best so far, once
+        its checkpoint is on disk. They call it again for the best of the run before `fit` returns, because a
+        killed session may have missed a call. `record["step"]` is the step of that evaluation. The next step
+        donates `params`: copy arrays that are needed after the call.
 
     Raises:
-      ValueError: the workdir holds another run, or only damaged checkpoints; no such metric.
+      ValueError: the workdir holds a different run, or only damaged checkpoints; unknown metric.
       FloatingPointError: the loss or the parameters became NaN or infinite.
       SaveError: a checkpoint could not be written.
     """
@@ -110,25 +111,25 @@ def fit(
             if step > 0 and (is_best or is_due):
                 record = session.save(state, step, is_best)
                 if is_best and on_best:
-                    session.saver.wait()  # What is made of the best is never newer than its checkpoint.
+                    session.saver.wait()  # on_best must not write anything newer than the checkpoint.
                     on_best(state.params, record)
             if stopped_by or stopping:
                 break
 
-            # Take the next batch and a step.
+            # Take the next batch and run a step.
             window.open()
             state, metrics = step_fn(state, data.place(session.next_batch(step)))
             window.add(metrics, step)
             step += 1
             session.monitor.advance()
 
-            # Log, and always before an evaluation or a save, so that these see finite numbers.
+            # Log, always before an evaluation or a save: it raises if numbers are not finite.
             is_logged = window.is_first or schedule.logs(step)
             stopping = stop.agreed(is_logged)
             if is_logged or stopping:
                 session.log(window, step, learning_rate)
         session.saver.wait()
-        if stopping:  # The last step, too, is evaluated by the next session.
+        if stopping:  # The next session evaluates this step if that is due, also after the last step.
             session.monitor.say(f"{stopping.name}: stopped and saved at step {step}; run again to resume")
             raise SystemExit(0 if stopping == signal.SIGTERM else 130)
         result = session.result(state, step, stopped_by, on_best)
@@ -140,7 +141,7 @@ def fit(
 
 
 class _Session:
-    """One session of a run: how far the run is, and the files that it reads and writes."""
+    """One session (one call of `fit`) of a run: the run's progress, and the files it reads and writes."""
 
     def __init__(
         self,
@@ -156,7 +157,7 @@ class _Session:
         self.progress, self.saved_step = Progress(), 0
 
     def resume(self, state, stack: contextlib.ExitStack):
-        """The state to start from: the newest that is saved, or the given one. `stack` closes the files."""
+        """Returns the state to start from: the newest saved one, or `state`. `stack` closes the files."""
         restored = restore(self._folder, state, self._check)
         if restored:
             state, record = restored.state, restored.record
@@ -183,22 +184,22 @@ class _Session:
         check_same_run(record["run_info"], self._run_info, path, is_finished=is_finished)
 
     def _check_best(self, params) -> None:
-        """Makes `progress` agree with the best checkpoint that is there, should the best be damaged."""
+        """Corrects `progress` if the best checkpoint is damaged: the best is then an earlier one, or none."""
         progress = self.progress
         best = restore_best(self._folder, params, max_step=self.saved_step)
-        found = best.record["progress"] if best else {"best_step": 0, "best_value": 0.0}
-        if found["best_step"] == progress.best_step:
+        saved = best.record["progress"] if best else {"best_step": 0, "best_value": 0.0}
+        if saved["best_step"] == progress.best_step:
             return
-        now = f"the best is now that of step {found['best_step']} ({found['best_value']:.4f})"
+        text = f"the best is now step {saved['best_step']} ({saved['best_value']:.4f})"
         if best is None:
-            now = "the next evaluation counts as the best"
-            # An evaluation of this very step, if it is due, is done again.
+            text = "the next evaluation becomes the best"
+            # Evaluate the current step again, if an evaluation is due there.
             progress.eval_step = progress.num_bad_evals = 0
-        self.monitor.say(f"the best checkpoint (step {progress.best_step}) is lost: {now}")
-        progress.best_step, progress.best_value = found["best_step"], found["best_value"]
+        self.monitor.say(f"the best checkpoint (step {progress.best_step}) is lost: {text}")
+        progress.best_step, progress.best_value = saved["best_step"], saved["best_value"]
 
     def evaluate(self, state, step: int) -> tuple[Any, bool]:
-        """Evaluates and logs; returns the state and whether this evaluation is the best so far."""
+        """Evaluates and logs; returns (state, whether this evaluation is the best so far)."""
         name, epoch, start = self._config.metric, step / self._data.steps_per_epoch, time.perf_counter()
         state = self._validation.prepare(state) if self._validation.prepare else state
         metrics = self._validation.evaluate(state.params)
@@ -213,11 +214,11 @@ class _Session:
         return state, is_best
 
     def save(self, state, step: int, is_best: bool) -> dict:
-        """Starts to save the state, in `best` if its evaluation is; returns the record beside it."""
+        """Starts saving the state, to `best` if `is_best`; returns the record saved with it."""
         if not is_finite(state.params):
             raise FloatingPointError(
-                f"the parameters are not finite after step {step}, though its loss is; they were not "
-                f"saved. {_WAY_OUT}"
+                f"the parameters are not finite after step {step}, although its loss is; they were not "
+                f"saved. {_ADVICE}"
             )
         record = {
             "step": step,
@@ -233,15 +234,15 @@ class _Session:
         batch = next(self._data.batches, None)
         if batch is None:
             raise ValueError(
-                f"the data ended at step {step} of {self.schedule.total}: the iterator must give the batches "
-                "of all epochs"
+                f"the data ended at step {step} of {self.schedule.total}: the iterator must yield the "
+                "batches of all epochs"
             )
         return batch
 
     def log(self, window: Window, step: int, learning_rate: Callable[[int], float]) -> None:
         """Waits for the steps of the window and logs them.
 
-        Raises FloatingPointError if a metric of one is not finite, SaveError if a save has failed meanwhile.
+        Raises FloatingPointError if a metric is not finite, SaveError if a save has failed in the meantime.
         """
         is_compiling = window.is_first
         metrics, first_bad, secs = window.close()
@@ -264,7 +265,7 @@ class _Session:
         return (
             f"{' and '.join(names)} became NaN or infinite at step {step + 1}: epoch {epoch + 1}, batch "
             f"{batch + 1} of {self._data.steps_per_epoch}{holds}. The last saved step is {self.saved_step}. "
-            f"{_WAY_OUT}"
+            f"{_ADVICE}"
         )
 
     def result(self, state, step: int, stopped_by: str, on_best) -> FitResult:
@@ -272,8 +273,8 @@ class _Session:
         best = restore_best(self._folder, state.params)
         if best is None:
             raise DamagedError(
-                f"no best checkpoint in {self._folder / 'best'} can be read back; run the same command "
-                "again to evaluate and save the last state"
+                f"no best checkpoint in {self._folder / 'best'} can be read: run the same command again to "
+                "evaluate and save the last state"
             )
         if on_best:
             on_best(best.state, best.record)
@@ -290,12 +291,13 @@ class _Session:
 
 
 class _StopSignal:
-    """Takes the first SIGTERM or Ctrl-C as a wish to stop after the step; a second one kills."""
+    """Records the first SIGTERM or Ctrl-C, so that the loop stops after the step; a second one kills."""
 
     caught: signal.Signals | None = None
 
     def agreed(self, is_logged: bool) -> signal.Signals | None:
-        """What this process has caught, or any of several: these ask each other after logged steps only."""
+        """Returns the signal that this process has caught. Several processes agree on the signal that any of
+        them has caught, but communicate only after logged steps."""
         if jax.process_count() == 1:
             return self.caught
         number = processes.largest(self.caught or 0) if is_logged else 0
@@ -303,7 +305,7 @@ class _StopSignal:
 
     def __enter__(self):
         self._before = {}
-        if threading.current_thread() is threading.main_thread():  # Others cannot set handlers.
+        if threading.current_thread() is threading.main_thread():  # Other threads cannot set handlers.
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._handle)
         return self
@@ -327,5 +329,5 @@ def _pick(metrics: dict, name: str) -> float:
         )
     value = float(metrics[name])
     if not math.isfinite(value):
-        raise FloatingPointError(f"the validation metric {name} is {value}. {_WAY_OUT}")
+        raise FloatingPointError(f"the validation metric {name} is {value}. {_ADVICE}")
     return value

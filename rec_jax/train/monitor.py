@@ -1,4 +1,4 @@
-"""What a run shows: `metrics.jsonl`, TensorBoard, a progress bar and `curves.png`."""
+"""Reports of a run: `metrics.jsonl`, TensorBoard, a progress bar and `curves.png`."""
 
 import contextlib
 import json
@@ -18,20 +18,20 @@ from rec_jax.train.checkpoint import SaveError
 
 
 class Monitor:
-    """Writes the metrics of one run, from step `step` of an earlier session on.
+    """Writes the metrics of a run.
 
-    Every line of `metrics.jsonl` is a JSON object with `step` and `epoch`; lines of training have
-    `train/...` keys and lines of evaluations `val/...` keys. Lines past the restored step, which
-    will be written again, are dropped first, and so is a last line that a kill cut in half.
+    Every line of `metrics.jsonl` is a JSON object with `step` and `epoch`; lines of training have `train/...`
+    keys, and lines of evaluations `val/...` keys. First it removes the lines after the restored step, which
+    the run will write again, and an incomplete last line of a killed process.
 
-    total_steps: of the whole run, for the time left. step: the one the run resumes from, 0 for a new one.
-    eval_step: the last step whose evaluation is part of the restored run.
+    total_steps: steps of the whole run, for the estimate of the remaining time. step: the step that the run
+    resumes from, 0 for a new run. eval_step: the last step whose evaluation is part of the restored run.
     """
 
     def __init__(self, workdir, *, total_steps: int, step: int, eval_step: int):
         self._workdir = pathlib.Path(workdir)
         path = self._workdir / "metrics.jsonl"
-        with _full_disk_reported(self._workdir):
+        with _report_full_disk(self._workdir):
             self._workdir.mkdir(parents=True, exist_ok=True)
             _trim(path, step, eval_step)
             self._file = path.open("a", encoding="utf-8")
@@ -51,9 +51,9 @@ class Monitor:
     def log(self, step: int, epoch: float, metrics: dict) -> None:
         """Appends one line and shows loss and tokens/s on the bar.
 
-        metrics: names with their part (`train/loss`, `val/ndcg@10`) to JSON-able values."""
+        metrics: {prefixed name (`train/loss`, `val/ndcg@10`): JSON-able value}."""
         line = {"step": step, "epoch": round(epoch, 4), **metrics}
-        with _full_disk_reported(self._workdir):
+        with _report_full_disk(self._workdir):
             self._file.write(json.dumps(_null_if_not_finite(line)) + "\n")
             self._file.flush()
             self._board.write(step, metrics)
@@ -66,11 +66,11 @@ class Monitor:
         self._bar.write(text, file=sys.stderr)
 
     def history(self) -> list[dict]:
-        """All lines of `metrics.jsonl`, those of earlier sessions included."""
+        """Returns all lines of `metrics.jsonl`, including those of earlier sessions."""
         return read_metrics(self._workdir / "metrics.jsonl")
 
     def plot(self, metric: str) -> None:
-        """Draws `curves.png`: the training loss and the validation metric (`ndcg@10`) by step."""
+        """Draws `curves.png`: the training loss and the validation metric (such as `ndcg@10`) by step."""
         figure, lines = Figure(figsize=(10, 4), layout="constrained"), self.history()
         for panel, name in zip(figure.subplots(1, 2), ("train/loss", f"val/{metric}"), strict=True):
             points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
@@ -79,49 +79,49 @@ class Monitor:
                 panel.plot(*zip(*points, strict=True), style, markersize=3, linewidth=1)
             panel.set(xlabel="step", title=name)
             panel.grid(alpha=0.3)
-        with _full_disk_reported(self._workdir):
+        with _report_full_disk(self._workdir):
             figure.savefig(self._workdir / "curves.png", dpi=120)
 
     def close(self) -> None:
         self._bar.close()
         for file in (self._board, self._file):
-            with contextlib.suppress(OSError):  # A full disk has been reported by now.
+            with contextlib.suppress(OSError):  # A full disk has already been reported.
                 file.close()
 
 
 class SilentMonitor:
-    """What the other processes of a run have in place of the first one's."""
+    """A monitor that writes nothing, for all processes of a run except the first."""
 
     def __init__(self, workdir, **_):
         self._workdir = pathlib.Path(workdir)
 
-    def _nothing(self, *_) -> None: ...
+    def _do_nothing(self, *_) -> None: ...
 
-    advance = log = say = plot = close = _nothing
+    advance = log = say = plot = close = _do_nothing
 
     def history(self) -> list[dict]:
         return read_metrics(self._workdir / "metrics.jsonl")
 
 
 @contextlib.contextmanager
-def _full_disk_reported(workdir: pathlib.Path):
+def _report_full_disk(workdir: pathlib.Path):
     try:
         yield
     except OSError as error:
         raise SaveError(
-            f"metrics could not be written to {workdir} ({error.strerror}); make room and run the "
+            f"metrics could not be written to {workdir} ({error.strerror}): free some disk space and run the "
             "same command again to resume from the last checkpoint"
         ) from error
 
 
 class _Board:
-    """TensorBoard scalars, written at once: the thread of SummaryWriter hangs on a full disk."""
+    """TensorBoard scalars, written without a thread, because that of SummaryWriter hangs on a full disk."""
 
     def __init__(self, folder: pathlib.Path, step: int):
         folder.mkdir(exist_ok=True)
         self._events = EventsWriter(str(folder / "events"))
         self._flushed = time.monotonic()
-        if step:  # Hides what an earlier session wrote past the step that this one resumes from.
+        if step:  # Hides what an earlier session wrote after the step that this one resumes from.
             start = SessionLog(status=SessionLog.START)
             self._events.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
@@ -142,7 +142,7 @@ class _Board:
 
 
 def read_metrics(path) -> list[dict]:
-    """The lines of a `metrics.jsonl`; a half-written last one is left out."""
+    """Returns the lines of a `metrics.jsonl`, without an incomplete last line."""
     path, lines = pathlib.Path(path), []
     if path.exists():
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -152,7 +152,7 @@ def read_metrics(path) -> list[dict]:
 
 
 def _trim(path: pathlib.Path, step: int, eval_step: int) -> None:
-    """Drops the lines that the run will write again; the file is replaced in one move."""
+    """Removes the lines that the run will write again; replaces the file atomically."""
     if not path.exists():
         return
     kept = [
@@ -166,7 +166,7 @@ def _trim(path: pathlib.Path, step: int, eval_step: int) -> None:
 
 
 def _null_if_not_finite(value):
-    """JSON has no NaN."""
+    """Replaces NaN and infinities by None, because JSON has no such numbers."""
     if isinstance(value, dict):
         return {key: _null_if_not_finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

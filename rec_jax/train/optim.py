@@ -1,4 +1,4 @@
-"""Optimizers from config: one optax chain."""
+"""Optimizers and learning rate schedules from a config."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,13 +14,13 @@ class OptimConfig:
     learning_rate: float = 1e-3
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: int = 0
-    final_rate: float = 0.0  # of the peak, where the schedule decays
+    final_rate: float = 0.0  # last learning rate of a decaying schedule, as a share of learning_rate
     b1: float = 0.9
     b2: float = 0.98
     eps: float = 1e-8
-    clip_norm: float = 0.0  # global norm of the gradient; 0 = off
+    clip_norm: float = 0.0  # largest global norm of the gradient; 0 = off
     weight_decay: float = 0.0  # decoupled, for "adamw"
-    weight_decay_names: str = r".*kernel"  # regex over parameter names that decay
+    weight_decay_names: str = r".*kernel"  # regex of the parameter names that decay
 
     def __post_init__(self):
         if self.learning_rate <= 0:
@@ -35,7 +35,7 @@ class OptimConfig:
 
 
 def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
-    """step -> learning rate, with a linear warm-up from 0."""
+    """Returns the function step -> learning rate, with a linear warm-up from 0."""
     peak, warmup = config.learning_rate, config.warmup_steps
     decay_steps = max(1, total_steps - warmup)
     if config.schedule == "cosine":
@@ -50,7 +50,8 @@ def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, params, total_steps: int) -> optax.GradientTransformation:
-    """All but the clipping, which the step does. params: only their names are read, for the weight decay.
+    """Returns the optimizer without gradient clipping, which `TrainStep` does. params: only their names are
+    read, for weight decay.
 
     Raises ValueError if weight decay is on and its regex matches no name.
     """

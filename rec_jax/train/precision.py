@@ -1,4 +1,4 @@
-"""Number formats of training: the compute, the scores, the parameters and the optimizer, each by itself."""
+"""Number formats of training, chosen separately for compute, scores, parameters and optimizer state."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,15 +14,15 @@ DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """Scores are summed in f32 and every softmax is taken in f32, whatever is chosen.
+    """Number formats. Scores are always summed in f32, and every softmax is computed in f32.
 
     Usual choices: all f32; compute="bf16"; compute="bf16" with output="f32".
     """
 
-    compute: Literal["f32", "bf16"] = "f32"  # of the model
-    output: Literal["", "f32", "bf16"] = ""  # of vectors whose products are scores; "" = as compute
-    params: Literal["f32", "bf16"] = "f32"  # as they are kept; updates smaller than their rounding are lost
-    optimizer: Literal["f32", "bf16"] = "f32"  # its moments, as they are kept
+    compute: Literal["f32", "bf16"] = "f32"  # the model's forward and backward pass
+    output: Literal["", "f32", "bf16"] = ""  # vectors whose products are scores; "" = as compute
+    params: Literal["f32", "bf16"] = "f32"  # stored parameters; bf16 loses updates below its precision
+    optimizer: Literal["f32", "bf16"] = "f32"  # stored optimizer moments
 
     @property
     def compute_dtype(self):
@@ -34,8 +34,8 @@ class PrecisionConfig:
 
 
 def kept_as(inner: optax.GradientTransformation, state_dtype: str) -> optax.GradientTransformation:
-    """The optimizer with its arrays kept in another type between steps. It computes in f32, whatever the
-    type of parameters and gradients."""
+    """Wraps an optimizer so that its arrays have dtype `state_dtype` between steps. It computes in f32 for
+    parameters and gradients of any dtype."""
 
     def cast(state, dtype):
         return jax.tree.map(lambda x: cast_floats(x, dtype) if jnp.ndim(x) else x, state)

@@ -1,15 +1,15 @@
-"""What may change between two sessions of a run: all that does not change what its steps compute."""
+"""Settings that may change between two sessions of a run: those that do not affect what a step computes."""
 
 import json
 import pathlib
 
 from flax.traverse_util import flatten_dict
 
-# They steer when a run stops, what it writes down and how its work is divided; another mesh only rounds
-# differently.
+# Settings that only determine when a run stops, what it writes and how its work is divided. Another mesh
+# changes results by rounding only.
 _FREE = (
-    "config.data.path",  # the split and the vocabulary are compared themselves
-    "config.train.epochs",  # where no setting is a share of the whole training
+    "config.data.path",  # the split and the vocabulary are compared directly
+    "config.train.epochs",  # only if no setting is relative to the length of the training
     "config.train.patience",
     "config.train.checkpoint_every_steps",
     "config.train.log_every_steps",
@@ -19,7 +19,7 @@ _FREE = (
     "config.mesh.data",
     "config.mesh.model",
     "config.mesh.fully_sharded",
-    # Not among these: filter_seen and max_examples define the validation metric that picks the best.
+    # Without filter_seen and max_examples, which define the validation metric that selects the best step.
     "config.eval.ks",
     "config.eval.bootstrap",
     "config.eval.sampled_negatives",
@@ -29,7 +29,7 @@ _FREE = (
 
 
 def plain_json(tree: dict) -> dict:
-    """`tree` as JSON gives it back: lists for tuples, numbers for NumPy scalars."""
+    """Returns `tree` as it is after a JSON round trip: lists for tuples, numbers for NumPy scalars."""
     return json.loads(json.dumps(tree, default=lambda value: value.item()))
 
 
@@ -38,7 +38,7 @@ def _flat(tree: dict) -> dict:
 
 
 def changes(saved: dict, current: dict) -> dict[str, str]:
-    """{"config.train.epochs": "saved 3, now 4"}: the keys whose values differ."""
+    """Returns the keys whose values differ: {"config.train.epochs": "saved 3, now 4"}."""
     saved, current = _flat(saved), _flat(current)
     return {
         key: f"saved {saved.get(key, 'nothing')}, now {current.get(key, 'nothing')}"
@@ -48,11 +48,12 @@ def changes(saved: dict, current: dict) -> dict[str, str]:
 
 
 def check_same_run(saved: dict, current: dict, path: pathlib.Path, *, is_finished: bool) -> None:
-    """Raises ValueError, naming the keys, if the run in `path` must not resume with other settings.
+    """Raises ValueError, which names the keys, if the run in `path` must not resume with these settings.
 
-    The keys above may always change, the length of the run only where no setting is a share of it. All of
-    `eval` may change once the run is finished, with nothing left to train and to evaluate; before that, what
-    defines the validation metric may not: evaluations of two kinds cannot be compared to pick the best.
+    The keys in `_FREE` may change at any time, except that train.epochs may not change if another setting is
+    relative to it. Once the run is finished, with nothing left to train or evaluate, all of `eval` may
+    change. Before that, the keys that define the validation metric may not change: values of different
+    metrics cannot be compared to select the best step.
     """
     different = changes(saved, current)
     wrong = [
@@ -62,32 +63,32 @@ def check_same_run(saved: dict, current: dict, path: pathlib.Path, *, is_finishe
     ]
     if wrong:
         raise ValueError(
-            f"the run saved in {path} is another one: {'; '.join(wrong)}. Use a new workdir for the changed "
-            "run, or the saved values to resume this one"
+            f"the run saved in {path} has other settings: {'; '.join(wrong)}. Use a new workdir for the "
+            "changed run, or the saved values to resume this one"
         )
-    shares = _shares_of_the_length(_flat(current))
-    if "config.train.epochs" in different and shares:
+    relative = _relative_to_length(_flat(current))
+    if "config.train.epochs" in different and relative:
         raise ValueError(
-            f"train.epochs ({different['config.train.epochs']}): the run saved in {path} cannot be made "
-            f"longer or shorter, because {', '.join(shares)} follows the share of the training that is done, "
+            f"train.epochs ({different['config.train.epochs']}): the length of the run saved in {path} "
+            f"cannot change, because {', '.join(relative)} depends on the completed share of the training, "
             "which would jump. Resume it with the saved train.epochs, or train for another length in a new "
-            "workdir. A run can be extended if it has optim.schedule='constant', no pruning, and "
-            "quantization-aware training, if any, from the first step"
+            "workdir. A run can be extended if it has optim.schedule='constant', no pruning, and no "
+            "quantization-aware training or one that starts at the first step"
         )
 
 
-def _shares_of_the_length(current: dict) -> list[str]:
-    """The settings that a change of train.epochs would move: the step that a run has come to would suddenly
-    have another learning rate, another share of zeros, or integers."""
+def _relative_to_length(current: dict) -> list[str]:
+    """Returns the settings that depend on train.epochs. If it changed in the middle of a run, the learning
+    rate, the share of pruned weights or the quantization would jump."""
 
     def shown(*keys) -> str:
         return " ".join(f"{key}={current[f'config.{key}']!r}" for key in keys)
 
-    found = []
+    settings = []
     if current.get("config.optim.schedule", "constant") != "constant":
-        found.append(shown("optim.schedule"))
+        settings.append(shown("optim.schedule"))
     if current.get("config.compress.prune.names") and current["config.compress.prune.end"] > 0:
-        found.append(shown("compress.prune.names", "compress.prune.end"))
+        settings.append(shown("compress.prune.names", "compress.prune.end"))
     if current.get("config.compress.quant.aware") and current["config.compress.quant.aware_from"] > 0:
-        found.append(shown("compress.quant.aware_from"))
-    return found
+        settings.append(shown("compress.quant.aware_from"))
+    return settings

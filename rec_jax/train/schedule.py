@@ -1,4 +1,4 @@
-"""How long a run trains, what is due after which step, and what it has come to."""
+"""The length of a run, the actions due after each step, and the progress so far."""
 
 import dataclasses
 import math
@@ -8,14 +8,14 @@ import math
 class TrainConfig:
     epochs: int = 100
     batch_rows: int = 32  # packed rows per step, over all devices
-    micro_rows: int = 4  # rows per device that a step works on at a time
-    all_windows: bool = False  # learn from whole histories, not only from their last data.max_len events
+    micro_rows: int = 4  # rows per device in one micro-batch of a step
+    all_windows: bool = False  # train on whole histories, not only on their last data.max_len events
     eval_every_epochs: float = 1.0
-    patience: int = 10  # evaluations without improvement until the run stops; 0 = never
-    metric: str = "ndcg@10"  # of the validation, larger is better
-    checkpoint_every_steps: int = 1000  # besides those after every evaluation; 0 = only those
+    patience: int = 10  # evaluations without improvement before the run stops; 0 = never stop early
+    metric: str = "ndcg@10"  # validation metric that selects the best step; larger is better
+    checkpoint_every_steps: int = 1000  # in addition to one after every evaluation; 0 = only those
     log_every_steps: int = 50
-    keep_checkpoints: int = 2  # the newest ones; the two best are kept apart
+    keep_checkpoints: int = 2  # newest checkpoints to keep, in addition to the two best
 
     def __post_init__(self):
         for name, least in {
@@ -35,15 +35,15 @@ class TrainConfig:
 
 @dataclasses.dataclass
 class Progress:
-    """What a resumed run must know besides the state and the data position; saved as JSON."""
+    """The data, besides state and data position, that a resumed run needs; saved as JSON."""
 
-    eval_step: int = 0  # of the last evaluation
-    best_step: int = 0  # 0 = no evaluation yet
+    eval_step: int = 0  # step of the last evaluation
+    best_step: int = 0  # step of the best evaluation; 0 = no evaluation yet
     best_value: float = 0.0
     num_bad_evals: int = 0  # evaluations since the best one
-    tokens: float = 0.0  # real ones of the timed steps: all but the first of each session
-    train_secs: float = 0.0  # of the timed steps, without evaluations and saves
-    compile_secs: float = 0.0  # of the first step of each session, which compiles
+    tokens: float = 0.0  # real tokens of the timed steps: all except the first of each session
+    train_secs: float = 0.0  # duration of the timed steps, without evaluations and saves
+    compile_secs: float = 0.0  # duration of the first step of each session, which compiles
     eval_secs: float = 0.0
 
     @property
@@ -69,9 +69,9 @@ class Progress:
 
 
 class Schedule:
-    """What is due after which step.
+    """Decides after which steps to evaluate, save, log and stop.
 
-    eval_from: share of the run before which nothing is evaluated, and so cannot be the best.
+    eval_from: share of the run before which nothing is evaluated; the best step comes after it.
     """
 
     def __init__(self, config: TrainConfig, steps_per_epoch: int, eval_from: float):
@@ -94,11 +94,11 @@ class Schedule:
         return step % self._log_every == 0 or self.saves(step)
 
     def is_finished(self, step: int, progress: Progress) -> bool:
-        """Whether nothing is left to train and to evaluate."""
+        """Whether nothing is left to train or evaluate."""
         return bool(self.stopped_by(step, progress)) and progress.eval_step == step
 
     def stopped_by(self, step: int, progress: Progress) -> str:
-        """Why the run is at its end, or an empty string."""
+        """Returns why the run ends at this step: "patience" or "epochs"; "" if it continues."""
         if 0 < self._patience <= progress.num_bad_evals:
             return "patience"
         return "epochs" if step >= self.total else ""

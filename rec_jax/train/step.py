@@ -1,4 +1,4 @@
-"""One training step: pure, jitted, its state donated; the same body for every model, table, loss and mesh."""
+"""The training step: a pure jitted function with donated state, for every model, table, loss and mesh."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,36 +25,36 @@ from rec_jax.tree import cast_floats
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step reads and writes."""
+    """The arrays that a step reads and updates."""
 
-    step: jax.Array  # int32 scalar: steps taken
+    step: jax.Array  # int32 scalar: number of completed steps
     params: Any  # nested dict of f32 arrays
     opt_state: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-    micro_rows: int  # rows of a device that are worked on at a time
+    micro_rows: int  # rows per device in one micro-batch
     seed: int = 0
-    clip_norm: float = 0.0  # global norm that the gradient is scaled down to; 0 = off
-    params: str = "f32"  # the type that parameters are kept in
-    reduce: str = "f32"  # the type in which gradients are summed over devices
+    clip_norm: float = 0.0  # larger gradients are scaled down to this global norm; 0 = off
+    params: str = "f32"  # dtype of the stored parameters
+    reduce: str = "f32"  # dtype in which gradients are summed over devices
 
 
 class TrainStep:
-    """step(state, batch) -> (state, metrics), which consumes the state.
+    """The training step as a function: step(state, batch) -> (state, metrics). The state is donated.
 
-    The rows of a batch are split over the mesh axis "data". Each device walks its rows `micro_rows` at a time
-    and sums loss and gradients in f32, so neither the number of devices nor of micro-steps changes the result
-    but for rounding. On a CPU small micro-batches stay in cache. All randomness follows from (seed,
-    state.step, row of the batch).
+    The rows of a batch are split over the mesh axis "data". Each device processes its rows in micro-batches
+    of `micro_rows` rows and sums loss and gradients in f32, so that the numbers of devices and micro-batches
+    change the result only by rounding. On a CPU, small micro-batches stay in cache. All randomness depends on
+    (seed, state.step, row of the batch) only.
 
-    A table can have spare entries: made for more items than there are, with a `fixed` whose prior says how
-    many exist (`objectives.negatives.make_prior(..., num_items)`). Another prior may be put into `fixed` at
-    any time; that compiles nothing.
+    A table can have spare entries: build the model for more items than exist, and set in `fixed` a prior with
+    the number that exists (`objectives.negatives.make_prior(..., num_items)`). The prior in `fixed` may be
+    replaced at any time without compiling again.
 
-    metrics: {"loss": (sum, tokens), "grad_norm": (norm, 1), "tokens": (tokens, 1)} of f32 scalars; with
-    tables also "table_rounds": (rounds, 1), more than 1 where ids exceeded the capacity of an exchange.
+    metrics: {"loss": (sum, tokens), "grad_norm": (norm, 1), "tokens": (tokens, 1)}, f32 scalars; with tables
+    also "table_rounds": (rounds, 1), which is above 1 if ids exceeded the capacity of an exchange.
     """
 
     def __init__(
@@ -68,8 +68,9 @@ class TrainStep:
         settings: StepSettings,
         make_fixed: Callable[[], Fixed],
     ):
-        """optimizer: of all parameters but the tables. specs: how these are placed, from
-        `parallel.partition`. make_fixed: makes the arrays that every step reads, before the first one."""
+        """optimizer: updates all parameters except the tables. specs: the partition specs of these
+        parameters, from `parallel.partition`. make_fixed: returns the arrays that every step reads; called
+        once, before the first step."""
         self.mesh, self.tables, self._make_fixed = mesh, tables, make_fixed
         self.model, self.objective, self._optimizer = model, objective, optimizer
         self._specs, self._settings = specs, settings
@@ -78,7 +79,7 @@ class TrainStep:
         return self._jitted(state, batch, self.fixed)
 
     def lower(self, state: TrainState, batch: Batch):
-        """For a look at the compiled program; arrays may be abstract."""
+        """Lowers the step, to inspect the compiled program; arrays may be abstract."""
         return self._jitted.lower(state, batch, self.fixed)
 
     @cached_property
@@ -86,20 +87,20 @@ class TrainStep:
         return self._make_fixed()
 
     def init(self, params) -> TrainState:
-        """The first state on the mesh. params: of the model, tables in the order of ids."""
+        """Returns the initial state on the mesh. params: the model's, with tables in the order of ids."""
         return self._init(self.objective.trained(params))
 
     def _init(self, params) -> TrainState:
-        wanted = shardings(self.mesh, self._state_specs)
+        placed = shardings(self.mesh, self._state_specs)
         dense, whole = self.tables.split(params)
-        dense = jax.device_put(cast_floats(dense, DTYPES[self._settings.params]), wanted.params[0])
+        dense = jax.device_put(cast_floats(dense, DTYPES[self._settings.params]), placed.params[0])
         arrays = self.tables.place(whole)
-        opt_state = jax.jit(self._optimizer.init, out_shardings=wanted.opt_state[0])(dense)
-        step = jax.device_put(jnp.zeros((), jnp.int32), wanted.step)
+        opt_state = jax.jit(self._optimizer.init, out_shardings=placed.opt_state[0])(dense)
+        step = jax.device_put(jnp.zeros((), jnp.int32), placed.step)
         return TrainState(step, self.tables.join(dense, arrays), (opt_state, self.tables.init(arrays)))
 
     def abstract_state(self) -> TrainState:
-        """Shapes and shardings of a state; computes nothing."""
+        """Returns the shapes, dtypes and shardings of a state without computing it."""
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             jax.eval_shape(self._init, self.objective.abstract_params),
@@ -108,13 +109,13 @@ class TrainStep:
 
     @cached_property
     def state_specs(self) -> TrainState:
-        """How a state is placed on the mesh."""
+        """The partition specs of a state."""
         specs = self._state_specs
         return TrainState(specs.step, self.tables.join(*specs.params), specs.opt_state)
 
     @cached_property
     def _state_specs(self) -> TrainState:
-        """The same with (other parameters, tables) apart."""
+        """The partition specs of a state, with parameters and optimizer state split into (dense, tables)."""
         dense, whole = self.tables.split(self.objective.abstract_params)
         opt_state = jax.eval_shape(self._optimizer.init, dense)
         opt_specs = optax.tree.map_params(
@@ -125,8 +126,8 @@ class TrainStep:
 
     @cached_property
     def catch_up(self):
-        """state -> state with every entry of the tables as an evaluation should see it; None if entries miss
-        nothing."""
+        """The jitted function state -> state that applies all pending updates to the tables, for evaluation;
+        None if no table optimizer has pending updates."""
         if not self.tables.can_catch_up:
             return None
 
@@ -163,14 +164,14 @@ class TrainStep:
         return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
 
     def _on_device(self, state: TrainState, batch: Batch, context: StepContext):
-        """A device's part of a step, inside a shard_map."""
+        """The part of a step that runs on each device, inside a shard_map."""
         tables, specs = self.tables, self._specs
         dense, arrays = tables.split(state.params)
         opt_state, table_states = state.opt_state
         batch = self.objective.prepare(batch, context)
         reads, batch, negatives, context = self._read(arrays, table_states, batch, context)
 
-        whole = cast_floats(parallel.gather(dense, specs), jnp.float32)  # as gradients are summed
+        whole = cast_floats(parallel.gather(dense, specs), jnp.float32)  # to sum gradients in f32
         trained = whole, reads.rows, tables.shards(arrays)
         sums, grads = self._sum_micro_batches(trained, batch, negatives, context)
         loss, tokens = parallel.reduce(sums, (P(), P()))
@@ -186,7 +187,7 @@ class TrainStep:
 
         updates, opt_state = self._optimizer.update(grads[0], opt_state, dense)
         arrays, table_states, table_squares = tables.update(arrays, table_states, reads, grads[1])
-        if not clip_norm:  # the updates summed the squares: no exchange of their own
+        if not clip_norm:  # tables.update has summed the squares, which saves an exchange
             squares += table_squares
         params = tables.join(optax.apply_updates(dense, updates), arrays)
         metrics = {"grad_norm": (jnp.sqrt(squares), 1)}
@@ -195,8 +196,8 @@ class TrainStep:
         return TrainState(state.step + 1, params, (opt_state, table_states)), (loss, tokens), metrics
 
     def _read(self, arrays, states, batch: Batch, context: StepContext):
-        """(reads, batch, negatives, context): the entries of sparse tables that the batch refers to, and the
-        places of its ids among them."""
+        """Returns (reads, batch, negatives, context): the entries of sparse tables that the batch refers to,
+        and the other arguments with the indices of their ids among these entries."""
         negatives = None
         if not self.tables:
             return self.tables.read(arrays, states, {}), batch, negatives, context
@@ -226,15 +227,16 @@ class TrainStep:
         return reads, batch.replace(local_ids=local_ids, views=tuple(views)), negatives, context
 
     def _sum_micro_batches(self, trained, batch: Batch, negatives, context: StepContext):
-        """((loss, tokens), gradients of `trained`) of this device's rows."""
+        """Returns ((loss, tokens), gradients of `trained`), summed over this device's rows."""
         value_and_grad = jax.value_and_grad(self._loss, has_aux=True)
         num_rows = len(batch.segments)
         size = min(self._settings.micro_rows, num_rows)
         if num_rows % size:
             raise ValueError(
-                f"micro_rows={self._settings.micro_rows} does not divide the {num_rows} rows of a device"
+                f"micro_rows={self._settings.micro_rows} does not divide the {num_rows} rows of a device: "
+                f"choose a divisor of {num_rows}"
             )
-        if num_rows == size:  # no accumulation: spare a pass over all gradients
+        if num_rows == size:  # without accumulation: saves a pass over all gradients
             return value_and_grad(trained, batch, negatives, context)
         micros = jax.tree.map(lambda x: x.reshape(num_rows // size, size, *x.shape[1:]), (batch, negatives))
 

@@ -6,18 +6,18 @@ import time
 import jax
 import jax.numpy as jnp
 
-_MAX_STEPS_AHEAD = 4  # Steps that the host may have queued: enough to hide it, bounded in memory.
+_MAX_STEPS_AHEAD = 4  # Steps that the host may queue: enough to hide its own work, with bounded memory.
 
 
 class Window:
-    """Metrics and seconds of the steps since the last log. The host runs ahead of the device, but not far."""
+    """Metrics and duration of the steps since the last log. Limits how far the host runs ahead."""
 
     def __init__(self):
-        self.is_first = True  # its one step compiles
+        self.is_first = True  # the first window has one step, which compiles
         self._sums, self._in_flight = None, collections.deque()
 
     def open(self) -> None:
-        """Starts the clock, at the first step of a window."""
+        """Starts the clock, if this is the first step of the window."""
         if self._sums is None:
             self._start = time.perf_counter()
 
@@ -28,8 +28,8 @@ class Window:
             self._in_flight.popleft().block_until_ready()
 
     def close(self) -> tuple[dict, int, float]:
-        """Waits for the device: sums of (total, count), the first 0-based step with one not finite or -1,
-        seconds."""
+        """Waits for the device. Returns (sums of the (total, count) pairs, the first 0-based step with a
+        value that is not finite or -1, seconds)."""
         sums = jax.device_get(self._sums)
         secs = time.perf_counter() - self._start
         self._sums, self.is_first = None, False
@@ -38,7 +38,7 @@ class Window:
 
 @jax.jit
 def _add(sums: dict | None, metrics: dict, step) -> dict:
-    """Adds the (total, count) pairs of a step; keeps the first step with a value not finite."""
+    """Adds the (total, count) pairs of a step; keeps the first step with a value that is not finite."""
     is_bad = ~jnp.isfinite(jnp.stack(jax.tree.leaves(metrics))).all()
     first_bad = jnp.where(is_bad, step, -1)
     if sums is not None:

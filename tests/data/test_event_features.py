@@ -402,5 +402,5 @@ def test_a_run_from_the_file_to_the_evaluation(large, run_config, tmp_path):
     assert result.steps == 2 * source_of(large, batch_rows=16).steps_per_epoch
 
     bare = dataclasses.replace(large, schema=large.schema[:1])
-    with pytest.raises(ValueError, match="reads device, dwell of each event, .* by data.features, or see"):
+    with pytest.raises(ValueError, match="reads device, dwell of each event, .* in data.features, or see"):
         Experiment(config, tmp_path / "bare", dataset=bare)

@@ -12,7 +12,7 @@ def ranker(scores_BV):
     return ScoreRanker(lambda queries: scores_BV[queries.users].astype(np.float32))
 
 
-EVERYONE = Queries({"item": np.ones(3, np.int32)}, np.arange(3), 1 + np.arange(3), np.arange(3))
+ALL_USERS = Queries({"item": np.ones(3, np.int32)}, np.arange(3), 1 + np.arange(3), np.arange(3))
 
 
 def standardised(scores_BV):
@@ -20,19 +20,19 @@ def standardised(scores_BV):
     return (items - items.mean(1, keepdims=True)) / items.std(1, keepdims=True)
 
 
-def test_the_mean_of_standardised_scores():
+def test_scores_are_the_mean_of_standardised_scores():
     ensemble = EnsembleRanker([ranker(FIRST), ranker(SECOND)])
     expected = (standardised(FIRST) + standardised(SECOND)) / 2
-    got = np.asarray(ensemble.scores(EVERYONE).whole())
-    np.testing.assert_allclose(got[:, 1:], expected, rtol=1e-4, atol=1e-5)
-    assert np.all(got[:, 0] == -np.inf)
-    alone = ensemble.scores(EVERYONE[2:]).whole()
+    scores = np.asarray(ensemble.scores(ALL_USERS).whole())
+    np.testing.assert_allclose(scores[:, 1:], expected, rtol=1e-4, atol=1e-5)
+    assert np.all(scores[:, 0] == -np.inf)
+    alone = ensemble.scores(ALL_USERS[2:]).whole()
     np.testing.assert_allclose(alone[0, 1:], expected[2], rtol=1e-4, atol=1e-5)
 
 
-def test_scales_do_not_vote_and_constants_say_nothing():
-    once = EnsembleRanker([ranker(FIRST), ranker(SECOND)]).scores(EVERYONE).whole()
-    scaled = EnsembleRanker([ranker(FIRST), ranker(SECOND * 100 - 7)]).scores(EVERYONE).whole()
-    np.testing.assert_allclose(scaled[:, 1:], once[:, 1:], rtol=1e-3, atol=1e-4)
-    alone = EnsembleRanker([ranker(FIRST), ranker(np.zeros((3, 6)))]).scores(EVERYONE).whole()
+def test_scales_and_constant_scores_do_not_change_the_ranking():
+    plain = EnsembleRanker([ranker(FIRST), ranker(SECOND)]).scores(ALL_USERS).whole()
+    scaled = EnsembleRanker([ranker(FIRST), ranker(SECOND * 100 - 7)]).scores(ALL_USERS).whole()
+    np.testing.assert_allclose(scaled[:, 1:], plain[:, 1:], rtol=1e-3, atol=1e-4)
+    alone = EnsembleRanker([ranker(FIRST), ranker(np.zeros((3, 6)))]).scores(ALL_USERS).whole()
     np.testing.assert_allclose(alone[:, 1:], standardised(FIRST) / 2, rtol=1e-4, atol=1e-5)

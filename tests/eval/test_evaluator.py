@@ -36,12 +36,12 @@ def random_histories(seed=0, num_users=40):
 
 
 def table_ranker(scores_UV):
-    """Scores that depend on the user alone."""
+    """A ranker whose scores depend only on the user."""
     return ScoreRanker(lambda queries: scores_UV[queries.users].astype(np.float32))
 
 
 class ShardedRanker(ScoreRanker):
-    """The same, sharded over a mesh."""
+    """Like `table_ranker`, with scores sharded over a mesh."""
 
     def __init__(self, scores_UV, mesh):
         self._scores_UV, self._mesh, self._placement = scores_UV, mesh, Placement(NUM_ITEMS + 1)
@@ -54,19 +54,20 @@ class ShardedRanker(ScoreRanker):
 
 
 def slow_ranks(histories, ex, scores_UV, filter_seen):
+    """Reference ranks by a double loop: (items above the target, items at its score) of each example."""
     out = []
     for user, end, target in zip(ex.users, ex.ends, ex.targets, strict=True):
         seen = set(histories.items[histories.offsets[user] : end]) if filter_seen else set()
         rivals = [v for v in range(1, NUM_ITEMS + 1) if v != target and v not in seen]
         above = sum(scores_UV[user, v] > scores_UV[user, target] for v in rivals)
-        level = sum(scores_UV[user, v] == scores_UV[user, target] for v in rivals)
-        out.append((above, 1 + level))
+        tied = sum(scores_UV[user, v] == scores_UV[user, target] for v in rivals)
+        out.append((above, 1 + tied))
     return np.array(out)
 
 
 @pytest.mark.parametrize("batch_bytes", [1, 4 * (NUM_ITEMS + 1) * 7, 2**20])
 @pytest.mark.parametrize("kind", ["normal", "ties", "constant", "huge", "minus_inf"])
-def test_ranks_equal_a_double_loop(kind, batch_bytes):
+def test_ranks_match_a_double_loop(kind, batch_bytes):
     histories = random_histories()
     rng = np.random.default_rng(1)
     scores_UV = {
@@ -99,7 +100,7 @@ def test_constant_scores_get_exactly_chance_level(score):
     assert result["mean_rank"] == pytest.approx((NUM_ITEMS + 1) / 2)
 
 
-def test_a_user_who_saw_everything_but_the_target_ranks_it_first():
+def test_a_user_who_has_seen_all_other_items_ranks_the_target_first():
     histories = make_histories([[*range(1, NUM_ITEMS), NUM_ITEMS]])
     scores_UV = np.zeros((1, NUM_ITEMS + 1))
     scores_UV[0, NUM_ITEMS] = -5  # the worst score of all
@@ -109,7 +110,7 @@ def test_a_user_who_saw_everything_but_the_target_ranks_it_first():
     assert (ranks.greater_unfiltered[0], ranks.equal_unfiltered[0]) == (NUM_ITEMS - 1, 1)
 
 
-def test_a_repeated_target_is_still_ranked():
+def test_a_target_that_is_also_in_the_history_is_ranked():
     histories = make_histories([[1, 2, 3, 1]])
     scores_UV = -np.arange(NUM_ITEMS + 1, dtype=np.float64)[None]
     ex = examples(histories, leave_one_out(histories), "test")
@@ -117,7 +118,7 @@ def test_a_repeated_target_is_still_ranked():
     assert (ranks.greater[0], ranks.equal[0]) == (0, 1)
 
 
-def test_recommended_lists_hold_no_seen_item():
+def test_recommended_lists_contain_no_seen_item():
     histories = random_histories()
     scores_UV = np.random.default_rng(2).normal(size=(40, NUM_ITEMS + 1))
     ex = examples(histories, leave_one_out(histories), "test")
@@ -130,8 +131,8 @@ def test_recommended_lists_hold_no_seen_item():
 
 
 @pytest.mark.parametrize("score", [0, -np.inf])
-def test_a_list_is_shorter_when_nothing_unseen_is_left(score):
-    histories = make_histories([[*range(1, NUM_ITEMS + 1)]])  # the target alone is unseen
+def test_a_list_is_shorter_when_no_unseen_item_is_left(score):
+    histories = make_histories([[*range(1, NUM_ITEMS + 1)]])  # only the target is unseen
     split = leave_one_out(histories)
     ranker = table_ranker(np.full((1, NUM_ITEMS + 1), score))
     ranks = rank_examples(ranker, histories, examples(histories, split, "test"), EvalConfig())
@@ -154,29 +155,29 @@ def test_nan_scores_name_the_user():
         evaluate(table_ranker(scores_UV), histories, leave_one_out(histories), "val", EvalConfig())
 
 
-def test_sampled_negatives_are_untouched_and_reproducible():
+def test_sampled_negatives_are_unseen_and_reproducible():
     histories = random_histories()
     users = np.arange(40)
     negatives = sample_unseen(histories, users, 3, seed=0)
     np.testing.assert_array_equal(negatives[7:8], sample_unseen(histories, users[7:8], 3, seed=0))
     for user, row in enumerate(negatives):
-        touched = histories.items[histories.offsets[user] : histories.offsets[user + 1]]
-        assert len(set(row)) == 3 and not set(row) & set(touched)
+        seen = histories.items[histories.offsets[user] : histories.offsets[user + 1]]
+        assert len(set(row)) == 3 and not set(row) & set(seen)
 
 
-def test_sampled_protocol_says_what_it_is():
+def test_sampled_protocol_ranks_among_the_negatives_and_warns():
     histories = random_histories()
     scores_UV = np.random.default_rng(3).normal(size=(40, NUM_ITEMS + 1))
     split = leave_one_out(histories)
     result = evaluate(table_ranker(scores_UV), histories, split, "test", EvalConfig(sampled_negatives=3))
     ex = examples(histories, split, "test")
     negatives = sample_unseen(histories, ex.users, 3, seed=0)
-    places = 1 + (scores_UV[ex.users[:, None], negatives] > scores_UV[ex.users, ex.targets][:, None]).sum(1)
-    assert result["sampled3/mrr"] == pytest.approx((1 / places).mean())
+    ranks = 1 + (scores_UV[ex.users[:, None], negatives] > scores_UV[ex.users, ex.targets][:, None]).sum(1)
+    assert result["sampled3/mrr"] == pytest.approx((1 / ranks).mean())
     assert "Krichene" in result["sampled3/warning"]
 
 
-def test_breakdowns_add_up():
+def test_breakdowns_average_to_the_metric():
     histories = random_histories()
     scores_UV = np.random.default_rng(4).normal(size=(40, NUM_ITEMS + 1))
     result = evaluate(table_ranker(scores_UV), histories, leave_one_out(histories), "val", EvalConfig())
@@ -189,7 +190,7 @@ def test_breakdowns_add_up():
 
 
 @pytest.mark.parametrize("filter_seen", [True, False])
-def test_the_mean_over_examples_is_the_metric(filter_seen):
+def test_per_example_values_average_to_the_metric(filter_seen):
     histories = random_histories()
     split = leave_one_out(histories)
     ranker = table_ranker(np.random.default_rng(1).normal(size=(40, NUM_ITEMS + 1)))
@@ -201,7 +202,7 @@ def test_the_mean_over_examples_is_the_metric(filter_seen):
         assert values[name].mean() == pytest.approx(whole[name])
 
 
-def test_a_drawn_part_is_some_of_the_examples_and_the_same_every_time():
+def test_max_examples_draws_a_reproducible_sample():
     histories = random_histories()
     split, users_seen = leave_one_out(histories), []
 
@@ -216,14 +217,14 @@ def test_a_drawn_part_is_some_of_the_examples_and_the_same_every_time():
     assert len(set(drawn)) == 9 and drawn == sorted(drawn)
     assert first["num_examples"] == 9 and first["num_held_out"] == 40
     assert evaluate(ranker, histories, split, "test", config, seed=3) == first
-    everyone = evaluate(ranker, histories, split, "test", EvalConfig(bootstrap=0), seed=3)
-    more = evaluate(ranker, histories, split, "test", EvalConfig(bootstrap=0, max_examples=41), seed=3)
-    assert more == everyone and everyone["num_examples"] == 40
+    whole = evaluate(ranker, histories, split, "test", EvalConfig(bootstrap=0), seed=3)
+    too_many = evaluate(ranker, histories, split, "test", EvalConfig(bootstrap=0, max_examples=41), seed=3)
+    assert too_many == whole and whole["num_examples"] == 40
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "minus_inf"])
 @pytest.mark.parametrize("data, model", [(1, 1), (2, 4)])
-def test_sharded_scores_rank_the_same(kind, data, model):
+def test_sharded_scores_give_the_same_ranks(kind, data, model):
     histories = random_histories()
     rng = np.random.default_rng(1)
     scores_UV = {
@@ -248,12 +249,12 @@ def test_sharded_scores_rank_the_same(kind, data, model):
             "sampled_equal",
         ):
             np.testing.assert_array_equal(getattr(sharded, name), getattr(whole, name), err_msg=name)
-        if kind == "normal":  # where no order is left to choice
+        if kind == "normal":  # the other kinds have ties, whose order is not defined
             np.testing.assert_array_equal(sharded.top_BK, whole.top_BK)
         np.testing.assert_array_equal(np.sort(sharded.top_BK > 0), np.sort(whole.top_BK > 0))
 
 
-def test_a_nan_of_another_device_is_found():
+def test_nan_in_a_shard_is_detected():
     histories, mesh = random_histories(), make_mesh(MeshConfig(data=2))
     scores_UV = np.zeros((40, NUM_ITEMS + 1))
     scores_UV[:, 5] = np.nan
@@ -261,20 +262,20 @@ def test_a_nan_of_another_device_is_found():
         evaluate(ShardedRanker(scores_UV, mesh), histories, leave_one_out(histories), "val", EvalConfig())
 
 
-def test_untrained_items_are_counted_and_get_their_share_of_the_lists(capsys):
-    """Training has items 1 to 4; 5 and 6 occur in held-out events alone, 7 to 12 nowhere."""
+def test_untrained_items_are_counted_and_their_share_of_the_lists_is_printed(capsys):
+    """Items 1 to 4 have training events, 5 and 6 only held-out events, 7 to 12 no events."""
     histories = make_histories([[1, 2, 5, 6], [3, 4, 5, 6]])
     split = leave_one_out(histories)
     by_id = table_ranker(-np.arange(NUM_ITEMS + 1, dtype=np.float64)[None].repeat(2, 0))  # low ids first
     result = evaluate(by_id, histories, split, "test", EvalConfig(bootstrap=0))
-    # Test lists leave out three seen items of each user: nine are left, of which 3, 4 and 1, 2 are trained.
+    # A test list leaves out the user's three seen items. Two of the nine others are trained: 3, 4 or 1, 2.
     assert result["untrained_items"] == 8
     assert result["untrained@10"] == pytest.approx(14 / 18)
-    everything = evaluate(by_id, histories, split, "test", EvalConfig(bootstrap=0, filter_seen=False))
-    assert everything["untrained@10"] == pytest.approx(6 / 10)
-    print_scores({"model": result, "other": everything}, part="test")
-    expected = "8 items have no training event; their share of all top-10 places: model 77.8%, other 60.0%"
-    assert expected in capsys.readouterr().out
+    unfiltered = evaluate(by_id, histories, split, "test", EvalConfig(bootstrap=0, filter_seen=False))
+    assert unfiltered["untrained@10"] == pytest.approx(6 / 10)
+    print_scores({"model": result, "other": unfiltered}, part="test")
+    expected = "their share of all top-10 recommendations: model 77.8%, other 60.0%"
+    assert f"8 items have no training event; {expected}" in capsys.readouterr().out
     trained = split.train_item_counts(histories) > 0
     queries = Queries.of(histories, [0, 1])
     assert np.asarray(by_id.top_k(queries, 3, queries.seen(), trained)[1]).tolist() == [[3, 4, 0], [1, 2, 0]]
@@ -288,11 +289,11 @@ def test_untrained_items_are_counted_and_get_their_share_of_the_lists(capsys):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"sampled_negatives": 8}, "sampled_negatives=8 but user u0 has only 7 untouched items"),
+        ({"sampled_negatives": 8}, "sampled_negatives=8 but user u0 has only 7 unseen items"),
         ({"baselines": ("popularity", "ease")}, "max_items=11 but there are 12 items"),
     ],
 )
-def test_what_no_evaluation_could_do_is_refused_before_a_training(fields, message, monkeypatch):
+def test_check_eval_refuses_settings_that_an_evaluation_would_refuse(fields, message, monkeypatch):
     monkeypatch.setattr(baselines, "_EASE_ITEMS", 11)
     histories = make_histories([[1, 2, 3, 4, 5, 5], [1, 2, 3]])
     config, split = EvalConfig(bootstrap=0, **fields), leave_one_out(histories)
@@ -302,7 +303,7 @@ def test_what_no_evaluation_could_do_is_refused_before_a_training(fields, messag
         with pytest.raises(ValueError, match=message):
             evaluate(table_ranker(np.zeros((2, NUM_ITEMS + 1))), histories, split, "test", config)
         check_eval(EvalConfig(sampled_negatives=7), histories, split)
-        # Of a part that is drawn, only the users that are drawn count.
+        # If a sample is drawn, only its users count.
         drawn = EvalConfig(sampled_negatives=8, max_examples=1)
         seeds = [seed for seed in range(20) if _is_refused(drawn, histories, split, seed)]
         assert 0 < len(seeds) < 20
@@ -316,22 +317,22 @@ def _is_refused(config, histories, split, seed):
     return False
 
 
-def test_an_empty_part_is_refused_before_a_training():
+def test_check_eval_refuses_an_empty_part():
     histories = dataclasses.replace(make_histories([[1, 2], [3, 4], [5]]), times=np.array([0, 5, 0, 5, 3]))
-    split = global_temporal(histories, 3, 5)  # the only validation event has none before it
+    split = global_temporal(histories, 3, 5)  # the only validation event has no event before it
     with pytest.raises(ValueError, match="the val part of the split has no example"):
         check_eval(EvalConfig(), histories, split)
 
 
 @pytest.mark.parametrize("make", [baselines.popularity, baselines.bigram, baselines.item_knn, baselines.ease])
 def test_memory_is_bounded_for_one_long_history(make):
-    """3,000 examples whose histories of 27,000 to 30,000 events would fill 340 MB with int32."""
+    """3,000 examples with histories of 27,000 to 30,000 events, which would take 340 MB as int32."""
     items = np.random.default_rng(0).integers(1, 51, 30_000).astype(np.int32)
     histories = dataclasses.replace(make_histories([items], 50), times=np.arange(30_000))
     split = global_temporal(histories, 26_999, 27_000)
     ranker = make(histories, split)
     config = EvalConfig(bootstrap=0, batch_bytes=2**20)
-    evaluate(ranker, histories, split, "val", config)  # what is compiled and imported once
+    evaluate(ranker, histories, split, "val", config)  # compiles and imports, outside the measurement
     tracemalloc.start()
     result = evaluate(ranker, histories, split, "test", config)
     peak = tracemalloc.get_traced_memory()[1]

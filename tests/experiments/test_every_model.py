@@ -119,7 +119,7 @@ def test_several_as_one(workdirs, capsys):
     }
     command("recommend", names, "--user=u7")
     assert "the 10 best next items" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="type='tiger'.*has no mean with others: leave it out"):
+    with pytest.raises(ValueError, match="type='tiger'.*cannot be averaged with others: leave it out"):
         command("evaluate", f"--workdir={workdirs['sasrec']},{workdirs['tiger']}")
 
 

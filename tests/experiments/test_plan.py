@@ -19,7 +19,7 @@ def plan(*args, fails=False):
 
 def test_a_billion_rows_on_sixty_four_devices_compile_here():
     text = plan("--config=configs/large_tables.py:1b", "--compile")
-    assert "1,000,000,001 rows x 64" in text and "64 devices" in text
+    assert "1,000,000,001 entries x 64" in text and "64 devices" in text
     assert re.search(r"rows +4\.00 GB +62\.50 MB .* yes +<-", text)
     assert re.search(r"replicated +256\.00 GB .* no", text)
     assert re.search(r"state and batch +4\.06 GB, 4\.06 GB of it changed in place", text)

@@ -6,8 +6,8 @@ from rec_jax.nn.context import Context
 from rec_jax.nn.convolution import CausalConv
 
 
-def test_the_convolution_by_hand():
-    """Two segments in a row, and a row shorter than the convolution."""
+def test_convolution_by_hand():
+    """A row with two segments, and a row shorter than the kernel."""
     conv = CausalConv(1, 4, rngs=nnx.Rngs(0))
     conv.taps[...] = jnp.array([[1.0], [10.0], [100.0], [1000.0]])
     conv.bias[...] = jnp.array([0.5])

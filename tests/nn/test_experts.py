@@ -16,7 +16,7 @@ from rec_jax.nn.context import Context
 from rec_jax.nn.experts import Experts, balance
 
 WIDTH, FF_WIDTH, ROWS, LENGTH = 6, 10, 3, 8
-REAL = np.arange(LENGTH) < np.array([[8], [5], [0]])  # whole, padded behind, nothing but padding
+REAL = np.arange(LENGTH) < np.array([[8], [5], [0]])  # full, padded at the end, only padding
 
 
 def define(build) -> Model:
@@ -43,7 +43,7 @@ def inputs(seed=1):
 
 @partial(jax.jit, static_argnums=0)
 def train(model, params, x_BSD, real_BS):
-    """(y_BSD, penalty_B)."""
+    """Returns (y_BSD, penalty_B)."""
     return model.bind(params).in_training(x_BSD, real_BS)
 
 
@@ -53,7 +53,7 @@ def infer(model, params, x_BSD):
 
 
 def reference(config, params, x_BSD, real_BS, capacity, is_gated=False):
-    """(y_BSD, penalty_B), in f64: a token, a choice and an expert after the other."""
+    """Returns (y_BSD, penalty_B) in f64, by a loop over tokens and their choices."""
     p = jax.tree.map(np.float64, params)
     y_BSD, penalty_B = np.zeros(x_BSD.shape), np.zeros(len(x_BSD))
     for row, x_SD in enumerate(np.float64(x_BSD)):
@@ -75,8 +75,8 @@ def reference(config, params, x_BSD, real_BS, capacity, is_gated=False):
                 y_BSD[row, s] += gate * (hidden @ p["down_kernel"][e] + p["down_bias"][e])
         if real_BS[row].any():
             shares, num_real = chosen / chosen.sum(), real_BS[row].sum()
-            balance_of_row = config.num_experts * np.sum(shares * total / num_real)
-            penalty_B[row] = config.balance_weight * num_real * balance_of_row
+            row_balance = config.num_experts * np.sum(shares * total / num_real)
+            penalty_B[row] = config.balance_weight * num_real * row_balance
     return y_BSD, penalty_B
 
 
@@ -97,8 +97,8 @@ def test_equals_the_loops(num, per_token, factor, is_gated, capacity):
     assert (capacity == LENGTH) == np.allclose(expected[0], whole[0])
 
 
-def test_gradients_are_those_of_the_loops():
-    """Along random directions, by differences in f64 of the loops."""
+def test_gradients_equal_those_of_the_loops():
+    """Compares slopes in random directions with finite differences of the loops in f64."""
     config, model, params = make(4, 2, 0.5)
     x_BSD, weights = inputs(), np.random.default_rng(2).normal(size=(ROWS, LENGTH, WIDTH))
 
@@ -112,20 +112,20 @@ def test_gradients_are_those_of_the_loops():
         y_BSD, penalty_B = reference(config, params, x_BSD, REAL, 2)
         return np.sum(y_BSD * weights) + np.sum(penalty_B)
 
-    of_params, of_x = gradients(params, x_BSD)
-    grads, query_positions = {**of_params, "x": of_x}, jax.tree.map(np.float64, {**params, "x": x_BSD})
+    param_grads, x_grads = gradients(params, x_BSD)
+    grads, point = {**param_grads, "x": x_grads}, jax.tree.map(np.float64, {**params, "x": x_BSD})
     rng = np.random.default_rng(3)
     for name in grads:
-        direction, values = rng.normal(size=query_positions[name].shape), []
+        direction, values = rng.normal(size=point[name].shape), []
         for step in (1e-6, -1e-6):
-            moved = {**query_positions, name: query_positions[name] + step * direction}
+            moved = {**point, name: point[name] + step * direction}
             values.append(value(moved, moved["x"]))
         slope = (values[0] - values[1]) / 2e-6
         np.testing.assert_allclose(np.sum(grads[name] * direction), slope, rtol=1e-3, err_msg=name)
 
 
-def test_room_goes_to_the_first_tokens_and_none_to_padding():
-    """Every token prefers expert 0, then 1; each takes 2 of the row's 4 tokens."""
+def test_slots_go_to_the_first_tokens_and_not_to_padding():
+    """Every token prefers expert 0, then 1; each expert takes 2 of the 4 tokens of the row."""
     config, model, params = make(2, 1, 1.0)
     router = np.zeros((WIDTH, 2), np.float32)
     router[0, 0] = 5.0
@@ -140,18 +140,14 @@ def test_room_goes_to_the_first_tokens_and_none_to_padding():
         assert np.all(np.any(whole != 0, axis=1))
 
 
-def test_what_follows_and_other_rows_change_nothing():
+def test_outputs_do_not_depend_on_later_tokens_or_other_rows():
     _, model, params = make(4, 2, 0.5)
     x_BSD, other = inputs(), inputs(seed=5)
     y_BSD, penalty_B = train(model, params, x_BSD, REAL)
-    for query_positions in (2, 5):
-        later = np.where(np.arange(LENGTH)[:, None] >= query_positions, other, x_BSD)
-        np.testing.assert_allclose(
-            train(model, params, later, REAL)[0][:, :query_positions],
-            y_BSD[:, :query_positions],
-            rtol=1e-5,
-            atol=1e-6,
-        )
+    for stop in (2, 5):
+        changed = np.where(np.arange(LENGTH)[:, None] >= stop, other, x_BSD)
+        y = train(model, params, changed, REAL)[0]
+        np.testing.assert_allclose(y[:, :stop], y_BSD[:, :stop], rtol=1e-5, atol=1e-6)
     neighbours = np.concatenate([x_BSD[:1], other[1:]])
     y, penalty = train(model, params, neighbours, np.ones_like(REAL))
     np.testing.assert_allclose(y[0], y_BSD[0], rtol=1e-5, atol=1e-6)
@@ -159,7 +155,7 @@ def test_what_follows_and_other_rows_change_nothing():
     assert np.any(y[1] != y_BSD[1]) and penalty[1] != penalty_B[1]
 
 
-def test_balance_is_1_where_all_are_equal_and_e_where_one_gets_all():
+def test_balance_is_1_for_an_even_load_and_e_if_one_expert_gets_all():
     chosen_BSE = np.stack([np.eye(4, dtype=bool)[[0, 1, 2, 3, 0]], np.eye(4, dtype=bool)[[2, 2, 2, 2, 0]]])
     probs_BSE = np.stack([np.full((5, 4), 0.25), np.tile([0.0, 0, 1, 0], (5, 1))])
     real_BS = np.tile(np.arange(5) < 4, (2, 1))
@@ -168,7 +164,7 @@ def test_balance_is_1_where_all_are_equal_and_e_where_one_gets_all():
 
 
 @pytest.mark.parametrize("is_gated", [False, True])
-def test_a_single_expert_is_the_plain_feed_forward(is_gated):
+def test_single_expert_equals_the_plain_feed_forward(is_gated):
     _, model, params = make(1, 1, 1.0, is_gated)
     kernel, bias = params["up_kernel"][0], params["up_bias"][0]
     down = {"kernel": params["down_kernel"][0], "bias": params["down_bias"][0]}
@@ -185,7 +181,7 @@ def test_a_single_expert_is_the_plain_feed_forward(is_gated):
     np.testing.assert_allclose(y_BSD, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_bf16_stays_bf16_and_the_balance_f32():
+def test_bf16_stays_bf16_and_balance_is_f32():
     _, model, params = make()
     x, params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (jnp.asarray(inputs()), params))
     y_BSD, penalty_B = jax.eval_shape(partial(train, model), params, x, REAL)
@@ -193,11 +189,11 @@ def test_bf16_stays_bf16_and_the_balance_f32():
     assert penalty_B.dtype == jnp.float32
 
 
-def test_experts_begin_as_a_plain_feed_forward_does():
+def test_experts_are_initialised_like_a_plain_feed_forward():
     config = SASRecConfig(width=64, ff_width=96, num_experts=3)
     shape = config.block_shape(is_causal=True)
     experts = jax.jit(lambda: nnx.to_pure_dict(nnx.state(shape.make_experts(nnx.Rngs(0)))))()
-    limit = (6 / (64 + 96)) ** 0.5  # of Glorot's uniform, of each kernel by itself
+    limit = (6 / (64 + 96)) ** 0.5  # the bound of Glorot's uniform for one kernel
     for name in ("up_kernel", "down_kernel"):
         np.testing.assert_allclose(np.abs(experts[name]).max(axis=(1, 2)), limit, rtol=0.01)
     assert not np.any(experts["up_bias"]) and 0 < np.std(experts["router_kernel"]) < 0.03
@@ -212,6 +208,6 @@ def test_experts_begin_as_a_plain_feed_forward_does():
         ({"balance_weight": -0.1}, "balance_weight=-0.1 must not be negative"),
     ],
 )
-def test_what_cannot_be_is_named(fields, message):
+def test_invalid_settings_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         SASRecConfig(**fields)

@@ -1,4 +1,6 @@
-"""Pointwise attention against loops. A whole model against its formulas is in tests/models/test_hstu.py."""
+"""Pointwise attention against loops. tests/models/test_hstu.py compares a whole model with its formulas."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,35 +10,34 @@ import pytest
 from rec_jax.nn import pointwise_attention as lib
 
 pointwise_attention = jax.jit(lib.pointwise_attention, static_argnums=7)
+time_buckets = jax.jit(lib.time_buckets, static_argnums=1)
 BATCH, HEADS, BLOCK, NUM_BUCKETS = 2, 2, 8, 40
 
 
-def inputs(length, biases="both", dtype=jnp.float32):
-    """What attention takes but for the query block: rows of several segments, the first with padding behind;
-    values are narrower than keys."""
+def inputs(length, biases="both"):
+    """Returns (all arguments of attention except the query block, times). Rows have several segments, and the
+    first row ends with padding. Values are narrower than keys."""
     rng = np.random.default_rng(length)
     segments = np.ones((BATCH, length), np.int32)
     segments[0, length // 2 :] = 2
     segments[0, length - length // 4 :] = 0
     segments[1, 1:] = 2
     times = np.zeros((BATCH, length), np.int32)
-    for b, segment in np.ndindex(BATCH, 3):  # each segment counts from its own start
+    for b, segment in np.ndindex(BATCH, 3):  # times start at 0 in each segment
         inside = segments[b] == segment
         gaps = np.exp(rng.uniform(0, 14, inside.sum())).astype(np.int64)
         times[b, inside] = np.cumsum(gaps) - gaps[:1].sum()
     widths = {"q": 4, "k": 4, "v": 3}
-    q, k, v = (jnp.asarray(rng.normal(size=(BATCH, length, HEADS, w)), dtype) for w in widths.values())
-    position_bias = (
-        jnp.asarray(rng.normal(size=length + 2), dtype) if biases in ("position", "both") else None
-    )
-    time_bias = jnp.asarray(rng.normal(size=NUM_BUCKETS), dtype) if biases in ("time", "both") else None
+    q, k, v = (np.float32(rng.normal(size=(BATCH, length, HEADS, w))) for w in widths.values())
+    position_bias = np.float32(rng.normal(size=length + 2)) if biases in ("position", "both") else None
+    time_bias = np.float32(rng.normal(size=NUM_BUCKETS)) if biases in ("time", "both") else None
     buckets = buckets_between(times, NUM_BUCKETS)
-    return (q, k, v, jnp.asarray(segments), position_bias, time_bias, buckets), times
+    return (q, k, v, segments, position_bias, time_bias, buckets), times
 
 
 def buckets_between(times, num_buckets):
-    times = jnp.asarray(times, jnp.int32)
-    return lib.time_buckets(times[:, :, None] - times[:, None, :], num_buckets)
+    times = np.asarray(times, np.int32)
+    return np.asarray(time_buckets(times[:, :, None] - times[:, None, :], num_buckets))
 
 
 def silu(x):
@@ -68,15 +69,16 @@ def plain(q, k, v, segments, position_bias, time_bias, buckets):
     """All queries at once, in jnp."""
     length = q.shape[1]
     distance = np.arange(length)[:, None] - np.arange(length)
-    seen = (distance >= 0) & (segments[:, :, None] == segments[:, None, :])
+    visible = (distance >= 0) & (segments[:, :, None] == segments[:, None, :])
     logits = jnp.einsum("bqnh,bknh->bnqk", q, k)
     logits += (position_bias[np.maximum(distance, 0)] + time_bias[buckets])[:, None]
-    weights = logits * jax.nn.sigmoid(logits) * seen[:, None] / seen.sum(-1)[:, None, :, None]
+    weights = logits * jax.nn.sigmoid(logits) * visible[:, None]
+    weights /= visible.sum(-1)[:, None, :, None]
     return jnp.einsum("bnqk,bkne->bqne", weights, v)
 
 
 def test_by_hand():
-    """One head of width 1: the second query sees two keys, the third starts a segment."""
+    """One head of width 1: the second query attends to two keys, the third starts a new segment."""
     q, k, v = (jnp.array(x, jnp.float32).reshape(1, 3, 1, 1) for x in ([1, 2, 3], [0, 1, 1], [5, 7, 1]))
     segments, buckets = jnp.array([[1, 1, 2]]), buckets_between([[0, 60, 0]], 20)
     np.testing.assert_array_equal(buckets[0], [[0, 13, 0], [13, 0, 13], [0, 13, 0]])
@@ -89,14 +91,12 @@ def test_by_hand():
     "length, biases",
     [
         (1, "both"),
-        (BLOCK - 1, "both"),
-        (BLOCK, "both"),
-        (BLOCK + 1, "both"),
+        (BLOCK + 1, "both"),  # one block
         (BLOCK + BLOCK // 2 + 1, "both"),  # two blocks, of 6 and 7 queries
         (3 * BLOCK, "both"),
-        (3 * BLOCK, "none"),
-        (3 * BLOCK, "position"),
-        (3 * BLOCK, "time"),
+        (BLOCK + 1, "none"),
+        (BLOCK + 1, "position"),
+        (BLOCK + 1, "time"),
     ],
 )
 def test_equals_a_loop_for_lengths_around_the_query_block(length, biases):
@@ -105,22 +105,28 @@ def test_equals_a_loop_for_lengths_around_the_query_block(length, biases):
     np.testing.assert_allclose(out, slow(args, times), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("query_block", [BLOCK, 100])
-def test_gradients_are_those_of_a_plain_version(query_block):
+@functools.cache
+def gradients(function, *query_block):
+    """Gradients of a weighted sum of the outputs with respect to q, k, v and both biases."""
     args, _ = inputs(3 * BLOCK)
-    floats = (0, 1, 2, 4, 5)
     weights = np.random.default_rng(0).normal(size=args[2].shape)
 
-    def gradients(function, *more):
-        return jax.jit(jax.grad(lambda *args: jnp.sum(weights * function(*args, *more)), floats))(*args)
+    def loss(*args):
+        return jnp.sum(weights * function(*args, *query_block))
 
-    for ours, wanted in zip(gradients(lib.pointwise_attention, query_block), gradients(plain), strict=True):
-        assert np.abs(wanted).max() > 0.1
-        np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-4)
+    return jax.jit(jax.grad(loss, (0, 1, 2, 4, 5)))(*args)
 
 
-def test_outputs_move_with_exactly_what_they_may_see():
-    """Row (b, s) of the Jacobian touches the keys and values of its segment up to s, and no others."""
+@pytest.mark.parametrize("query_block", [BLOCK, 100])
+def test_gradients_equal_those_of_a_plain_version(query_block):
+    ours = gradients(lib.pointwise_attention, query_block)
+    for grad, expected in zip(ours, gradients(plain), strict=True):
+        assert np.abs(expected).max() > 0.1
+        np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_outputs_depend_exactly_on_earlier_tokens_of_the_segment():
+    """Row (b, s) of the Jacobian is non-zero exactly for keys and values of the same segment up to s."""
     (q, k, v, segments, *biases), _ = inputs(BLOCK + 1)
 
     def outputs(k, v):
@@ -129,25 +135,26 @@ def test_outputs_move_with_exactly_what_they_may_see():
     length = BLOCK + 1
     b, s, other, t = np.ogrid[:BATCH, :length, :BATCH, :length]
     segments = np.asarray(segments)
-    may_see = (b == other) & (t <= s) & (segments[b, s] == segments[other, t])
+    depends = (b == other) & (t <= s) & (segments[b, s] == segments[other, t])
     for jacobian in jax.jit(jax.jacrev(outputs, (0, 1)))(k, v):
-        np.testing.assert_array_equal(np.any(np.asarray(jacobian) != 0, axis=(-2, -1)), may_see)
+        np.testing.assert_array_equal(np.any(np.asarray(jacobian) != 0, axis=(-2, -1)), depends)
 
 
-def test_huge_logits_stay_finite_backward_too():
+def test_huge_logits_have_finite_outputs_and_gradients():
     (q, k, *others), times = inputs(BLOCK + 1)
     args = (q * 1e3, k * 1e3, *others)
-    wanted = slow(args, times)
+    expected = slow(args, times)
     out = pointwise_attention(*args, BLOCK)
-    np.testing.assert_allclose(out, wanted, rtol=1e-4, atol=1e-6 * np.abs(wanted).max())
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
     grads = jax.jit(jax.grad(lambda *args: pointwise_attention(*args).sum(), (0, 1, 2, 4, 5)))(*args)
     assert all(np.isfinite(x).all() and np.any(x != 0) for x in grads)
 
 
 def test_bf16_is_summed_in_f32_forward_and_backward():
-    """Products near 200, where bf16 has steps of 1, less about as much; 300 keys, of which sums in bf16 would
-    lose some. What is compared was rounded to bf16 twice: weights, or their gradients, and the sum."""
-    length, twice = 300, dict(rtol=2**-7)
+    """Products of queries and keys are near 200, where bf16 has steps of 1, and the biases subtract about as
+    much. A sum over 300 keys in bf16 would lose some of them. Results are rounded to bf16 twice: the weights
+    (or their gradients), and the sum."""
+    length, two_roundings = 300, dict(rtol=2**-7)
     rng = np.random.default_rng(0)
     q, v = (jnp.full((1, length, 1, width), 1.75, jnp.bfloat16) for width in (64, 1))
     k = jnp.asarray(rng.normal(1.75, 0.1, (1, length, 1, 64)), jnp.bfloat16)
@@ -163,16 +170,16 @@ def test_bf16_is_summed_in_f32_forward_and_backward():
 
     out, grads = run(q, k, v, position_bias, time_bias)
     assert {x.dtype for x in (out, *grads)} == {jnp.dtype(jnp.bfloat16)}
-    out, of_positions, of_time = (np.asarray(x, np.float64) for x in (out, *grads))
+    out, position_grads, time_grads = (np.asarray(x, np.float64) for x in (out, *grads))
     logits = np.asarray(k[0, :, 0], np.float64) @ np.asarray(q[0, 0, 0], np.float64) - 190  # of each key
-    seen = np.arange(1, length + 1)
-    np.testing.assert_allclose(out[0, :, 0, 0], 1.75 * np.cumsum(silu(logits)) / seen, **twice)
+    num_keys = np.arange(1, length + 1)
+    np.testing.assert_allclose(out[0, :, 0, 0], 1.75 * np.cumsum(silu(logits)) / num_keys, **two_roundings)
     sigmoid = 1 / (1 + np.exp(-logits))
     slopes = 1.75 * sigmoid * (1 + logits * (1 - sigmoid))
-    # At each distance: the queries that look so far back, each with its share of the key there.
-    expected = [np.sum(slopes[: length - d] / seen[d:]) for d in range(length)]
-    np.testing.assert_allclose(of_positions, expected, **twice)
-    np.testing.assert_allclose(of_time, [np.sum(expected)], **twice)
+    # For each distance, the sum over queries with a key at this distance; each key has weight 1 / num_keys.
+    expected = [np.sum(slopes[: length - d] / num_keys[d:]) for d in range(length)]
+    np.testing.assert_allclose(position_grads, expected, **two_roundings)
+    np.testing.assert_allclose(time_grads, [np.sum(expected)], **two_roundings)
 
 
 def test_time_buckets():

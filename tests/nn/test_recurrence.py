@@ -1,4 +1,6 @@
-"""The linear recurrence against a loop, and its own gradient against automatic and numerical ones."""
+"""The linear recurrence against a loop, and its gradient against automatic and numerical ones."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,26 @@ from rec_jax.nn.recurrence import linear_scan
 B, D = 2, 3
 
 
-@pytest.fixture(params=["token by token", "associative"])
-def path(request, monkeypatch):
-    """Both ways to compute it, one of which is that of other backends."""
-    monkeypatch.setattr(recurrence, "_is_cpu", lambda: request.param == "token by token")
-    jax.clear_caches()  # of the other way
+def make_run():
+    """Returns run(a, x, weight of the outputs) -> (h, da, dx). Each call returns a new function to
+    compile."""
+
+    @jax.jit
+    def run(a_BSD, x_BSD, weight_BSD):
+        h_BSD, pull = jax.vjp(lambda a, x: linear_scan(a, x), a_BSD, x_BSD)
+        return h_BSD, *pull(weight_BSD)
+
+    return run
+
+
+RUNS = {"sequential": make_run(), "associative": make_run()}
+
+
+@pytest.fixture(params=RUNS)
+def run(request, monkeypatch):
+    """Runs a test with the sequential scan of CPUs and with the associative scan of other backends."""
+    monkeypatch.setattr(recurrence, "_is_cpu", lambda: request.param == "sequential")
+    return RUNS[request.param]
 
 
 def slow(a_BSD, x_BSD):
@@ -28,7 +45,7 @@ def slow(a_BSD, x_BSD):
 
 
 def slow_jax(a_BSD, x_BSD):
-    """The loop, written out for automatic differentiation."""
+    """The loop in JAX, for automatic differentiation."""
     outs, h_BD = [], 0.0
     for t in range(x_BSD.shape[1]):
         h_BD = a_BSD[:, t] * h_BD + x_BSD[:, t]
@@ -37,7 +54,7 @@ def slow_jax(a_BSD, x_BSD):
 
 
 def draw(length, seed=0):
-    """a with zeros, ones, negative numbers and some above 1; x; and weights of the outputs."""
+    """Returns (a, x, weights of the outputs). a has zeros, ones, negative numbers, and numbers above 1."""
     rng = np.random.default_rng(seed)
     a, x, weight = rng.normal(size=(3, B, length, D)).astype(np.float32)
     a[rng.random(a.shape) < 0.2] = 0
@@ -45,68 +62,69 @@ def draw(length, seed=0):
     return a, x, weight
 
 
-def test_by_hand(path):
+@functools.cache
+def automatic_gradients(length):
+    a, x, weight = draw(length)
+    return jax.jit(jax.grad(lambda a, x: jnp.sum(slow_jax(a, x) * weight), (0, 1)))(a, x)
+
+
+def test_runs_use_the_scan_of_their_name(run):
+    """Checks that no run was traced with the other scan: only the sequential one has a loop."""
+    program = run.lower(*draw(13)).as_text()
+    assert ("stablehlo.while" in program) == (run is RUNS["sequential"])
+
+
+def test_by_hand(run):
     a, x, expected = [9, 0.5, 0, 2], [1, 2, 3, 4], [1, 2.5, 3, 10]
-    a_BSD, x_BSD = (jnp.array(v, jnp.float32)[None, :, None] for v in (a, x))
-    np.testing.assert_array_equal(jax.jit(linear_scan)(a_BSD, x_BSD)[0, :, 0], expected)
-    # Of the sum of all h: dx = [1 + .5, 1, 1 + 2, 1], da = dx * [0, 1, 2.5, 3].
-    da, dx = jax.jit(jax.grad(lambda a, x: jnp.sum(linear_scan(a, x)), (0, 1)))(a_BSD, x_BSD)
+    a_BSD, x_BSD = (np.array(v, np.float32)[None, :, None] for v in (a, x))
+    # Gradients of the sum of all h: dx = [1 + .5, 1, 1 + 2, 1], da = dx * [0, 1, 2.5, 3].
+    h, da, dx = run(a_BSD, x_BSD, np.ones_like(x_BSD))
+    np.testing.assert_array_equal(h[0, :, 0], expected)
     np.testing.assert_array_equal(dx[0, :, 0], [1.5, 1, 3, 1])
     np.testing.assert_array_equal(da[0, :, 0], [0, 1, 7.5, 3])
 
 
 @pytest.mark.parametrize("length", [1, 2, 13, 32])
-def test_equal_to_the_loop(path, length):
-    a, x, _ = draw(length)
-    out = jax.jit(linear_scan)(a, x)
-    assert out.dtype == jnp.float32
-    np.testing.assert_allclose(out, slow(a, x), rtol=1e-5, atol=1e-5)
+def test_equals_the_loop_with_automatic_gradients(run, length):
+    a, x, weight = draw(length)
+    h, *grads = run(a, x, weight)
+    assert h.dtype == jnp.float32
+    np.testing.assert_allclose(h, slow(a, x), rtol=1e-5, atol=1e-5)
+    for grad, automatic in zip(grads, automatic_gradients(length), strict=True):
+        np.testing.assert_allclose(grad, automatic, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [1, 2, 13])
-def test_gradients_equal_automatic_ones_and_finite_differences(path, length):
+def test_gradients_equal_finite_differences(run, length):
     a, x, weight = draw(length)
-
-    def gradients(scan):
-        return jax.jit(jax.grad(lambda a, x: jnp.sum(scan(a, x) * weight), (0, 1)))(a, x)
-
-    for own, automatic in zip(gradients(linear_scan), gradients(slow_jax), strict=True):
-        np.testing.assert_allclose(own, automatic, rtol=1e-5, atol=1e-5)
 
     def loss(a, x):
         return np.sum(slow(a, x) * weight)
 
     step = 1e-5
-    da, dx = (np.asarray(g) for g in gradients(linear_scan))
-    for place in np.ndindex(a.shape):
+    da, dx = (np.asarray(grad) for grad in run(a, x, weight)[1:])
+    for index in np.ndindex(a.shape):
         bump = np.zeros(a.shape)
-        bump[place] = step
+        bump[index] = step
         by_a = (loss(a + bump, x) - loss(a - bump, x)) / (2 * step)
         by_x = (loss(a, x + bump) - loss(a, x - bump)) / (2 * step)
-        np.testing.assert_allclose([da[place], dx[place]], [by_a, by_x], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose([da[index], dx[index]], [by_a, by_x], rtol=1e-4, atol=1e-4)
 
 
-def test_nothing_passes_a_reset(path):
-    """Neither forward nor, in the gradient, back."""
-    a, x, weight = draw(8)
+def test_no_state_or_gradient_crosses_a_reset(run):
+    a, x, weight = draw(13)
     a[:, 4] = 0
     changed = x.copy()
     changed[:, :4] += 1
     weight[:, :4] = 0
-
-    @jax.jit
-    def run(x):
-        h, pull = jax.vjp(lambda x: linear_scan(a, x), x)
-        return h, *pull(weight)
-
-    h, dx = run(x)
-    np.testing.assert_array_equal(h[:, 4:], run(changed)[0][:, 4:])
+    h, _, dx = run(a, x, weight)
+    np.testing.assert_array_equal(h[:, 4:], run(a, changed, weight)[0][:, 4:])
     np.testing.assert_array_equal(dx[:, :4], 0)
-    assert np.all(dx[:, 7] != 0)
+    assert np.all(dx[:, 12] != 0)
 
 
-def test_sums_of_half_precision_are_f32(path):
-    """In bf16 a sum of ones stops at 256."""
+def test_bf16_inputs_are_summed_in_f32(run):
+    """In bf16, a sum of ones would stop at 256."""
     ones = jnp.ones((1, 300, 1), jnp.bfloat16)
-    out = jax.jit(linear_scan)(ones, ones)
-    np.testing.assert_array_equal(out[0, :, 0], np.arange(1, 301))
+    h = run(ones, ones, ones.astype(jnp.float32))[0]
+    np.testing.assert_array_equal(h[0, :, 0], np.arange(1, 301))

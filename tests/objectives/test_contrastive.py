@@ -1,7 +1,7 @@
-"""The contrastive loss against sums over pairs of histories."""
+"""The contrastive loss, compared with NumPy sums over pairs of histories."""
 
 import dataclasses
-from functools import partial
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -37,28 +37,29 @@ def encode(batch, key_B):
     return MODEL.bind(PARAMS)(batch, key_B)
 
 
+@functools.cache
 def loss_of(config):
-    return jax.jit(partial(contrastive_sum, config, encode))
+    return jax.jit(functools.partial(contrastive_sum, config, encode))
 
 
 def last_tokens(segments_BS):
-    """{(row, segment): its last column}, of a batch or a view."""
-    at = {}
+    """{(row, segment): column of its last token}, of a batch or a view."""
+    columns = {}
     for (row, column), segment in np.ndenumerate(np.asarray(segments_BS)):
         if segment:
-            at[row, int(segment)] = column
-    return at
+            columns[row, int(segment)] = column
+    return columns
 
 
-def by_hand(config, first, second):
-    """first, second: (x_BSD, segments) of the two views."""
+def expected_loss(config, first, second):
+    """The loss in NumPy. first, second: (x_BSD, segments) of the two views."""
     columns = last_tokens(BATCH.segments)
     names = [name for name in columns if BATCH.positions[name[0], columns[name]] > 0]  # two tokens or more
     z, owner, target = [], [], []
     for x, segments_BS in (first, second):
-        at = last_tokens(segments_BS)
+        view_columns, x = last_tokens(segments_BS), np.asarray(x, np.float64)
         for name in names:
-            vector = np.asarray(x[name[0], at[name]], np.float64)
+            vector = x[name[0], view_columns[name]]
             z.append(vector / np.linalg.norm(vector))
             owner.append(name)
             target.append(BATCH.targets[name[0], columns[name]])
@@ -75,30 +76,30 @@ def by_hand(config, first, second):
 
 
 @pytest.mark.parametrize("same_target", [False, True])
-def test_views_by_dropout(same_target):
+def test_dropout_views(same_target):
     config = ContrastiveConfig(weight=0.7, temperature=0.5, same_target=same_target)
     x_BSD = encode(BATCH, KEYS)
     other = encode(BATCH, mix(KEYS, 1))
-    expected = by_hand(config, *((x, BATCH.segments) for x in (x_BSD, other)))
+    expected = expected_loss(config, *((x, BATCH.segments) for x in (x_BSD, other)))
     assert loss_of(config)(x_BSD, BATCH, KEYS) == pytest.approx(expected, rel=1e-4)
 
 
-def test_views_by_change():
+def test_augmented_views():
     config = ContrastiveConfig(weight=1.0, view="augment")
     objective = Objective(MODEL, SoftmaxConfig(), PrecisionConfig(), contrastive=config)
     context = StepContext(jnp.int32(0), SEED, Fixed(make_prior(SoftmaxConfig(), np.ones(9))))
     batch = jax.jit(objective.prepare)(BATCH, context)
-    np.testing.assert_array_equal(batch.items, BATCH.items)  # of the model's own loss
+    np.testing.assert_array_equal(batch.items, BATCH.items)  # the model's own loss uses the original batch
     pairs = []
     for i, view in enumerate(batch.views):
         pairs.append((encode(view, mix(KEYS, 1 + i)), view.segments))
-    assert np.any(pairs[0][1] != pairs[1][1])  # cropped in two ways
-    expected = by_hand(config, *pairs)
+    assert np.any(pairs[0][1] != pairs[1][1])  # cropped differently
+    expected = expected_loss(config, *pairs)
     assert loss_of(config)(None, batch, KEYS) == pytest.approx(expected, rel=1e-4)
 
 
-def test_alone_there_is_nothing_to_tell_apart():
-    config = ContrastiveConfig(weight=1.0)
+def test_a_single_history_has_loss_zero():
+    config = ContrastiveConfig(weight=0.7, temperature=0.5)
     batch = BATCH.keep((BATCH.segments == 1) & (np.arange(ROWS)[:, None] == 0))
     assert batch.positions.max() > 0
     assert loss_of(config)(encode(batch, KEYS), batch, KEYS) == pytest.approx(0, abs=1e-5)
@@ -107,14 +108,14 @@ def test_alone_there_is_nothing_to_tell_apart():
 AUGMENTED = ContrastiveConfig(weight=0.5, view="augment")
 
 
-def test_a_step_adds_it_to_the_loss_with_touched_rows_too():
-    """Of one device and one micro-batch, which is what it is compared within."""
+def test_a_step_adds_the_loss_with_dense_and_sparse_updates():
+    """Uses one device and one micro-batch, because the negatives come from one micro-batch."""
     dense = run("sampled", steps=2, model=NO_LAYERS, contrastive=AUGMENTED)
     assert dense[0][0] > reference("sampled", model=NO_LAYERS)[0][0]
     assert_close(run("sampled", steps=2, model=NO_LAYERS, table="sgd", contrastive=AUGMENTED), dense)
 
 
-def test_it_runs_on_a_mesh():
+def test_the_loss_is_finite_on_a_mesh():
     dropout = dataclasses.replace(AUGMENTED, view="dropout", same_target=True)
     losses, _, norms = run("softmax", 2, 2, steps=1, model=NO_LAYERS, contrastive=dropout)
     assert np.isfinite(losses + norms).all()
@@ -127,12 +128,12 @@ def test_it_runs_on_a_mesh():
         ({"model": SASRecConfig(dropout=0.0), "contrastive": ContrastiveConfig(weight=1.0)}, "model.dropout"),
     ],
 )
-def test_configs_that_do_not_go_together(sections, message):
+def test_unsupported_combinations_are_refused(sections, message):
     with pytest.raises(ValueError, match=message):
         ExperimentConfig(loss=BCEConfig(), **sections)
 
 
-def test_mistakes():
+def test_invalid_configs_are_refused():
     for fields in (
         {"weight": -1.0},
         {"temperature": 0.0},

@@ -1,4 +1,4 @@
-"""Distillation losses against their formulas in NumPy."""
+"""Distillation losses, compared with their formulas in NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -25,63 +25,66 @@ def logits(x, table):
 
 
 @pytest.fixture
-def views():
-    """A student of width 4 and teachers of widths 6 and 3: (x_BSD, table_VD, hidden)."""
+def models():
+    """(x_BSD, table_VD, hidden) of a student of width 4 and of teachers of widths 6 and 3."""
     rng = np.random.default_rng(0)
-    views = []
+    models = []
     for width in (4, 6, 3):
         arrays = [rng.normal(size=shape).astype(np.float32) for shape in [(B, S, width), (V, width)]]
         hidden = [rng.normal(size=(B, S, width)).astype(np.float32) for _ in range(2)]
-        views.append((*arrays, hidden))
-    return views
+        models.append((*arrays, hidden))
+    return models
 
 
 @pytest.fixture
 def batch():
     targets = np.random.default_rng(1).integers(1, V, (B, S)).astype(np.int32)
     targets[0, 3:] = 0
-    everywhere = np.ones((B, S), np.int32)
-    return Batch({}, everywhere, everywhere, {"item": targets})
+    ones = np.ones((B, S), np.int32)
+    return Batch({}, ones, ones, {"item": targets})
 
 
-def divergence(aim, log_probs):
-    return np.where(aim > 0, aim * (np.log(np.maximum(aim, 1e-30)) - log_probs), 0).sum(-1)
+def divergence(probs, log_probs):
+    return np.where(probs > 0, probs * (np.log(np.maximum(probs, 1e-30)) - log_probs), 0).sum(-1)
 
 
-@pytest.mark.parametrize("tile", [distill.TILE_ELEMENTS, 2 * V])  # at once, and two tokens at a time
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_the_divergence_from_the_mean_of_two_teachers(views, batch, temperature, tile, monkeypatch):
+# All tokens in one tile, and two tokens per tile.
+@pytest.mark.parametrize("tile, temperature", [(distill.TILE_ELEMENTS, 2.5), (2 * V, 1.0), (2 * V, 2.5)])
+def test_the_divergence_from_the_mean_of_two_teachers(models, batch, temperature, tile, monkeypatch):
     monkeypatch.setattr(distill, "TILE_ELEMENTS", tile)
     config = DistillConfig(weight=0.25, temperature=temperature)
-    aim = np.mean([softmax(logits(x, table) / temperature) for x, table, _ in views[1:]], axis=0)
-    log_probs = np.log(np.maximum(softmax(logits(*views[0][:2]) / temperature), 1e-30))
+    probs = np.mean([softmax(logits(x, table) / temperature) for x, table, _ in models[1:]], axis=0)
+    log_probs = np.log(np.maximum(softmax(logits(*models[0][:2]) / temperature), 1e-30))
     real = batch.targets > 0
-    taught = (divergence(aim, log_probs) * real).sum() * temperature**2
-    own = np.log(np.maximum(softmax(logits(*views[0][:2])), 1e-30))
+    distill_loss = (divergence(probs, log_probs) * real).sum() * temperature**2
+    own = np.log(np.maximum(softmax(logits(*models[0][:2])), 1e-30))
     own = -(np.take_along_axis(own, batch.targets[..., None], -1)[..., 0])[real].sum()
-    loss = jax.jit(lambda: distill_sum(config, None, views[0], views[1:], batch, None))()
-    np.testing.assert_allclose(loss, 0.75 * own + 0.25 * taught, rtol=1e-5)
+    loss = jax.jit(lambda: distill_sum(config, None, models[0], models[1:], batch, None))()
+    np.testing.assert_allclose(loss, 0.75 * own + 0.25 * distill_loss, rtol=1e-5)
 
 
-def test_a_student_that_agrees_has_nothing_to_learn(views, batch):
-    teacher = views[1]
-    for negatives in (None, draw(batch)):
-        loss = distill_sum(DistillConfig(weight=1.0), 3.0, teacher, [teacher], batch, negatives)
-        np.testing.assert_allclose(loss, 0, atol=1e-5)
+def test_a_student_equal_to_its_teacher_has_loss_zero(models, batch):
+    config, teacher = DistillConfig(weight=1.0), models[1]
+
+    @jax.jit
+    def losses(teacher, batch, drawn):
+        return [distill_sum(config, 3.0, teacher, [teacher], batch, x) for x in (None, drawn)]
+
+    np.testing.assert_allclose(losses(teacher, batch, draw(batch)), 0, atol=1e-5)
 
 
 @pytest.mark.parametrize("ranked, share, temperature", [(None, 1.0, 2.0), (3, 0.6, 2.0), (None, 0.6, 1.0)])
-def test_gradients_equal_those_of_the_formula(views, ranked, share, temperature):
-    (x, table, _), *teachers = views
+def test_gradients_equal_those_of_the_formula(models, ranked, share, temperature):
+    (x, table, _), *teachers = models
     weights = np.array([1.0, 0.0, 2.0] * S, np.float32)
     targets = np.random.default_rng(3).integers(1, V, B * S)
     targets[1] = 0  # padding, of weight 0
-    flat = [(t.reshape(B * S, -1), their_table) for t, their_table, _ in teachers]
-    aim = None if ranked is None else (lambda probs: distill._first_ranked(ranked, probs))
+    flat = [(x.reshape(B * S, -1), table) for x, table, _ in teachers]
+    transform = None if ranked is None else (lambda probs: distill._first_ranked(ranked, probs))
 
     def naive(x_TD, table_VD):
-        probs = sum(jax.nn.softmax(distill._logits(t, tab) / temperature) for t, tab in flat) / 2
-        probs = probs if aim is None else aim(probs)
+        probs = sum(jax.nn.softmax(distill._logits(*teacher) / temperature) for teacher in flat) / 2
+        probs = probs if transform is None else transform(probs)
         scores = distill._logits(x_TD, table_VD)
         log_probs = jax.nn.log_softmax(scores / temperature)
         terms = jnp.where(probs > 0, probs * (jnp.log(jnp.maximum(probs, 1e-30)) - log_probs), 0)
@@ -89,16 +92,20 @@ def test_gradients_equal_those_of_the_formula(views, ranked, share, temperature)
         losses = share * temperature**2 * jnp.sum(terms, -1) - (1 - share) * own
         return 3.0 * jnp.sum(weights * losses)
 
-    def ours(x_TD, table_VD):
-        return 3.0 * soft_cross_entropy(x_TD, table_VD, flat, targets, weights, share, aim, temperature)
+    def tiled(x_TD, table_VD):
+        options = (share, transform, temperature)
+        return 3.0 * soft_cross_entropy(x_TD, table_VD, flat, targets, weights, *options)
 
-    expected = jax.value_and_grad(naive, (0, 1))(x.reshape(B * S, -1), table)
-    got = jax.value_and_grad(ours, (0, 1))(x.reshape(B * S, -1), table)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4), got, expected)
-    assert np.all(got[1][1][0] == 0)  # nothing reaches the row of padding
+    @jax.jit
+    def both(x_TD, table_VD):
+        return [jax.value_and_grad(loss, (0, 1))(x_TD, table_VD) for loss in (naive, tiled)]
+
+    expected, actual = both(x.reshape(B * S, -1), table)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4), actual, expected)
+    assert np.all(actual[1][1][0] == 0)  # the padding entry gets no gradient
 
 
-def test_a_ranking_is_its_first_places_with_falling_weights():
+def test_a_ranking_gives_decreasing_weights_to_its_first_items():
     probs = np.array([[0.0, 0.1, 0.4, 0.2, 0.3]], np.float32)
     weights = np.exp(-np.array([0, 1]) / 1.0)
     expected = np.zeros((1, 5))
@@ -113,29 +120,29 @@ def draw(batch):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_a_sampled_loss_compares_the_target_and_its_negatives(views, batch, temperature):
+def test_a_sampled_loss_compares_the_target_and_its_negatives(models, batch, temperature):
     negatives = draw(batch)
     scores = []
-    for x, table, _ in views[:2]:
+    for x, table, _ in models[:2]:
         all_scores = x @ table.T / temperature
-        rows = np.zeros((B, S, 5))
+        candidates = np.zeros((B, S, 5))
         for b in range(B):
             for s in range(S):
                 target = batch.targets[b, s]
-                rows[b, s, 0] = all_scores[b, s, target]
+                candidates[b, s, 0] = all_scores[b, s, target]
                 for k, item in enumerate(np.asarray(negatives.ids_BSK)[b, 0]):
-                    rows[b, s, k + 1] = all_scores[b, s, item] + np.log((V - 1) / 4)
+                    candidates[b, s, k + 1] = all_scores[b, s, item] + np.log((V - 1) / 4)
                     if item == target:
-                        rows[b, s, k + 1] = -1e30
-        scores.append(rows)
+                        candidates[b, s, k + 1] = -1e30
+        scores.append(candidates)
     log_probs = np.log(np.maximum(softmax(scores[0]), 1e-30))
-    taught = (divergence(softmax(scores[1]), log_probs) * (batch.targets > 0)).sum() * temperature**2
+    expected = (divergence(softmax(scores[1]), log_probs) * (batch.targets > 0)).sum() * temperature**2
     config = DistillConfig(weight=1.0, temperature=temperature)
-    loss = distill_sum(config, 5.0, views[0], views[1:2], batch, negatives)
-    np.testing.assert_allclose(loss, taught, rtol=1e-5)
+    loss = distill_sum(config, 5.0, models[0], models[1:2], batch, negatives)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
-def test_similarities_of_real_tokens_do_not_depend_on_width(views, batch):
+def test_similarities_of_real_tokens_do_not_depend_on_width(models, batch):
     real = batch.targets > 0
 
     def cosines(x):
@@ -143,24 +150,26 @@ def test_similarities_of_real_tokens_do_not_depend_on_width(views, batch):
         return np.einsum("bsd,btd->bst", unit, unit)
 
     pairs = real[:, :, None] & real[:, None, :]
-    student, teacher = views[0][2], views[1][2]
+    student, teacher = models[0][2], models[1][2]
 
-    def apart(a, b):
+    def difference(a, b):
         squares = (cosines(a) - cosines(b)) ** 2
         return sum(squares[row][pairs[row]].mean() * real[row].sum() for row in range(B))
 
-    expected = np.mean([apart(a, b) for a, b in zip(student, teacher, strict=True)])
+    expected = np.mean([difference(a, b) for a, b in zip(student, teacher, strict=True)])
     np.testing.assert_allclose(similarity_sum(student, teacher, real), expected, rtol=1e-4)
-    one = apart(student[1], teacher[1])
+    one = difference(student[1], teacher[1])
     np.testing.assert_allclose(similarity_sum(student[1:], teacher, real), one, rtol=1e-4)  # last with last
     deep = similarity_sum([student[0]] * 4, teacher, real)
-    expected = (3 * apart(student[0], teacher[0]) + apart(student[0], teacher[1])) / 4
-    np.testing.assert_allclose(deep, expected, rtol=1e-4)  # the teacher's last for its own last alone
-    turned = [x @ np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0] for x in student]
-    np.testing.assert_allclose(similarity_sum(turned, student, real), 0, atol=1e-6)
+    expected = (3 * difference(student[0], teacher[0]) + difference(student[0], teacher[1])) / 4
+    np.testing.assert_allclose(
+        deep, expected, rtol=1e-4
+    )  # only the last of 4 layers matches the teacher's last
+    rotated = [x @ np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0] for x in student]
+    np.testing.assert_allclose(similarity_sum(rotated, student, real), 0, atol=1e-6)
 
 
-def test_mistakes_are_named():
+def test_invalid_configs_are_refused():
     for field, value in {"weight": 1.5, "temperature": 0.0, "num_ranked": 0, "hidden_weight": -1.0}.items():
         with pytest.raises(ValueError, match=f"{field}={value}"):
             DistillConfig(**{field: value})

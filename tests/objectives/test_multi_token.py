@@ -1,4 +1,4 @@
-"""Losses of first dims and of later items, against one loss each."""
+"""Matryoshka and multi-token losses, compared with a separate loss for each prefix and each head."""
 
 import dataclasses
 
@@ -35,37 +35,38 @@ def make(**fields):
     return model, with_leaf(params, "items/embedding", jnp.asarray(table_VD, jnp.float32))
 
 
-def slow_loss(queries_BSD, table_VD, ahead=0):
-    """Cross-entropy token by token, of the target `ahead` places further on in the same segment."""
+def expected_loss(queries_BSD, table_VD, ahead=0):
+    """The cross-entropy in NumPy of the targets `ahead` positions later in the same segment."""
     batch, total = jax.tree.map(np.asarray, BATCH), 0.0
+    queries_BSD, table_VD = np.asarray(queries_BSD, np.float64), np.asarray(table_VD, np.float64)
     rows, length = batch.items.shape
     for row in range(rows):
-        for place in range(length - ahead):
-            segment = batch.segments[row, place]
-            if segment == 0 or batch.segments[row, place + ahead] != segment:
+        for column in range(length - ahead):
+            segment = batch.segments[row, column]
+            if segment == 0 or batch.segments[row, column + ahead] != segment:
                 continue
-            scores = np.asarray(table_VD, np.float64)[1:] @ np.asarray(queries_BSD[row, place], np.float64)
-            total += np.log(np.exp(scores).sum()) - scores[batch.targets[row, place + ahead] - 1]
+            scores = table_VD[1:] @ queries_BSD[row, column]
+            total += np.log(np.exp(scores).sum()) - scores[batch.targets[row, column + ahead] - 1]
     return total
 
 
-def fast_loss(config, model, params, x_BSD):
+def objective_loss(config, model, params, x_BSD):
     context = StepContext(jnp.int32(0), jnp.uint32(0), Fixed(make_prior(config, np.ones(NUM_ITEMS + 1))))
     score = Objective(model, config, PrecisionConfig()).score
     return jax.jit(lambda params, x: score(params, x, [], BATCH, None, context))(params, x_BSD)
 
 
 @pytest.mark.parametrize("l2_normalize", [False, True])
-def test_the_loss_of_first_dims_is_that_of_smaller_vectors(l2_normalize):
+def test_matryoshka_averages_the_losses_of_smaller_vectors(l2_normalize):
     model, params = make(l2_normalize=l2_normalize, temperature=0.5, num_future=1)
     module, expected = model.bind(params), []
     for dims in (2, 5, D):
         x, table = X[..., :dims], module.items.embedding[...][:, :dims]
         if l2_normalize:
             x, table = (v / np.linalg.norm(v, axis=-1, keepdims=True) for v in (x, table))
-        expected.append(slow_loss(x / 0.5, table))
+        expected.append(expected_loss(x / 0.5, table))
     config = SoftmaxConfig(matryoshka=(2, 5))
-    loss = fast_loss(config, model, params, module.queries(X))
+    loss = objective_loss(config, model, params, module.queries(X))
     assert loss == pytest.approx(np.mean(expected), rel=1e-5)
 
 
@@ -84,32 +85,32 @@ def test_shifted_targets_by_hand():
     assert once.items is batch.items
 
 
-def test_heads_ask_for_later_items_of_the_same_history():
+def test_heads_predict_later_items_of_the_same_segment():
     model, params = make()
     kernels = RNG.normal(size=(2, D, D)).astype(np.float32) / 4
     params["future"] = {index: {"kernel": jnp.asarray(kernel)} for index, kernel in enumerate(kernels)}
     table = params["items"]["embedding"]
-    expected = slow_loss(X, table)
+    expected = expected_loss(X, table)
     for ahead in (1, 2):
-        expected += 0.5 * slow_loss(X + X @ kernels[ahead - 1], table, ahead)
-    loss = fast_loss(SoftmaxConfig(future_weight=0.5), model, params, X)
+        expected += 0.5 * expected_loss(X + X @ kernels[ahead - 1], table, ahead)
+    loss = objective_loss(SoftmaxConfig(future_weight=0.5), model, params, X)
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_first_head_is_the_model_without_the_others():
-    (plain, ahead) = (model.bind(params) for model, params in (make(num_future=1), make()))
-    np.testing.assert_array_equal(plain(BATCH), ahead(BATCH))  # and starts from the same numbers
-    np.testing.assert_array_equal(ahead.ahead(X, 1), X)  # a head starts as the first
+def test_heads_do_not_change_the_model_and_start_equal_to_the_first():
+    single, multi = (model.bind(params) for model, params in (make(num_future=1), make()))
+    np.testing.assert_array_equal(single(BATCH), multi(BATCH))
+    np.testing.assert_array_equal(multi.ahead(X, 1), X)
 
 
-ALL = SampledSoftmaxConfig(num_negatives=5, ips_power=0.5, matryoshka=(4,), exclude_history=True)
+COMBINED = SampledSoftmaxConfig(num_negatives=5, ips_power=0.5, matryoshka=(4,), exclude_history=True)
 
 
-def test_all_at_once_on_a_mesh_and_with_touched_rows():
+def test_matryoshka_and_heads_are_the_same_on_a_mesh_with_sparse_updates():
     fields = (*NO_LAYERS, ("num_future", 2))
-    dense = run(ALL, steps=2, model=fields)
+    dense = run(COMBINED, steps=2, model=fields)
     assert np.any(dense[1]["future"][0]["kernel"] != 0)
-    assert_close(run(ALL, 2, 2, steps=2, model=fields, table="sgd"), dense)
+    assert_close(run(COMBINED, 2, 2, steps=2, model=fields, table="sgd"), dense)
 
 
 @pytest.mark.parametrize(
@@ -126,12 +127,12 @@ def test_all_at_once_on_a_mesh_and_with_touched_rows():
         ({"model": CONFIG, "data": DataConfig(max_len=2)}, "num_future=3 must be at most data.max_len=2"),
     ],
 )
-def test_configs_that_do_not_go_together(sections, message):
+def test_unsupported_combinations_are_refused(sections, message):
     with pytest.raises(ValueError, match=message):
         ExperimentConfig(**sections)
 
 
-def test_mistakes_in_the_loss():
+def test_invalid_configs_are_refused():
     for fields in ({"matryoshka": (8, 4)}, {"matryoshka": (0,)}, {"future_weight": -1.0}):
         with pytest.raises(ValueError, match=next(iter(fields))):
             SoftmaxConfig(**fields)

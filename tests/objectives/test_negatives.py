@@ -6,7 +6,7 @@ from scipy.stats import chisquare
 from rec_jax.hashing import mix, row_keys
 from rec_jax.objectives.negatives import make_sampler
 
-COUNTS = np.array([99, 0, 1, 10, 50, 3])  # row 0 is padding; item 1 is unseen
+COUNTS = np.array([99, 0, 1, 10, 50, 3])  # entry 0 is padding; item 1 is unseen
 KEYS = row_keys(jnp.uint32(0), jnp.arange(100))
 
 
@@ -21,9 +21,9 @@ def test_draws_follow_the_stated_probabilities(kind):
     assert chisquare(counts[1:], expected * 20_000).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("num_items", [2, 7, 256, 1000])
-def test_draws_of_rows_steps_and_places_are_independent(num_items):
-    """Pairs of draws next to each other in a row, in neighbouring rows and in neighbouring steps."""
+@pytest.mark.parametrize("num_items", [2, 7, 1000])
+def test_draws_of_rows_positions_and_steps_are_independent(num_items):
+    """Compares neighbouring draws of one row, of neighbouring rows and of consecutive steps."""
     sampler = make_sampler("uniform", np.ones(num_items + 1))
     steps = [row_keys(mix(jnp.uint32(step)), jnp.arange(100)) for step in (0, 1)]
     first, second = (np.asarray(sampler.draw(key_B, (40, 10))) - 1 for key_B in steps)
@@ -44,7 +44,7 @@ def test_alias_table_is_exact_for_a_long_tail():
     np.testing.assert_allclose(probs, np.exp(sampler.log_prob_V[1:]), rtol=1e-4)
 
 
-def test_mistakes():
+def test_unknown_samplers_and_empty_catalogues_are_refused():
     with pytest.raises(ValueError, match="sampler='zipf'"):
         make_sampler("zipf", COUNTS)
     with pytest.raises(ValueError, match="empty"):

@@ -23,13 +23,13 @@ def inputs(num_tokens, num_rows, seed=0, scale=1.0):
 
 
 def float64_reference(h, table, targets, weights):
-    """Loss and gradients by the formula, in NumPy."""
+    """(loss, gradients of h and table) by the formula, in NumPy."""
     h, table, weights = (np.asarray(x, np.float64) for x in (h, table, weights))
     targets = np.asarray(targets)
     logits = h @ table.T
     logits[:, 0] = -np.inf
-    top = logits.max(1, keepdims=True)
-    lse = top[:, 0] + np.log(np.exp(logits - top).sum(1))
+    largest = logits.max(1, keepdims=True)
+    lse = largest[:, 0] + np.log(np.exp(logits - largest).sum(1))
     rows = np.arange(len(h))
     dlogits = np.exp(logits - lse[:, None])
     dlogits[rows, targets] -= 1
@@ -37,36 +37,42 @@ def float64_reference(h, table, targets, weights):
     return (weights * (lse - logits[rows, targets])).sum(), dlogits @ table, dlogits.T @ h
 
 
+def use_schedule(name, monkeypatch):
+    monkeypatch.setattr(softmax, "STREAM_ITEMS", 10**9 if name == "token_tiles" else 0)
+
+
 @pytest.fixture(params=["token_tiles", "item_tiles"])
 def schedule(request, monkeypatch):
-    monkeypatch.setattr(softmax, "STREAM_ITEMS", 10**9 if request.param == "token_tiles" else 0)
-    return request.param
+    use_schedule(request.param, monkeypatch)
 
 
-def loss_and_grads(*args):
-    """Compiled anew each time, for the tile sizes of the moment."""
-    return jax.jit(jax.value_and_grad(lambda *args: softmax.softmax_cross_entropy(*args), (0, 1)))(*args)
+def jitted():
+    """Returns a new compiled function, because tests change the tile sizes."""
+    return jax.jit(jax.value_and_grad(lambda *args: softmax.softmax_cross_entropy(*args), (0, 1)))
 
 
-def check(args, rtol=2e-5):
-    loss, grads = loss_and_grads(*args)
-    expected = float64_reference(*args)
-    np.testing.assert_allclose(loss, expected[0], rtol=rtol)
-    for grad, want in zip(grads, expected[1:], strict=True):
-        np.testing.assert_allclose(grad, want, rtol=rtol, atol=rtol * np.abs(want).max())
+def check(args, rtol=2e-5, loss_and_grads=None):
+    loss, grads = (loss_and_grads or jitted())(*args)
+    expected_loss, *expected_grads = float64_reference(*args)
+    np.testing.assert_allclose(loss, expected_loss, rtol=rtol)
+    for grad, expected in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, expected, rtol=rtol, atol=rtol * np.abs(expected).max())
 
 
-# Tiles of 256 items by 8 tokens: one less, exactly, one more, and three of them.
+# With tiles of 8 tokens by 256 items: less than a tile, exactly one, one more token or item, several tiles.
 @pytest.mark.parametrize(
-    "num_tokens, num_rows",
-    [(1, 256), (7, 256), (8, 256), (9, 256), (24, 256)] + [(8, 5), (8, 255), (8, 257), (8, 768), (25, 769)],
+    "schedule, num_tokens, num_rows",
+    [("token_tiles", num_tokens, 256) for num_tokens in (1, 7, 8, 9, 24)]
+    + [("item_tiles", 8, num_rows) for num_rows in (5, 255, 256, 257, 768)]
+    + [("token_tiles", 25, 769), ("item_tiles", 25, 769)],
 )
-def test_equals_the_formula_around_tile_sizes(schedule, monkeypatch, num_tokens, num_rows):
+def test_equals_the_formula_around_tile_sizes(schedule, num_tokens, num_rows, monkeypatch):
+    use_schedule(schedule, monkeypatch)
     monkeypatch.setattr(softmax, "TILE_ELEMENTS", 2048)
     check(inputs(num_tokens, num_rows))
 
 
-def test_naive_equals_the_formula():
+def test_the_naive_loss_equals_the_formula():
     args = inputs(9, 257)
     np.testing.assert_allclose(
         softmax.naive_softmax_cross_entropy(*args), float64_reference(*args)[0], rtol=1e-5
@@ -79,62 +85,64 @@ def test_huge_logits_stay_finite(schedule):
 
 def test_tokens_of_weight_zero_add_nothing(schedule):
     h, table, targets, _ = inputs(16, 300)
-    weights = jnp.arange(16) % 2 * 1.0
-    loss, (dh, dtable) = loss_and_grads(h, table, targets, weights)
-    half, (_, dtable_half) = loss_and_grads(h[1::2], table, targets[1::2], weights[1::2])
-    np.testing.assert_allclose(loss, half, rtol=1e-6)
-    np.testing.assert_allclose(dtable, dtable_half, rtol=1e-4, atol=1e-5)
+    weights = jnp.asarray(np.arange(16) % 2, jnp.float32)
+    loss, (dh, dtable) = jitted()(h, table, targets, weights)
+    expected, _, expected_dtable = float64_reference(h[1::2], table, targets[1::2], weights[1::2])
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_allclose(dtable, expected_dtable, rtol=1e-4, atol=1e-5)
     assert np.all(np.asarray(dh[::2]) == 0) and np.all(np.asarray(dtable[0]) == 0)
 
 
-@pytest.mark.parametrize("asked", [0, 1, 8, 9, 40])
-def test_tiles_without_a_weight_are_skipped(schedule, monkeypatch, asked):
-    """40 tokens in 5 tiles of 8, and only some, anywhere, have a weight."""
+def test_any_number_of_tokens_may_have_weight_zero(schedule, monkeypatch):
+    """40 tokens in 5 tiles of 8; `num_weighted` of them, at random columns, have a weight."""
     monkeypatch.setattr(softmax, "TILE_ELEMENTS", 2048)
     h, table, targets, _ = inputs(40, 256)
-    weights = np.zeros(40, np.float32)
-    weights[np.random.default_rng(1).permutation(40)[:asked]] = 2.0
-    check((h, table, targets, jnp.asarray(weights)))
+    loss_and_grads = jitted()
+    for num_weighted in (0, 1, 8, 9, 40):
+        weights = np.zeros(40, np.float32)
+        weights[np.random.default_rng(1).permutation(40)[:num_weighted]] = 2.0
+        check((h, table, targets, jnp.asarray(weights)), loss_and_grads=loss_and_grads)
 
 
 def test_bf16_inputs_get_bf16_gradients(schedule):
     h, table, targets, weights = inputs(32, 300)
     h, table = h.astype(jnp.bfloat16), table.astype(jnp.bfloat16)
-    loss, grads = loss_and_grads(h, table, targets, weights)
-    expected = float64_reference(h, table, targets, weights)
+    loss, grads = jitted()(h, table, targets, weights)
+    expected_loss, *expected_grads = float64_reference(h, table, targets, weights)
     assert loss.dtype == jnp.float32 and {g.dtype for g in grads} == {jnp.dtype(jnp.bfloat16)}
-    np.testing.assert_allclose(loss, expected[0], rtol=1e-5)  # sums are in f32, the target's too
-    for grad, want in zip(grads, expected[1:], strict=True):
-        error = np.abs(np.asarray(grad, np.float32) - want).max()
-        assert error < 0.01 * np.abs(want).max()
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)  # all sums are in f32
+    for grad, expected in zip(grads, expected_grads, strict=True):
+        error = np.abs(np.asarray(grad, np.float32) - expected).max()
+        assert error < 0.01 * np.abs(expected).max()
 
 
 def temporary_bytes(fn, num_tokens, num_rows):
-    args = inputs(num_tokens, num_rows)
+    shapes = (num_tokens, D), (num_rows, D), (num_tokens,), (num_tokens,)
+    dtypes = jnp.float32, jnp.float32, jnp.int32, jnp.float32
+    args = [jax.ShapeDtypeStruct(*arg) for arg in zip(shapes, dtypes, strict=True)]
     compiled = jax.jit(jax.grad(fn, (0, 1))).lower(*args).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def test_temporary_memory_does_not_hold_tokens_times_items():
-    """Doubling both at 4 times the product: naive memory grows 4 times, ours by what inputs grow."""
+def test_temporary_memory_is_smaller_than_all_logits():
     naive = temporary_bytes(softmax.naive_softmax_cross_entropy, 8192, 16_384)
     assert naive > 4 * 8192 * 16_384
     for num_tokens, num_rows in [(4096, 8192), (8192, 16_384), (8192, 65_536)]:
         temp = temporary_bytes(softmax.softmax_cross_entropy, num_tokens, num_rows)
-        # A handful of tiles, and gradients of the size of the inputs.
+        # Several tiles, and gradients of the size of the inputs.
         inputs_bytes = 4 * D * (num_tokens + num_rows)
         assert temp < 6 * 4 * softmax.TILE_ELEMENTS + 6 * inputs_bytes
         assert temp < 4 * num_tokens * num_rows
 
 
 @pytest.mark.parametrize("data, model", [(4, 2), (1, 1)])
-def test_rows_spread_over_a_mesh_give_the_same_loss_and_gradients(data, model, monkeypatch):
-    monkeypatch.setattr(softmax, "TILE_ELEMENTS", 16 * 128)  # several tiles a device
+def test_a_row_sharded_table_gives_the_same_loss_and_gradients(data, model, monkeypatch):
+    monkeypatch.setattr(softmax, "TILE_ELEMENTS", 16 * 128)  # several tiles per device
     num_rows = 2500
     h, table, targets, weights = inputs(16, num_rows)
     targets = targets.at[3].set(num_rows - 1)
     placement, mesh = Placement(num_rows), make_mesh(MeshConfig(data=data, model=model))
-    spread = jax.device_put(placement.place(table), NamedSharding(mesh, P(AXES)))
+    sharded = jax.device_put(placement.place(table), NamedSharding(mesh, P(AXES)))
 
     def part(h_TD, table_vD, targets_T, weights_T):
         real_v = placement.is_real(shard_index() * len(table_vD) + jnp.arange(len(table_vD)))
@@ -147,10 +155,10 @@ def test_rows_spread_over_a_mesh_give_the_same_loss_and_gradients(data, model, m
     on_mesh = jax.shard_map(
         part, mesh=mesh, in_specs=specs, out_specs=(P(), P("data"), P(AXES)), check_vma=False
     )
-    loss, dh, dtable = jax.jit(on_mesh)(h, spread, targets, weights)
+    loss, dh, dtable = jax.jit(on_mesh)(h, sharded, targets, weights)
     expected, dh_expected, dtable_expected = float64_reference(h, table, targets, weights)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     np.testing.assert_allclose(dh, dh_expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(placement.unplace(dtable), dtable_expected, rtol=1e-4, atol=1e-5)
-    filled_up = np.asarray(placement.is_real(jnp.arange(placement.size)))
-    assert not np.asarray(dtable)[~filled_up].any()
+    is_real = np.asarray(placement.is_real(jnp.arange(placement.size)))
+    assert not np.asarray(dtable)[~is_real].any()

@@ -1,4 +1,4 @@
-"""Tables against flax.nnx.Embed."""
+"""Embedding tables against flax.nnx.Embed."""
 
 import functools
 
@@ -25,7 +25,7 @@ def test_slices_are_independent_draws_of_the_same_distribution(monkeypatch):
     assert abs(table.mean()) < 4 * 0.5 / np.sqrt(8000) and abs(table.std() - 0.5) < 0.02
 
 
-def test_the_bits_are_those_of_nnx_embed(monkeypatch):
+def test_initial_values_equal_nnx_embed_to_the_bit(monkeypatch):
     monkeypatch.setattr(embedding, "_SLICE_ELEMENTS", 80)  # four slices
 
     def ours(rngs):
@@ -43,7 +43,7 @@ def test_the_bits_are_those_of_nnx_embed(monkeypatch):
 
 
 def lookup(module, ids, weights=0.0):
-    """Vectors, and the gradient of their sum under those weights with respect to the table."""
+    """Returns (vectors, gradient of their weighted sum with respect to the table)."""
     graphdef, state = nnx.split(module, nnx.Param)
 
     @functools.partial(jax.grad, has_aux=True)
@@ -55,20 +55,17 @@ def lookup(module, ids, weights=0.0):
     return np.asarray(vectors), np.asarray(grads["embedding"])
 
 
-def test_lookup_and_gradient_are_those_of_nnx_embed():
+def test_lookup_and_gradient_equal_nnx_embed():
     ids, weights = [[0, 6, 2], [2, 2, 5]], np.arange(18.0).reshape(2, 3, D)
     ours, theirs = Embedding(V, D, rngs=nnx.Rngs(0)), nnx.Embed(V, D, embedding_init=NORMAL, rngs=nnx.Rngs(0))
-    for got, expected in zip(lookup(ours, ids, weights), lookup(theirs, ids, weights), strict=True):
-        np.testing.assert_array_equal(got, expected)
+    for value, expected in zip(lookup(ours, ids, weights), lookup(theirs, ids, weights), strict=True):
+        np.testing.assert_array_equal(value, expected)
     assert lookup(ours, np.zeros((2, 0)))[0].shape == (2, 0, D)
 
 
 @pytest.mark.parametrize("num_rows", [1, V])
-def test_an_id_that_is_no_row_reads_as_nan_and_changes_no_row(num_rows):
+def test_invalid_ids_read_as_nan_and_get_no_gradient(num_rows):
     module = Embedding(num_rows, D, rngs=nnx.Rngs(0))
     vectors, grads = lookup(module, [-1, num_rows, -(2**31), 2**31 - 1, -num_rows, 0], weights=1.0)
     assert np.isnan(vectors[:-1]).all() and not np.isnan(vectors[-1]).any()
     np.testing.assert_array_equal(grads, np.eye(num_rows)[0][:, None] * np.ones(D))
-
-
-# Resetting rows

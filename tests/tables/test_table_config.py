@@ -1,4 +1,4 @@
-"""Tables as configs describe them: mistakes are named."""
+"""Configs of embedding tables: invalid settings are refused."""
 
 import numpy as np
 import optax
@@ -12,7 +12,7 @@ from rec_jax.train.optim import OptimConfig
 
 
 @pytest.mark.parametrize(
-    "fields, named",
+    "fields, message",
     [
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
         ({"weight_decay": -1.0, "optimizer": "sgd"}, "weight_decay=-1.0"),
@@ -21,12 +21,12 @@ from rec_jax.train.optim import OptimConfig
         ({"capacity_factor": -1.0}, "capacity_factor=-1.0 must be positive"),
     ],
 )
-def test_mistakes_of_one_table(fields, named):
-    with pytest.raises(ValueError, match=named):
+def test_invalid_table_settings_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
         TableConfig(**fields)
 
 
-def test_what_goes_with_the_loss():
+def test_row_sharding_and_sparse_updates_are_accepted_with_these_losses():
     ExperimentConfig(table=TableConfig(layout="rows"))
     ExperimentConfig(table=TableConfig(optimizer="sgd"), loss=BCEConfig())
 
@@ -36,7 +36,7 @@ def made(config, mesh):
     return make_tables(config, {"items": ("items/embedding", 10)}, mesh, schedule, OptimConfig(), None)
 
 
-def test_a_mesh_that_cannot_share_the_table():
+def test_meshes_that_cannot_shard_the_table_are_refused():
     config = TableConfig(optimizer="sgd", layout="rows")
     with pytest.raises(ValueError, match="mesh.model = 3 devices, which must divide 1024"):
         made(config, make_mesh(MeshConfig(data=3)))

@@ -1,4 +1,4 @@
-"""Bytes of each layout by hand, and the choice among them."""
+"""Costs of each layout by hand, and the choice of a layout."""
 
 import dataclasses
 
@@ -12,8 +12,8 @@ CONFIG = TableConfig(optimizer="rowwise_adagrad", device_gbytes=1e-3)
 
 
 def costs(config=CONFIG, num_rows=1000, dim=8, num_ids=64, data=2, model=4, optimizer="adam"):
-    found = layout_costs(config, optimizer, num_rows, dim, num_ids, data, model)
-    return {cost.layout: cost for cost in found}
+    by_layout = layout_costs(config, optimizer, num_rows, dim, num_ids, data, model)
+    return {cost.layout: cost for cost in by_layout}
 
 
 @pytest.mark.parametrize(
@@ -25,48 +25,49 @@ def costs(config=CONFIG, num_rows=1000, dim=8, num_ids=64, data=2, model=4, opti
         (BCEConfig(num_negatives=3, sharing="batch"), 1 + 2 * 4 * 10 + 3),
     ],
 )
-def test_ids_of_a_device(loss, expected):
+def test_number_of_ids_per_device(loss, expected):
     drawn = num_negatives(loss, 4, 10)
     assert ids_per_device(4, 10, drawn) == expected
     assert ids_per_device(4, 10, drawn, num_views=2) == expected + 80
 
 
 def test_costs_by_hand():
-    found = costs()
-    row, touched = 4 * 8, 64 * (4 + 4 * 8)
-    assert {name: cost.table_bytes for name, cost in found.items()} == {
-        "replicated": 1000 * row,
-        "dims": 1000 * row // 4,
-        "rows": 1000 * row // 8,
+    by_layout = costs()
+    entry, lookups = 4 * 8, 64 * (4 + 4 * 8)  # bytes
+    assert {name: cost.table_bytes for name, cost in by_layout.items()} == {
+        "replicated": 1000 * entry,
+        "dims": 1000 * entry // 4,
+        "rows": 1000 * entry // 8,
     }
-    assert found["replicated"].state_bytes == 4000 and found["rows"].state_bytes == 500
-    assert found["replicated"].sent_bytes == touched  # to the one other device of "data"
-    assert found["dims"].sent_bytes == 64 * row * 3 // 4 + 64 * (4 + row // 4)
-    # Half of what a device of a column asks for is the other's, there and back; columns add up.
-    assert found["rows"].sent_bytes == touched // 4 + 2 * 64 * row * 3 // 4
+    assert by_layout["replicated"].state_bytes == 4000 and by_layout["rows"].state_bytes == 500
+    assert by_layout["replicated"].sent_bytes == lookups  # to the one other device of "data"
+    assert by_layout["dims"].sent_bytes == 64 * entry * 3 // 4 + 64 * (4 + entry // 4)
+    # In a column, half of a device's lookups go to the other device, in a read and in an update; a sum over
+    # columns completes a read.
+    assert by_layout["rows"].sent_bytes == lookups // 4 + 2 * 64 * entry * 3 // 4
 
 
-def test_costs_of_a_table_that_is_like_any_parameter():
-    found = costs(dataclasses.replace(CONFIG, optimizer="dense"))
-    assert found.keys() == {"replicated", "rows"}
-    assert found["replicated"].sent_bytes == 1000 * 32  # an all-reduce over two devices
-    assert found["replicated"].state_bytes == 2 * 1000 * 32
-    assert (
-        costs(data=1, model=1).keys() == {"replicated"}
-        and costs(data=1, model=1)["replicated"].sent_bytes == 0
-    )
+def test_costs_of_a_dense_table():
+    by_layout = costs(dataclasses.replace(CONFIG, optimizer="dense"))
+    assert by_layout.keys() == {"replicated", "rows"}
+    assert by_layout["replicated"].sent_bytes == 1000 * 32  # an all-reduce over two devices
+    assert by_layout["replicated"].state_bytes == 2 * 1000 * 32
 
 
-def test_the_rule():
-    found = list(costs(num_rows=10_000).values())
-    by_layout = {cost.layout: cost for cost in found}
-    fitting = {name for name, cost in by_layout.items() if cost.fits(CONFIG)}
-    assert fitting == {"replicated", "dims", "rows"}
-    assert choose_layout(CONFIG, found) == min(found, key=lambda cost: cost.sent_bytes).layout
-    assert choose_layout(dataclasses.replace(CONFIG, layout="rows"), found) == "rows"
+def test_one_device_has_one_layout_and_sends_nothing():
+    by_layout = costs(data=1, model=1)
+    assert by_layout.keys() == {"replicated"} and by_layout["replicated"].sent_bytes == 0
+
+
+def test_auto_chooses_the_fitting_layout_that_sends_least():
+    by_layout = costs(num_rows=10_000)
+    choices = list(by_layout.values())
+    assert {name for name, cost in by_layout.items() if cost.fits(CONFIG)} == {"replicated", "dims", "rows"}
+    assert choose_layout(CONFIG, choices) == min(choices, key=lambda cost: cost.sent_bytes).layout
+    assert choose_layout(dataclasses.replace(CONFIG, layout="rows"), choices) == "rows"
     tight = dataclasses.replace(CONFIG, device_gbytes=5e-5)
-    assert choose_layout(tight, found) == "rows"
+    assert choose_layout(tight, choices) == "rows"
     with pytest.raises(ValueError, match="device_gbytes=1e-05.*layout='rows'"):
-        choose_layout(dataclasses.replace(CONFIG, device_gbytes=1e-5), found)
+        choose_layout(dataclasses.replace(CONFIG, device_gbytes=1e-5), choices)
     dense = dataclasses.replace(CONFIG, optimizer="dense")
     assert choose_layout(dense, list(costs(dense).values())) == "replicated"

@@ -21,6 +21,7 @@ RUN = {"config": {"width": 4, "ks": (5, 10), "train": {"epochs": 3}}, "split": "
 
 
 def _state(step: int):
+    """A training state whose values depend on the step."""
     return {
         "step": jnp.asarray(step, jnp.int32),
         "params": {
@@ -59,12 +60,12 @@ def test_restores_the_newest_of_best_and_latest(tmp_path):
     _assert_equal(restore(tmp_path, _state(0)), 8)
 
 
-def test_nothing_saved_is_none(tmp_path):
+def test_a_folder_without_checkpoints_gives_none(tmp_path):
     assert restore(tmp_path / "none", _state(0)) is None
     assert restore_best(tmp_path / "none", _state(0)["params"]) is None
 
 
-def test_restores_into_the_placement_of_the_target(tmp_path):
+def test_restores_into_the_sharding_of_the_target(tmp_path):
     _save(tmp_path, [3])
     mesh = Mesh(np.array(jax.devices()), ("data",))
     target = jax.device_put(_state(0), NamedSharding(mesh, PartitionSpec()))
@@ -85,7 +86,7 @@ def test_a_state_may_be_donated_while_it_is_written(tmp_path):
     assert not np.asarray(restore(tmp_path, state).state["params"]["w"]).any()
 
 
-def test_a_checkpoint_may_be_refused(tmp_path):
+def test_check_may_refuse_a_checkpoint(tmp_path):
     _save(tmp_path, [3])
 
     def refuse(record, path):
@@ -94,7 +95,7 @@ def test_a_checkpoint_may_be_refused(tmp_path):
 
     with pytest.raises(ValueError, match="another run"):
         restore(tmp_path, _state(0), refuse)
-    assert _steps(tmp_path, "latest") == [3]  # It is not damaged.
+    assert _steps(tmp_path, "latest") == [3]  # It was not set aside as damaged.
 
 
 def _files(path):
@@ -112,8 +113,8 @@ def _flip(path):
 
 
 @pytest.mark.parametrize("damage", [_truncate, _flip, pathlib.Path.unlink])
-def test_damage_to_any_file_falls_back_or_does_no_harm(tmp_path, capsys, damage):
-    """Whatever file is hit: the newest checkpoint equals what was saved, or the one before is."""
+def test_damage_to_any_file_is_harmless_or_falls_back(tmp_path, capsys, damage):
+    """Restores the saved state of the newest checkpoint or, if damage is found, of the one before it."""
     _save(tmp_path / "whole", [3, 5])
     num_fallbacks = 0
     files = [path.relative_to(tmp_path / "whole") for path in _files(tmp_path / "whole/latest/5")]
@@ -123,17 +124,17 @@ def test_damage_to_any_file_falls_back_or_does_no_harm(tmp_path, capsys, damage)
         damage(directory / file)
         restored = restore(directory, _state(0))
         _assert_equal(restored, restored.record["step"])
-        said = capsys.readouterr().err
+        errors = capsys.readouterr().err
         if restored.record["step"] == 3:
             num_fallbacks += 1
-            assert f"{directory / 'latest/5'} is damaged" in said
-            assert "falling back to the last good checkpoint, step 3" in said
+            assert f"{directory / 'latest/5'} is damaged" in errors
+            assert "falling back to the last good checkpoint, step 3" in errors
             assert (directory / "damaged/latest-5").is_dir()
             assert _steps(directory, "latest") == [3]
-    assert num_fallbacks >= 3  # The record, the tree's description and the arrays matter.
+    assert num_fallbacks >= 3  # at least the record, the description of the tree, and the arrays
 
 
-def test_deleted_folder_falls_back(tmp_path):
+def test_a_deleted_folder_falls_back(tmp_path):
     _save(tmp_path, [3, 5])
     shutil.rmtree(tmp_path / "latest/5/state")
     _assert_equal(restore(tmp_path, _state(0)), 3)
@@ -141,13 +142,13 @@ def test_deleted_folder_falls_back(tmp_path):
     assert restore(tmp_path, _state(0)) is None
 
 
-def test_the_best_is_a_fallback_for_the_latest(tmp_path):
+def test_a_damaged_latest_falls_back_to_the_best(tmp_path):
     _save(tmp_path, [3, 5], best=(3,))
     _truncate_all(tmp_path / "latest")
     _assert_equal(restore(tmp_path, _state(0)), 3)
 
 
-def test_damaged_best_falls_back(tmp_path, capsys):
+def test_a_damaged_best_falls_back_to_the_one_before(tmp_path, capsys):
     _save(tmp_path, [3, 5], best=(3, 5))
     _truncate_all(tmp_path / "best/5")
     assert restore_best(tmp_path, _state(0)["params"]).record["step"] == 3
@@ -159,7 +160,7 @@ def _truncate_all(path):
         _truncate(file)
 
 
-def test_none_whole_names_the_way_out(tmp_path):
+def test_if_all_are_damaged_the_error_says_what_to_do(tmp_path):
     _save(tmp_path, [3, 5])
     _truncate_all(tmp_path / "latest")
     with pytest.raises(DamagedError, match="none of the 2 checkpoints.*another workdir, or delete"):
@@ -167,11 +168,11 @@ def test_none_whole_names_the_way_out(tmp_path):
     assert _steps(tmp_path, "latest") == [3, 5]  # Nothing was moved or deleted.
 
 
-def test_half_written_folders_are_ignored_and_cleaned(tmp_path):
+def test_incomplete_folders_are_ignored_and_removed(tmp_path):
     _save(tmp_path, [3])
-    half = tmp_path / "latest/5.orbax-checkpoint-tmp"
-    shutil.copytree(tmp_path / "latest/3", half)
-    _truncate_all(half)
+    incomplete = tmp_path / "latest/5.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "latest/3", incomplete)
+    _truncate_all(incomplete)
     _assert_equal(restore(tmp_path, _state(0)), 3)
     _save(tmp_path, [5])
     assert _steps(tmp_path, "latest") == [3, 5]
@@ -184,22 +185,22 @@ def test_is_finite():
         assert not is_finite({"a": jnp.ones(3), "b": jnp.asarray([1, bad], jnp.bfloat16)})
 
 
-def test_a_damaged_newest_checkpoint_is_trained_again(tmp_path, capsys):
-    """The whole run, its newest or its best damaged on the way: the same end, and it is said."""
+def test_a_run_with_a_damaged_checkpoint_ends_like_an_uninterrupted_one(tmp_path, capsys):
 
     def rising(params):
         return {"ndcg@10": -toy_run.evaluate(params)["ndcg@10"]}
 
-    whole = toy_run.run(tmp_path / "b", evaluate_fn=rising)
+    expected = toy_run.run(tmp_path / "b", epochs=3, evaluate_fn=rising)
     toy_run.run(tmp_path / "a", epochs=2, evaluate_fn=rising)
-    _truncate_all(tmp_path / "a/checkpoints/best/14")  # The newest, and the best.
-    resumed = toy_run.run(tmp_path / "a", evaluate_fn=rising)
+    _truncate_all(tmp_path / "a/checkpoints/best/14")  # the newest and the best
+    resumed = toy_run.run(tmp_path / "a", epochs=3, evaluate_fn=rising)
     assert "falling back to the last good checkpoint, step 10" in capsys.readouterr().err
-    assert toy_run.digest(resumed.state) == toy_run.digest(whole.state)
-    assert resumed.best_value == whole.best_value
-    assert [line for line in resumed.history if "val/ndcg@10" in line] == [
-        line for line in whole.history if "val/ndcg@10" in line
-    ]
+    assert toy_run.digest(resumed.state) == toy_run.digest(expected.state)
+    assert resumed.best_value == expected.best_value
+    resumed_lines, expected_lines = (
+        [line for line in result.history if "val/ndcg@10" in line] for result in (resumed, expected)
+    )
+    assert resumed_lines == expected_lines
 
 
 def test_a_lost_best_is_replaced(tmp_path, capsys):
@@ -207,7 +208,7 @@ def test_a_lost_best_is_replaced(tmp_path, capsys):
     shutil.rmtree(tmp_path / "checkpoints/best/7")
     result = toy_run.run(tmp_path, epochs=2)
     assert "the best checkpoint (step 7) is lost" in capsys.readouterr().err
-    assert result.best_step == 14  # Evaluated again, as it is where the run resumes.
+    assert result.best_step == 14  # Evaluated again, because the run resumes from this step.
     assert toy_run.evaluate(result.best_params)["ndcg@10"] == result.best_value
 
 
@@ -224,24 +225,24 @@ except toy_run.SaveError as error:
 """
 
 
-def test_full_disk_ends_with_a_message_and_the_checkpoint_intact(tmp_path):
-    """A limit on the size of files stands in for the full disk: both fail a write half-way."""
+def test_a_full_disk_is_reported_and_earlier_checkpoints_stay_intact(tmp_path):
+    """Simulates a full disk by a limit on file size: both make a write fail half-way."""
     code = _LIMITED.format(folder=os.path.dirname(__file__), workdir=str(tmp_path / "a"))
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(_ROOT), "JAX_NUM_CPU_DEVICES": "1"},
         check=False,
     )
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr  # Orbax alone would log some twenty of them.
-    message = done.stderr.strip().splitlines()[-1]
+    assert process.returncode == 1, process.stderr
+    assert "Traceback" not in process.stderr  # Orbax would log about twenty.
+    message = process.stderr.strip().splitlines()[-1]
     assert "could not be written" in message and "the disk is full" in message
     assert "step 7 is intact" in message
     resumed = toy_run.run(tmp_path / "a", epochs=3, width=20_000)
-    whole = toy_run.run(tmp_path / "b", epochs=3, width=20_000)
-    assert toy_run.digest(resumed.state) == toy_run.digest(whole.state)
+    expected = toy_run.run(tmp_path / "b", epochs=3, width=20_000)
+    assert toy_run.digest(resumed.state) == toy_run.digest(expected.state)
 
 
 def test_a_checksum_does_not_depend_on_the_sharding():

@@ -1,4 +1,4 @@
-"""A table with spare entries: they are never drawn, scored or listed, and it grows without a compilation."""
+"""Tables with spare entries: these are never drawn, scored or listed, and growing does not compile again."""
 
 import dataclasses
 
@@ -16,35 +16,35 @@ from rec_jax.tables.exchange import Placement
 from rec_jax.tables.layouts import RowSharded
 
 
-def batch_of(num_items, seed=0):
-    batch = make_batch(seed)
-    small = jax.tree.map(
-        lambda ids: np.where(ids > 0, (ids - 1) % num_items + 1, 0), (batch.items, batch.targets)
-    )
-    return batch.with_items(small[0]).with_targets(small[1])
+def batch_of(num_items):
+    """A batch whose ids are at most `num_items`."""
+    batch = make_batch()
+    items, targets = (np.where(ids > 0, (ids - 1) % num_items + 1, 0) for ids in (batch.items, batch.targets))
+    return batch.with_items(items).with_targets(targets)
 
 
-def grow(step, loss, num_items):
+def set_num_items(step, loss, num_items):
     step.fixed = dataclasses.replace(step.fixed, prior=make_prior(loss, COUNTS, num_items))
 
 
 @pytest.mark.parametrize("kind", ["uniform", "popularity"])
 def test_spare_entries_are_never_drawn(kind):
-    few, all_ = make_sampler(kind, COUNTS, 30), make_sampler(kind, COUNTS[:31])
-    drawn = np.asarray(few.draw(jnp.arange(50, dtype=jnp.uint32), (400,)))
+    sampler, expected = make_sampler(kind, COUNTS, 30), make_sampler(kind, COUNTS[:31])
+    drawn = np.asarray(sampler.draw(jnp.arange(50, dtype=jnp.uint32), (400,)))
     assert drawn.min() == 1 and drawn.max() == 30
-    np.testing.assert_allclose(few.log_prob(np.arange(1, 31)), all_.log_prob(np.arange(1, 31)), rtol=1e-6)
-    assert np.all(few.log_prob(np.arange(31, NUM_ITEMS + 1)) == -np.inf)
+    ids = np.arange(1, 31)
+    np.testing.assert_allclose(sampler.log_prob(ids), expected.log_prob(ids), rtol=1e-6)
+    assert np.all(sampler.log_prob(np.arange(31, NUM_ITEMS + 1)) == -np.inf)
 
 
 @pytest.mark.parametrize("fields", [{}, {"devices": 2, "model_axis": 4, "layout": "rows", "micro_rows": 4}])
-def test_a_softmax_over_the_items_that_exist_and_one_trace_while_they_grow(fields):
+def test_growing_compiles_once_and_does_not_update_spare_entries(fields):
     config, options = make_config("softmax", model=NO_LAYERS, **fields)
     step, params = make(config, **options), initial_params(config.model)
     state = step.init(params)
     for num_items in (30, 35, NUM_ITEMS):
         batch = batch_of(num_items)
-        grow(step, config.loss, num_items)
+        set_num_items(step, config.loss, num_items)
         before = jax.device_get(step.tables.unplace(state.params))
         state, metrics = step(state, place_batch(batch, step.mesh))
         after = jax.device_get(step.tables.unplace(state.params))
@@ -54,7 +54,7 @@ def test_a_softmax_over_the_items_that_exist_and_one_trace_while_they_grow(field
     assert step._jitted._cache_size() == 1
 
 
-def test_the_loss_is_that_of_a_table_without_spare_entries():
+def test_the_loss_equals_that_of_a_table_without_spare_entries():
     rng = np.random.default_rng(0)
     x_TD, table_VD = (
         rng.normal(size=(6, 4)).astype(np.float32),
@@ -68,13 +68,13 @@ def test_the_loss_is_that_of_a_table_without_spare_entries():
 
 
 @pytest.mark.parametrize("is_sharded", [False, True])
-def test_ranks_and_lists_know_only_the_items_that_exist(is_sharded):
+def test_ranks_and_top_k_ignore_spare_entries(is_sharded):
     rng = np.random.default_rng(1)
     x_BD, table_VD = (
         rng.normal(size=(5, 4)).astype(np.float32),
         rng.normal(size=(NUM_ITEMS + 1, 4)).astype(np.float32),
     )
-    targets_B, none = np.arange(1, 6), (np.full(1, 5, np.int32), np.zeros(1, np.int32))
+    targets_B, no_history = np.arange(1, 6), (np.full(1, 5, np.int32), np.zeros(1, np.int32))
     expected = Catalogue(jnp.asarray(table_VD[:31])).scores(x_BD)
     if is_sharded:
         mesh = make_mesh(MeshConfig(data=2, model=4))
@@ -84,8 +84,8 @@ def test_ranks_and_lists_know_only_the_items_that_exist(is_sharded):
         catalogue = Catalogue(jnp.asarray(table_VD), num_items=jnp.int32(30))
     scores = catalogue.scores(x_BD)
     for ours, theirs in zip(
-        jax.tree.leaves(scores.rank(targets_B, none, top_k=10)),
-        jax.tree.leaves(expected.rank(targets_B, none, top_k=10)),
+        jax.tree.leaves(scores.rank(targets_B, no_history, top_k=10)),
+        jax.tree.leaves(expected.rank(targets_B, no_history, top_k=10)),
         strict=True,
     ):
         np.testing.assert_array_equal(ours, theirs)

@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,11 +26,18 @@ STEPS = 4 * toy_run.STEPS_PER_EPOCH
 _ROOT = pathlib.Path(__file__).parents[2]
 
 
-def test_a_run_trains_evaluates_and_reports(tmp_path):
-    result = toy_run.run(tmp_path)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(workdir, FitResult) of an uninterrupted run with default settings; tests must not change it."""
+    workdir = tmp_path_factory.mktemp("finished")
+    return workdir, toy_run.run(workdir, plots=True)
+
+
+def test_a_run_trains_evaluates_and_reports(finished):
+    workdir, result = finished
     assert result.steps == STEPS and result.stopped_by == "epochs"
     assert int(result.state.step) == STEPS
-    lines = read_metrics(tmp_path / "metrics.jsonl")
+    lines = read_metrics(workdir / "metrics.jsonl")
     assert [line["step"] for line in lines if "val/ndcg@10" in line] == [7, 14, 21, 28]
     assert [line["step"] for line in lines if "train/loss" in line] == sorted(
         {1, *range(3, 28, 3), *range(5, 28, 5), 7, 14, 21, 28}
@@ -39,14 +47,14 @@ def test_a_run_trains_evaluates_and_reports(tmp_path):
     assert result.best_step == max(values, key=values.get)
     assert result.best_value == values[result.best_step]
     assert toy_run.evaluate(result.best_params)["ndcg@10"] == result.best_value
-    assert (tmp_path / "curves.png").stat().st_size > 1000
-    assert list((tmp_path / "tensorboard").iterdir())
+    assert (workdir / "curves.png").stat().st_size > 1000
+    assert list((workdir / "tensorboard").iterdir())
     assert result.progress.tokens_per_sec > 0
     assert result.progress.train_secs > 0 and result.progress.compile_secs > 0
 
 
-def test_metrics_are_totals_over_counts_of_the_window(tmp_path):
-    toy_run.run(tmp_path, checkpoint_every_steps=0, log_every_steps=100)
+def test_logged_metrics_are_totals_over_counts_since_the_last_log(tmp_path):
+    toy_run.run(tmp_path, checkpoint_every_steps=0, log_every_steps=100, epochs=1)
     state, step, losses = toy_run.init(), toy_run.make_step(), []
     for batch in toy_run.batches(7):
         state, metrics = step(state, batch)
@@ -58,7 +66,7 @@ def test_metrics_are_totals_over_counts_of_the_window(tmp_path):
     assert lines[1]["train/tokens"] == 3
 
 
-def test_patience_stops_and_the_best_is_kept(tmp_path):
+def test_patience_stops_the_run_and_the_best_parameters_are_returned(tmp_path):
     values = iter([0.1, 0.5, 0.4, 0.5, 0.3, 0.2])
     seen = []
 
@@ -67,12 +75,12 @@ def test_patience_stops_and_the_best_is_kept(tmp_path):
         return {"ndcg@10": next(values)}
 
     result = toy_run.run(tmp_path, epochs=6, patience=2, evaluate_fn=evaluate)
-    assert result.stopped_by == "patience" and result.steps == 4 * 7  # A tie is no improvement.
+    assert result.stopped_by == "patience" and result.steps == 4 * 7  # An equal value is no improvement.
     assert result.best_step == 14 and result.best_value == 0.5
     np.testing.assert_array_equal(result.best_params["w"], seen[1]["w"])
 
 
-def test_patience_zero_never_stops(tmp_path):
+def test_patience_zero_never_stops_the_run(tmp_path):
     result = toy_run.run(tmp_path, patience=0, evaluate_fn=lambda params: {"ndcg@10": 0.0})
     assert result.steps == STEPS and result.best_step == 7
 
@@ -83,8 +91,8 @@ def test_evaluations_several_times_an_epoch(tmp_path):
     assert steps == [4, 7]  # 3.5 rounds to 4; the last step is always evaluated.
 
 
-def test_nothing_is_evaluated_before_it_may_be(tmp_path):
-    result = toy_run.run(tmp_path, eval_every_epochs=1.0, eval_from=0.5)  # of 28 steps: not at 7 and 14
+def test_evaluations_start_after_the_configured_share_of_the_run(tmp_path):
+    result = toy_run.run(tmp_path, eval_from=0.5)  # of 28 steps: not at 7 and 14
     assert [line["step"] for line in result.history if "val/ndcg@10" in line] == [21, 28]
     result = toy_run.run(tmp_path / "end", eval_from=1.0)
     assert [line["step"] for line in result.history if "val/ndcg@10" in line] == [28]
@@ -95,7 +103,7 @@ def _no_step(state, batch):
 
 
 def _stopping_step(num: int):
-    """A step that sends SIGTERM to its process at its `num`th call."""
+    """Returns a step that sends SIGTERM to its process in call number `num`."""
     inner, calls = toy_run.make_step(), []
 
     def step(state, batch):
@@ -107,19 +115,18 @@ def _stopping_step(num: int):
     return step
 
 
-def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
-    first = toy_run.run(tmp_path)
-    lines = (tmp_path / "metrics.jsonl").read_text()
-
+def test_a_finished_run_is_not_trained_again(finished, tmp_path, capsys):
+    first = finished[1]
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     again = toy_run.run(tmp_path, step=_no_step, evaluate_fn=None)
     assert "already finished at step 28" in capsys.readouterr().err
     assert toy_run.digest(again.state) == toy_run.digest(first.state)
     assert toy_run.digest(again.best_params) == toy_run.digest(first.best_params)
-    assert (tmp_path / "metrics.jsonl").read_text() == lines
+    assert (tmp_path / "metrics.jsonl").read_text() == (finished[0] / "metrics.jsonl").read_text()
     assert again.progress == first.progress and again.best_step == first.best_step
 
 
-def test_the_best_is_handed_over_once_it_is_on_the_disk(tmp_path):
+def test_on_best_is_called_once_the_checkpoint_is_on_disk(tmp_path):
     values, calls = {7: 0.1, 14: 0.5, 21: 0.4, 28: 0.3}, []
     evaluations = iter(values.values())
 
@@ -131,12 +138,12 @@ def test_the_best_is_handed_over_once_it_is_on_the_disk(tmp_path):
 
     fields = {"evaluate_fn": lambda params: {"ndcg@10": next(evaluations)}, "on_best": on_best}
     toy_run.run(tmp_path, **fields)
-    assert calls == [(7, 0.1), (14, 0.5), (14, 0.5)]  # The last one: the best of the run, at its end.
-    toy_run.run(tmp_path, **fields)  # Nothing is left to train: should the file be lost, it is made again.
+    assert calls == [(7, 0.1), (14, 0.5), (14, 0.5)]  # The last call is made at the end of the run.
+    toy_run.run(tmp_path, **fields)  # A finished run calls it again, in case its output was lost.
     assert calls[3:] == [(14, 0.5)]
 
 
-def test_a_failed_save_hands_over_nothing(tmp_path, monkeypatch):
+def test_on_best_is_not_called_if_the_save_fails(tmp_path, monkeypatch):
     calls = []
 
     def fail(self):
@@ -149,28 +156,27 @@ def test_a_failed_save_hands_over_nothing(tmp_path, monkeypatch):
     assert not calls
 
 
-def test_a_run_can_be_extended(tmp_path):
-    toy_run.run(tmp_path / "a", epochs=2)
-    extended = toy_run.run(tmp_path / "a", epochs=4)
-    whole = toy_run.run(tmp_path / "b", epochs=4)
-    assert toy_run.digest(extended.state) == toy_run.digest(whole.state)
+def test_a_run_can_be_extended(finished, tmp_path):
+    toy_run.run(tmp_path, epochs=2)
+    extended = toy_run.run(tmp_path, epochs=4)
+    assert toy_run.digest(extended.state) == toy_run.digest(finished[1].state)
 
 
-@pytest.mark.parametrize("epochs", [1, 4])
 @pytest.mark.parametrize("is_finished", [False, True])
-def test_a_run_with_a_decaying_rate_keeps_its_length(tmp_path, epochs, is_finished):
-    """Refused before a step is taken, and nothing is written."""
+def test_a_run_with_a_decaying_rate_keeps_its_length(tmp_path, is_finished):
+    """Another number of epochs is refused before any step, and nothing is written."""
     cosine = {"optim": {"schedule": "cosine"}}
     with contextlib.nullcontext() if is_finished else pytest.raises(SystemExit):
         toy_run.run(tmp_path, epochs=2, settings=cosine, step=None if is_finished else _stopping_step(9))
     lines = (tmp_path / "metrics.jsonl").read_text()
-    with pytest.raises(ValueError, match=rf"train.epochs \(saved 2, now {epochs}\).*schedule='cosine'"):
-        toy_run.run(tmp_path, epochs=epochs, settings=cosine, step=_no_step, evaluate_fn=None)
+    for epochs in (1, 4):
+        with pytest.raises(ValueError, match=rf"train.epochs \(saved 2, now {epochs}\).*schedule='cosine'"):
+            toy_run.run(tmp_path, epochs=epochs, settings=cosine, step=_no_step, evaluate_fn=None)
     assert (tmp_path / "metrics.jsonl").read_text() == lines
     assert toy_run.run(tmp_path, epochs=2, settings=cosine).steps == 14
 
 
-def test_more_patience_resumes_a_run_that_patience_stopped(tmp_path):
+def test_a_run_stopped_by_patience_resumes_with_more_patience(tmp_path):
     fields = {"evaluate_fn": lambda params: {"ndcg@10": 0.5}, "settings": {"optim": {"schedule": "cosine"}}}
     stopped = toy_run.run(tmp_path, patience=1, **fields)
     assert stopped.stopped_by == "patience" and stopped.steps == 14
@@ -178,58 +184,57 @@ def test_more_patience_resumes_a_run_that_patience_stopped(tmp_path):
     assert resumed.stopped_by == "epochs" and resumed.steps == STEPS
 
 
-def test_the_metric_of_the_best_may_change_once_the_run_is_finished(tmp_path, capsys):
-    seen, all_items = ({"eval": {"filter_seen": value, "ks": [10]}} for value in (True, False))
+def test_the_validation_metric_may_change_once_the_run_is_finished(tmp_path, capsys):
+    unseen, all_items = ({"eval": {"filter_seen": value, "ks": [10]}} for value in (True, False))
     with pytest.raises(SystemExit):
-        toy_run.run(tmp_path, settings=seen, step=_stopping_step(9))
+        toy_run.run(tmp_path, settings=unseen, step=_stopping_step(9))
     with pytest.raises(ValueError, match=r"eval.filter_seen \(saved True, now False\)"):
         toy_run.run(tmp_path, settings=all_items, step=_no_step)
     with pytest.raises(SystemExit):  # after the last step, but before its evaluation
-        toy_run.run(tmp_path / "end", settings=seen, step=_stopping_step(STEPS))
+        toy_run.run(tmp_path / "end", settings=unseen, step=_stopping_step(STEPS))
     with pytest.raises(ValueError, match=r"eval.filter_seen"):
         toy_run.run(tmp_path / "end", settings=all_items, step=_no_step)
-    best = toy_run.run(tmp_path, settings=seen).best_step
+    best = toy_run.run(tmp_path, settings=unseen).best_step
     capsys.readouterr()
     assert toy_run.run(tmp_path, settings=all_items, step=_no_step, evaluate_fn=None).best_step == best
     assert "changed since then: config.eval.filter_seen (saved True, now False)" in capsys.readouterr().err
 
 
-def test_the_learning_rate_of_the_last_step_is_logged(tmp_path):
-    lines = [line for line in toy_run.run(tmp_path).history if "train/loss" in line]
+def test_the_learning_rate_of_the_last_step_is_logged(finished):
+    lines = [line for line in finished[1].history if "train/loss" in line]
     assert lines and all(line["train/learning_rate"] == 0.04 / line["step"] for line in lines)
 
 
-def test_another_config_in_the_same_workdir_is_refused(tmp_path):
-    toy_run.run(tmp_path, epochs=1)
+def test_another_config_in_the_same_workdir_is_refused(finished):
     with pytest.raises(ValueError, match=r"batch_rows \(saved 32, now 8\).*new workdir"):
-        toy_run.run(tmp_path, epochs=1, batch_rows=8)
+        toy_run.run(finished[0], batch_rows=8, step=_no_step)
 
 
-def test_nan_names_the_step_and_the_batch(tmp_path):
+def test_nan_is_reported_with_its_step_and_batch(finished, tmp_path):
     with pytest.raises(FloatingPointError) as error:
         toy_run.run(tmp_path, step=toy_run.make_step(nan_at=16), log_every_steps=50)
     message = str(error.value)
     assert "loss became NaN or infinite at step 17: epoch 3, batch 3 of 7" in message
     assert "last saved step is 15" in message
-    # What was saved is whole: the run without the fault resumes from there.
+    # The saved state is intact: a run without the NaN resumes from it.
     resumed = toy_run.run(tmp_path, log_every_steps=50)
-    assert toy_run.digest(resumed.state) == toy_run.digest(toy_run.run(tmp_path / "b").state)
+    assert toy_run.digest(resumed.state) == toy_run.digest(finished[1].state)
 
 
 def test_nan_parameters_are_never_saved(tmp_path):
-    # The loss of step 15 is finite, its update is not, and step 15 is to be saved.
+    # The loss of step 15 is finite, but its update is not, and a save is due after step 15.
     with pytest.raises(FloatingPointError, match="parameters are not finite after step 15"):
         toy_run.run(tmp_path, step=toy_run.make_step(nan_params_at=14))
     saved = [path.name for path in (tmp_path / "checkpoints").glob("*/*")]
     assert "15" not in saved and "14" in saved
 
 
-def test_missing_metric_is_named(tmp_path):
+def test_an_unknown_metric_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"metric='mrr' is not among .*ndcg@10, error"):
         toy_run.run(tmp_path, metric="mrr")
 
 
-def test_short_data_is_named(tmp_path, monkeypatch):
+def test_data_that_end_early_are_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(toy_run, "batches", lambda *_, short=toy_run.batches: short(10))
     with pytest.raises(ValueError, match="the data ended at step 10 of 28"):
         toy_run.run(tmp_path)
@@ -243,13 +248,13 @@ def test_short_data_is_named(tmp_path, monkeypatch):
         ({"eval_every_epochs": 0.0}, r"eval_every_epochs=0\.0 must be positive"),
     ],
 )
-def test_bad_config(fields, message):
+def test_invalid_configs_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**fields)
 
 
 def test_the_host_does_not_run_far_ahead(tmp_path, monkeypatch):
-    """At most a few steps are queued: the loop waits for the step of a while ago."""
+    """At most a few steps are queued: the loop waits for an earlier step before it queues another."""
     waited = []
     array_type = type(jnp.zeros(()))
     block = array_type.block_until_ready
@@ -258,42 +263,40 @@ def test_the_host_does_not_run_far_ahead(tmp_path, monkeypatch):
     assert len(waited) >= STEPS - 4
 
 
-@pytest.mark.parametrize("step", [10, 14, 28])  # Within an epoch, where an evaluation is due, the last.
-def test_sigterm_saves_and_a_resumed_run_is_bit_equal(tmp_path, step):
+@pytest.mark.parametrize("step", [10, 14, 28])  # within an epoch; where an evaluation is due; the last step
+def test_sigterm_saves_and_a_resumed_run_is_bit_equal(finished, tmp_path, step):
     with pytest.raises(SystemExit) as stop:
-        toy_run.run(tmp_path / "a", step=_stopping_step(step))
+        toy_run.run(tmp_path, step=_stopping_step(step))
     assert stop.value.code == 0
-    assert (tmp_path / "a/checkpoints/latest" / str(step)).is_dir()
-    resumed = toy_run.run(tmp_path / "a")
-    whole = toy_run.run(tmp_path / "b")
-    _assert_same(resumed, whole)
+    assert (tmp_path / "checkpoints/latest" / str(step)).is_dir()
+    _assert_same(toy_run.run(tmp_path), finished[1])
 
 
-def _assert_same(resumed, whole):
-    """State, best and evaluations equal, bit for bit; no evaluation twice."""
-    assert toy_run.digest(resumed.state) == toy_run.digest(whole.state)
-    assert toy_run.digest(resumed.best_params) == toy_run.digest(whole.best_params)
-    assert resumed.best_step == whole.best_step and resumed.best_value == whole.best_value
-    assert resumed.stopped_by == whole.stopped_by and resumed.steps == whole.steps
-    assert _evaluations(resumed.history) == _evaluations(whole.history)
+def _assert_same(resumed, expected):
+    """Asserts equal bits of states and best parameters, and equal evaluations, each logged once."""
+    assert toy_run.digest(resumed.state) == toy_run.digest(expected.state)
+    assert toy_run.digest(resumed.best_params) == toy_run.digest(expected.best_params)
+    assert resumed.best_step == expected.best_step and resumed.best_value == expected.best_value
+    assert resumed.stopped_by == expected.stopped_by and resumed.steps == expected.steps
+    assert _evaluations(resumed.history) == _evaluations(expected.history)
 
 
 def _evaluations(lines):
     return [line for line in lines if "val/ndcg@10" in line]
 
 
-def test_killed_at_random_moments(tmp_path):
-    """SIGKILL at random moments until the run ends by itself: the end is that of a whole run."""
-    whole = toy_run.run(tmp_path / "b", eval_every_epochs=0.5, epochs=6)
+def test_a_run_killed_at_random_moments_ends_like_an_uninterrupted_one(tmp_path):
+    """Sends SIGKILL at random moments, then lets the run finish."""
+    expected = toy_run.run(tmp_path / "b", eval_every_epochs=0.5, epochs=6)
     fields = {"eval_every_epochs": 0.5, "epochs": 6, "pause": 0.05}
     rng, num_kills, path = random.Random(0), 0, tmp_path / "a"
-    for _ in range(6):
+    for _ in range(4):
         process = _spawn(path, fields)
         log = path / "metrics.jsonl"
         size = log.stat().st_size if log.exists() else 0
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
-            if log.exists() and log.stat().st_size > size:  # It trains: kill within half a second.
+            if log.exists() and log.stat().st_size > size:  # It is training: kill it within half a second.
                 time.sleep(rng.uniform(0, 0.5))
                 process.kill()
                 num_kills += 1
@@ -307,9 +310,9 @@ def test_killed_at_random_moments(tmp_path):
         output, errors = _spawn(path, fields).communicate()
     assert num_kills >= 3
     result = json.loads(output)
-    assert result == {"digest": toy_run.digest(whole.state), "best_step": whole.best_step}
+    assert result == {"digest": toy_run.digest(expected.state), "best_step": expected.best_step}
     lines = read_metrics(path / "metrics.jsonl")
-    assert _evaluations(lines) == _evaluations(whole.history)
+    assert _evaluations(lines) == _evaluations(expected.history)
 
 
 def _spawn(workdir, fields, **popen):
@@ -325,13 +328,13 @@ def _spawn(workdir, fields, **popen):
 
 def test_fit_works_outside_the_main_thread(tmp_path):
     results = []
-    thread = threading.Thread(target=lambda: results.append(toy_run.run(tmp_path)))
+    thread = threading.Thread(target=lambda: results.append(toy_run.run(tmp_path, epochs=1)))
     thread.start()
     thread.join()
-    assert results[0].steps == STEPS
+    assert results[0].steps == toy_run.STEPS_PER_EPOCH
 
 
-def test_monitor_drops_what_will_be_written_again(tmp_path):
+def test_monitor_removes_lines_that_will_be_written_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [
         {"step": 5, "train/loss": 1.0},

@@ -1,4 +1,4 @@
-"""What may change between two sessions of a run, with the keys of real configs."""
+"""Settings that may or may not change between two sessions of a run, with the keys of real configs."""
 
 import copy
 import dataclasses
@@ -15,7 +15,7 @@ RUN = {"config": dataclasses.asdict(ExperimentConfig()), "split": "abc"}
 
 
 def changed(run, **fields):
-    """The run with other values, `train__epochs=3`."""
+    """Returns a copy of `run` with other config values, given as `train__epochs=3`."""
     run = copy.deepcopy(run)
     for name, value in fields.items():
         *path, key = name.split("__")
@@ -31,12 +31,12 @@ def check(saved, current, is_finished=False):
     check_same_run(saved, current, PATH, is_finished=is_finished)
 
 
-def test_the_keys_exist():
+def test_the_free_keys_exist():
     flat = changes({}, RUN)
     assert not set(same_run._FREE) - flat.keys()
 
 
-def test_another_run_is_refused_and_keys_are_named():
+def test_a_different_run_is_refused_with_the_names_of_its_keys():
     other = changed(RUN, model__width=48, data__max_len=20, train__patience=3) | {"seed": 1}
     del other["split"]
     with pytest.raises(ValueError) as error:
@@ -61,18 +61,18 @@ def test_another_run_is_refused_and_keys_are_named():
         {"eval__batch_bytes": 2**10},
     ],
 )
-def test_free_keys(fields):
+def test_free_keys_may_change(fields):
     check(RUN, changed(RUN, **fields))
 
 
 @pytest.mark.parametrize("fields", [{"codes__epochs": 3}, {"mesh__reduce": "bf16"}, {"train__batch_rows": 8}])
-def test_keys_that_change_what_a_step_computes(fields):
-    with pytest.raises(ValueError, match="is another one"):
+def test_keys_that_affect_steps_are_refused(fields):
+    with pytest.raises(ValueError, match="has other settings"):
         check(RUN, changed(RUN, **fields), is_finished=True)
 
 
 @pytest.mark.parametrize("fields", [{"eval__filter_seen": False}, {"eval__max_examples": 10}])
-def test_the_metric_that_picks_the_best_changes_only_once_it_is_picked(fields):
+def test_the_validation_metric_may_change_only_after_the_run_is_finished(fields):
     with pytest.raises(ValueError, match=rf"config.{next(iter(fields)).replace('__', '.')} \(saved"):
         check(RUN, changed(RUN, **fields))
     check(RUN, changed(RUN, **fields), is_finished=True)
@@ -98,7 +98,7 @@ CONSTANT = changed(RUN, train__epochs=4)
         ),
     ],
 )
-def test_a_run_on_a_schedule_of_all_its_steps_keeps_its_length(fields, named, epochs, is_finished):
+def test_epochs_may_not_change_if_a_setting_is_relative_to_them(fields, named, epochs, is_finished):
     saved = changed(CONSTANT, **fields)
     check(saved, changed(saved, train__patience=3), is_finished)
     with pytest.raises(ValueError) as error:
@@ -112,10 +112,10 @@ def test_a_run_on_a_schedule_of_all_its_steps_keeps_its_length(fields, named, ep
     "fields",
     [
         {"optim__warmup_steps": 100},
-        {"compress__prune__end": 0.5},  # of no names
+        {"compress__prune__end": 0.5},  # without names: no pruning
         {"compress__quant__aware": True, "compress__quant__aware_from": 0.0},
     ],
 )
-def test_other_runs_may_change_their_length(fields, epochs):
+def test_epochs_may_change_otherwise(fields, epochs):
     saved = changed(CONSTANT, **fields)
     check(saved, changed(saved, train__epochs=epochs))

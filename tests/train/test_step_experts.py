@@ -1,4 +1,4 @@
-"""Steps of a mixture of experts, whose balance is part of the loss, are the same on every mesh."""
+"""Steps of mixtures of experts: the same result on every mesh, and a balance penalty in the loss."""
 
 import jax
 import jax.numpy as jnp
@@ -38,13 +38,13 @@ def mixture(config_class=SASRecConfig, **fields):
     )
 
 
-def test_the_division_into_devices_and_micro_steps_changes_nothing():
-    """Experts over "model", other parameters over "data", the table over both; two micro-steps a device."""
-    spread = {"model_axis": 4, "fully_sharded": True, "layout": "rows"}
-    assert_close(run("softmax", 2, 2, **spread, **FIELDS), reference("softmax", **FIELDS))
+def test_devices_and_micro_batches_do_not_change_the_result():
+    """Shards experts over "model", other parameters over "data", the table over both; two micro-batches."""
+    sharding = {"model_axis": 4, "fully_sharded": True, "layout": "rows"}
+    assert_close(run("softmax", 2, 2, **sharding, **FIELDS), reference("softmax", **FIELDS))
 
 
-def test_the_balance_is_added_to_the_loss_of_a_training():
+def test_the_training_loss_includes_the_balance_penalty():
     batch = make_batch().replace(row_ids=np.arange(8, dtype=np.int32))
     context = StepContext(0, jnp.uint32(3), Fixed(make_prior(LOSSES["softmax"], COUNTS)))
     params, models = initial_params(mixture()), {}
@@ -60,11 +60,11 @@ def test_the_balance_is_added_to_the_loss_of_a_training():
 
     ((plain, _), (loss, tokens)), (penalty_B,) = compute(params)
     np.testing.assert_allclose(loss - plain, np.sum(penalty_B), rtol=1e-3)
-    assert 0.3 <= np.sum(penalty_B) / tokens < 0.4  # the router begins near balance, which is 1
+    assert 0.3 <= np.sum(penalty_B) / tokens < 0.4  # nearly balanced at initialisation: about weight * 1
 
 
 @pytest.mark.parametrize("config_class", [SASRecConfig, ESASRecConfig, BERT4RecConfig])
-def test_every_layer_has_a_balance_in_training_and_none_else(config_class):
+def test_layers_have_a_balance_penalty_in_training_only(config_class):
     model = define_model(model_builder(mixture(config_class, num_layers=3), NUM_ITEMS, LENGTH))
     batch = make_batch().replace(is_query=np.zeros((8, LENGTH), bool))
 
@@ -80,7 +80,7 @@ def test_every_layer_has_a_balance_in_training_and_none_else(config_class):
 
 @pytest.mark.parametrize("config_class", [SASRecConfig, ESASRecConfig])
 @pytest.mark.parametrize("num_experts, axis", [(8, "model"), (6, None)])
-def test_experts_lie_over_the_mesh_where_they_can_be_divided(config_class, num_experts, axis):
+def test_experts_are_sharded_if_the_mesh_axis_divides_their_number(config_class, num_experts, axis):
     config = mixture(config_class, num_experts=num_experts)
     model = define_model(model_builder(config, NUM_ITEMS, LENGTH))
     mesh = make_mesh(MeshConfig(data=2, model=4))

@@ -1,11 +1,10 @@
-"""Steps whose item embedding table is updated sparsely, or sharded over a mesh."""
+"""Steps with sparse updates of the item embedding table, and with sharded tables."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 from step_runs import (
-    LENGTH,
     MODEL,
     NUM_ITEMS,
     OPTIM,
@@ -18,15 +17,13 @@ from step_runs import (
 )
 
 from rec_jax.mesh import place_batch
-from rec_jax.models.base import init_model
-from rec_jax.models.sasrec import SASRec, SASRecConfig
 from rec_jax.train.optim import OptimConfig
 
 
 @pytest.mark.parametrize(
     "loss, update", [("sampled", "sgd"), ("in_batch", "adagrad"), ("bce", "adagrad"), ("gbce", "adagrad")]
 )
-def test_touched_rows_learn_what_a_dense_update_teaches_them(loss, update):
+def test_sparse_updates_equal_dense_updates(loss, update):
     optim = OptimConfig(type=update, learning_rate=0.5)
     dense = reference(loss, optim=optim)
     for devices, micro_rows in [(1, 2), (4, 1)] if loss == "sampled" else [(2, 2)]:
@@ -34,14 +31,19 @@ def test_touched_rows_learn_what_a_dense_update_teaches_them(loss, update):
 
 
 @pytest.mark.parametrize("loss, update", [("sampled", "adagrad"), ("in_batch", "sgd"), ("bce", "adagrad")])
-def test_spread_rows_learn_the_same_on_every_mesh(loss, update):
+def test_row_sharded_tables_give_the_same_result_on_every_mesh(loss, update):
     optim = OptimConfig(type=update, learning_rate=0.5)
     dense = reference(loss, optim=optim)
     for data, model in [(1, 1), (8, 1), (2, 4), (1, 8)] if loss == "sampled" else [(2, 4)]:
-        spread = run(loss, data, 8 // data, optim=optim, table=update, model_axis=model, layout="rows")
-        assert_close(spread, dense)
-    tight = {"layout": "rows", "capacity_factor": 0.01}  # many rounds
-    assert_close(run(loss, 4, 1, optim=optim, table=update, **tight), dense)
+        sharded = run(loss, data, 8 // data, optim=optim, table=update, model_axis=model, layout="rows")
+        assert_close(sharded, dense)
+
+
+@pytest.mark.parametrize("loss, update", [("sampled", "adagrad"), ("in_batch", "sgd")])
+def test_exchanges_in_many_rounds_give_the_same_result(loss, update):
+    optim = OptimConfig(type=update, learning_rate=0.5)
+    fields = {"layout": "rows", "capacity_factor": 0.01, "optim": optim, "table": update}
+    assert_close(run(loss, 4, 1, **fields), reference(loss, optim=optim))
 
 
 @pytest.mark.parametrize(
@@ -54,20 +56,20 @@ def test_spread_rows_learn_the_same_on_every_mesh(loss, update):
         ("dims", "catch_up_adam"),
     ],
 )
-def test_every_layout_learns_the_same(layout, update):
-    spread = run("sampled", 2, 4, table=update, model_axis=4, layout=layout)
-    assert_close(spread, reference("sampled", table=update))
+def test_every_layout_gives_the_same_result(layout, update):
+    sharded = run("sampled", 2, 4, table=update, model_axis=4, layout=layout)
+    assert_close(sharded, reference("sampled", table=update))
 
 
 @pytest.mark.parametrize("data, model", [(1, 1), (8, 1), (2, 4), (1, 8)])
-def test_a_whole_softmax_over_spread_rows_is_the_same_softmax(data, model):
+def test_a_full_softmax_over_a_row_sharded_table_gives_the_same_result(data, model):
     optim = OptimConfig(type="adagrad", learning_rate=0.5)
-    spread = run("softmax", data, 4 // data or 1, optim=optim, model_axis=model, layout="rows")
-    assert_close(spread, reference("softmax", optim=optim))
+    sharded = run("softmax", data, 4 // data or 1, optim=optim, model_axis=model, layout="rows")
+    assert_close(sharded, reference("softmax", optim=optim))
 
 
 @pytest.mark.parametrize("layout", ["rows", "dims"])
-def test_clipping_is_that_of_the_whole_gradient_in_every_layout(layout):
+def test_clipping_uses_the_global_norm_in_every_layout(layout):
     optim = dataclasses.replace(OPTIM, clip_norm=0.05)
     dense = reference("sampled", optim=optim)
     assert dense[2][0] > 0.05
@@ -75,18 +77,16 @@ def test_clipping_is_that_of_the_whole_gradient_in_every_layout(layout):
 
 
 @pytest.mark.parametrize("update", ["rowwise_adagrad", "lazy_adam"])
-def test_rows_that_no_batch_touches_stay(update):
-    batch = make_batch()  # whose negatives are drawn from itself
-    config = SASRecConfig(width=8, ff_width=8, num_layers=1)
-    _, before = init_model(lambda rngs: SASRec(config, NUM_ITEMS, LENGTH, rngs=rngs), seed=0)
+def test_entries_that_no_batch_reads_do_not_change(update):
+    batch = make_batch()  # "in_batch" draws negatives from it
     _, params, _ = run("in_batch", 2, 4, table=update, batches=[batch] * 3)
-    changed = (params["items"]["embedding"] != np.asarray(before["items"]["embedding"])).any(-1)
+    changed = (params["items"]["embedding"] != initial_params(MODEL)["items"]["embedding"]).any(-1)
     read = np.union1d(batch.items, batch.targets)
     assert 0 < len(read) - 1 < NUM_ITEMS
     np.testing.assert_array_equal(np.flatnonzero(changed), read[read > 0])
 
 
-def test_an_id_beyond_the_table_shows_in_the_loss():
+def test_an_id_outside_the_table_makes_the_loss_nan():
     step, batch = make_program("sampled", table="sgd"), make_batch()
     for bad in (-1, NUM_ITEMS + 1, 2**30):
         batch.items[0, 0] = bad

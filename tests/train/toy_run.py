@@ -1,14 +1,17 @@
-"""A toy run for the loop's tests: a linear model on numbers, in process or as a script.
+"""A run of a linear model, for tests of the training loop, in this process or as a script.
 
-As a script: `python toy_run.py WORKDIR JSON` trains with the fields of TrainConfig in JSON, slowed
-by `pause` seconds a step, and prints the digest of the final parameters.
+`python toy_run.py WORKDIR JSON` calls `run` with the keyword arguments in JSON, and prints the digest of the
+final state.
 """
 
+import contextlib
 import dataclasses
+import functools
 import json
 import sys
 import time
 import zlib
+from unittest import mock
 
 import grain
 import jax
@@ -17,6 +20,7 @@ import numpy as np
 
 from rec_jax.train.checkpoint import SaveError
 from rec_jax.train.loop import TrainConfig, TrainingData, Validation, fit
+from rec_jax.train.monitor import Monitor
 
 STEPS_PER_EPOCH = 7
 
@@ -37,8 +41,9 @@ def init(width: int = 4) -> ToyState:
     )
 
 
+@functools.cache
 def make_step(nan_at: int = -1, nan_params_at: int = -1):
-    """A step whose loss (or parameters only) is NaN at a 0-based step."""
+    """Returns a step whose loss (or parameters only) become NaN at a 0-based step."""
 
     def step(state, batch):
         def loss_fn(params):
@@ -59,7 +64,7 @@ def make_step(nan_at: int = -1, nan_params_at: int = -1):
 
 
 class ToySource:
-    """Batch `step` depends on the step alone."""
+    """A data source whose batches depend on the step only."""
 
     def __init__(self, num_steps: int, width: int = 4):
         self._num_steps, self._width = num_steps, width
@@ -92,8 +97,10 @@ def run(
     width=4,
     eval_from=0.0,
     on_best=None,
+    plots=False,  # drawing takes longer than the training
     **fields,
 ):
+    """Calls `fit`. pause: seconds to wait in each step. fields: of TrainConfig."""
     defaults = {"epochs": 4, "log_every_steps": 3, "checkpoint_every_steps": 5}
     config = TrainConfig(**defaults | fields)
     step = step or make_step()
@@ -102,17 +109,18 @@ def run(
         time.sleep(pause)
         return step(state, batch)
 
-    return fit(
-        init(width),
-        paused_step if pause else step,
-        TrainingData(batches(config.epochs * STEPS_PER_EPOCH, width), STEPS_PER_EPOCH),
-        Validation(evaluate_fn, begin=eval_from),
-        config=config,
-        workdir=workdir,
-        run_info={"config": {"train": dataclasses.asdict(config), **(settings or {})}, "split": "abc"},
-        learning_rate=lambda step: 0.04 / (step + 1),
-        on_best=on_best,
-    )
+    with contextlib.nullcontext() if plots else mock.patch.object(Monitor, "plot"):
+        return fit(
+            init(width),
+            paused_step if pause else step,
+            TrainingData(batches(config.epochs * STEPS_PER_EPOCH, width), STEPS_PER_EPOCH),
+            Validation(evaluate_fn, begin=eval_from),
+            config=config,
+            workdir=workdir,
+            run_info={"config": {"train": dataclasses.asdict(config), **(settings or {})}, "split": "abc"},
+            learning_rate=lambda step: 0.04 / (step + 1),
+            on_best=on_best,
+        )
 
 
 def digest(state) -> int:
