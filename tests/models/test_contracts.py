@@ -36,9 +36,8 @@ def small(config_class, **fields):
 
 
 def builder(config):
-    return model_builder(
-        config, NUM_ITEMS, MAX_LEN, numbered_semantic_ids(NUM_ITEMS, SemanticIdsConfig(codebook_size=3))
-    )
+    semantic_ids = numbered_semantic_ids(NUM_ITEMS, SemanticIdsConfig(codebook_size=3, num_levels=2))
+    return model_builder(config, NUM_ITEMS, MAX_LEN, semantic_ids)
 
 
 @functools.cache

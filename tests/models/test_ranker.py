@@ -66,7 +66,7 @@ def row_sharded():
 
 def beam():
     config = TigerConfig(width=8, ff_width=8, num_heads=2, num_layers=1, dropout=0.0)
-    semantic_ids = numbered_semantic_ids(NUM_ITEMS, SemanticIdsConfig(codebook_size=3))
+    semantic_ids = numbered_semantic_ids(NUM_ITEMS, SemanticIdsConfig(codebook_size=3, num_levels=2))
     model, params = random_model(config, semantic_ids=semantic_ids)
     return BeamRanker(model, params, NUM_ITEMS, MAX_LEN, make_mesh(MeshConfig(data=2)), num_beams=7)
 
