@@ -52,7 +52,8 @@ LOSSES = {
 
 
 MODEL = SASRecConfig(width=8, ff_width=8, num_layers=1, dropout=0.3)
-NO_LAYERS = (("num_layers", 0),)  # compiles faster; for tests of losses
+NO_LAYERS = (("num_layers", 0),)  # compiles faster; for tests of losses and tables
+NO_LAYER_MODEL = dataclasses.replace(MODEL, **dict(NO_LAYERS))
 F32 = PrecisionConfig()
 OPTIM = OptimConfig(type="sgd", learning_rate=0.5)
 COUNTS = np.arange(NUM_ITEMS + 1)

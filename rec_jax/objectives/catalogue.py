@@ -80,9 +80,7 @@ class Scores:
                 jnp.isnan(values_Bv) & is_item_Bv,
             )
             is_listed_Bv = is_unseen_Bv if filter_seen else is_item_Bv
-            finite_Bv = jnp.maximum(
-                values_Bv, _MIN_FLOAT
-            )  # a listed score of -inf stays above excluded items
+            finite_Bv = jnp.maximum(values_Bv, _MIN_FLOAT)  # ranks items that score -inf above excluded items
             best_BK, id_BK = columns.top_k(jnp.where(is_listed_Bv, finite_Bv, -jnp.inf), top_k)
             top_BK = jnp.where(best_BK == -jnp.inf, 0, id_BK)
             if sampled_BN is None:

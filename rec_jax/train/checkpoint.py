@@ -220,8 +220,8 @@ def _read(path: pathlib.Path, target, check=None) -> Restored:
 
 def _reader() -> ocp.Checkpointer:
     """A reader for this process only; otherwise Orbax would wait for a process that found damage."""
-    alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
+    options = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=options)
 
 
 @contextlib.contextmanager

@@ -115,12 +115,12 @@ def _flip(path):
 @pytest.mark.parametrize("damage", [_truncate, _flip, pathlib.Path.unlink])
 def test_damage_to_any_file_is_harmless_or_falls_back(tmp_path, capsys, damage):
     """Restores the saved state of the newest checkpoint or, if damage is found, of the one before it."""
-    _save(tmp_path / "whole", [3, 5])
+    _save(tmp_path / "intact", [3, 5])
     num_fallbacks = 0
-    files = [path.relative_to(tmp_path / "whole") for path in _files(tmp_path / "whole/latest/5")]
+    files = [path.relative_to(tmp_path / "intact") for path in _files(tmp_path / "intact/latest/5")]
     for i, file in enumerate(files):
         directory = tmp_path / str(i)
-        shutil.copytree(tmp_path / "whole", directory)
+        shutil.copytree(tmp_path / "intact", directory)
         damage(directory / file)
         restored = restore(directory, _state(0))
         _assert_equal(restored, restored.record["step"])

@@ -65,7 +65,9 @@ def test_free_keys_may_change(fields):
     check(RUN, changed(RUN, **fields))
 
 
-@pytest.mark.parametrize("fields", [{"codes__epochs": 3}, {"mesh__reduce": "bf16"}, {"train__batch_rows": 8}])
+@pytest.mark.parametrize(
+    "fields", [{"semantic_ids__epochs": 3}, {"mesh__reduce": "bf16"}, {"train__batch_rows": 8}]
+)
 def test_keys_that_affect_steps_are_refused(fields):
     with pytest.raises(ValueError, match="has other settings"):
         check(RUN, changed(RUN, **fields), is_finished=True)

@@ -9,6 +9,7 @@ import step_runs
 from step_runs import (
     LOSSES,
     MODEL,
+    NO_LAYER_MODEL,
     NO_LAYERS,
     NUM_ITEMS,
     OPTIM,
@@ -28,8 +29,9 @@ from rec_jax.tree import leaf_names
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_devices_and_micro_batches_do_not_change_the_result(loss):
+    model = () if loss == "softmax" else NO_LAYERS
     for devices, micro_rows in [(2, 2), (8, 1)] if loss == "in_batch" else [(2, 2)]:
-        assert_close(reference(loss, devices, micro_rows), reference(loss))
+        assert_close(run(loss, devices, micro_rows, model=model), reference(loss, model=model))
 
 
 @pytest.mark.parametrize("data, model, fully_sharded", [(8, 1, True), (2, 4, True), (1, 8, False)])
@@ -59,17 +61,20 @@ def test_gradients_summed_in_bf16_are_close_to_f32():
 
 @pytest.mark.parametrize("table", [None, "sgd"])
 def test_gradients_are_clipped_by_their_global_norm(table):
-    unclipped = run("sampled", steps=1, table=table)
+    fields = {"steps": 1, "model": NO_LAYERS, "table": table}
+    unclipped = run("sampled", **fields)
     limit = unclipped[2][0] / 4
-    clipped = run("sampled", steps=1, table=table, optim=dataclasses.replace(OPTIM, clip_norm=limit))
-    expected = jax.tree.map(lambda old, new: old + (new - old) / 4, initial_params(MODEL), unclipped[1])
+    clipped = run("sampled", optim=dataclasses.replace(OPTIM, clip_norm=limit), **fields)
+    expected = jax.tree.map(
+        lambda old, new: old + (new - old) / 4, initial_params(NO_LAYER_MODEL), unclipped[1]
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), clipped[1], expected)
 
 
 def test_gradients_below_the_clip_norm_are_unchanged():
-    unclipped = run("sampled", steps=1, table="sgd")
-    optim = dataclasses.replace(OPTIM, clip_norm=4 * unclipped[2][0])
-    clipped = run("sampled", steps=1, table="sgd", optim=optim)
+    fields = {"steps": 1, "model": NO_LAYERS, "table": "sgd"}
+    unclipped = run("sampled", **fields)
+    clipped = run("sampled", optim=dataclasses.replace(OPTIM, clip_norm=4 * unclipped[2][0]), **fields)
     jax.tree.map(np.testing.assert_array_equal, clipped[1], unclipped[1])
 
 
