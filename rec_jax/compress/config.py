@@ -12,8 +12,8 @@ from rec_jax.objectives.distill import DistillConfig
 
 @dataclass(frozen=True)
 class CompressConfig:
-    """Settings that make a model smaller. The steps run in this order: the architecture is shrunk (or replaced
-    by a student), training distils, masks and quantizes, and the result is stored in integers.
+    """Settings of compression. The steps run in this order: the architecture is shrunk (or replaced by a
+    student), training distils, masks and quantizes, and the result is stored in integers.
 
     recipe: a named recipe of `python -m experiments.compress`; it sets the keys below and those of the
       fine-tuning, except the ones given explicitly.

@@ -90,7 +90,7 @@ def _score(config, leaf: Leaf, weight, accumulated, seed: int) -> jax.Array:
 
 
 def _random(leaf: Leaf, shape: tuple[int, ...], seed: int) -> jax.Array:
-    """f32 in [0, 1), a hash of the position in the whole parameter. shape: of this device's shard."""
+    """f32 in [0, 1), a hash of the index in the whole parameter. shape: of this device's shard."""
     index = jnp.zeros(shape, jnp.uint32)
     for dim, axis in enumerate(leaf.axes):
         first = 0 if axis is None else jax.lax.axis_index(axis).astype(jnp.uint32) * shape[dim]
