@@ -1,4 +1,4 @@
-"""Compressed runs beside their parent: quality kept, bytes, operations, latency."""
+"""Compares compressed runs with their parent: quality kept, bytes, operations, latency."""
 
 import itertools
 import time
@@ -18,21 +18,21 @@ from rec_jax.models.scoring import top_items
 from rec_jax.report import print_table
 from rec_jax.tree import num_params
 
-_CALLS = {1: 300, 64: 60}  # timed calls of each model, by batch size
+_CALLS = {1: 300, 64: 60}  # {batch size: number of timed calls of each model}
 _TOP_K = 10
 PARENT = "f32"
 
 
 def measure(parent, runs: dict) -> dict[str, dict]:
-    """{name: figures} of the parent (as "f32") and of each run, all on the parent's test part."""
-    everything = {PARENT: parent, **runs}
-    models = {name: run.trained for name, run in everything.items()}
+    """Returns {name: figures} for the parent (named "f32") and each run, all on the parent's test part."""
+    all_runs = {PARENT: parent, **runs}
+    models = {name: run.trained for name, run in all_runs.items()}
     params = {name: jax.device_put(model.params, jax.devices()[0]) for name, model in models.items()}
-    quality = {name: _per_example(parent, run) for name, run in everything.items()}
+    quality = {name: _per_example(parent, run) for name, run in all_runs.items()}
     users = quality[PARENT]["users"]
-    times = _latencies(everything, params, parent)
+    times = _latencies(all_runs, params, parent)
     rows = {}
-    for name, run in everything.items():
+    for name, run in all_runs.items():
         work = answer_multiply_adds(run.model, run.config.data.max_len)
         row = {key: float(quality[name][key].mean()) for key in ("ndcg@10", "hr@10")}
         for key, kept in (("ndcg@10", "ndcg_kept"), ("hr@10", "hr_kept")):
@@ -61,7 +61,7 @@ def measure(parent, runs: dict) -> dict[str, dict]:
 
 
 def _per_example(parent, run) -> dict[str, np.ndarray]:
-    """NDCG@10, HR@10 and user of each example of the test part."""
+    """NDCG@10, HR@10 and user of each example of the parent's test part."""
     config = parent.config
     ranker = run.trained.ranker(run.mesh)
     values = per_example(ranker, parent.histories, parent.split, "test", config.eval, config.seed)
@@ -69,13 +69,16 @@ def _per_example(parent, run) -> dict[str, np.ndarray]:
 
 
 def _latencies(runs: dict, params: dict, parent) -> dict[str, dict]:
-    """{name: p50_ms_batch1, p99_ms_batch1, ..., compiled_flops_batch1, ...}; calls of all models in turns."""
+    """Returns {name: {"p50_ms_batch1", "p99_ms_batch1", ..., "compiled_flops_batch1", ...}}.
+
+    Calls of all models are interleaved, so that a change of the machine's load affects all of them.
+    """
     rows = {name: {} for name in runs}
     for size, num_calls in _CALLS.items():
         batch = _batch(parent, size)
         calls, times = {}, {name: [] for name in runs}
         for name, run in runs.items():
-            calls[name] = _answer(run, params[name], batch).compile()
+            calls[name] = _lower_top_items(run, params[name], batch).compile()
             rows[name][f"compiled_flops_batch{size}"] = calls[name].cost_analysis()["flops"]
             jax.block_until_ready(calls[name](params[name], batch))
         for _ in range(num_calls):
@@ -89,8 +92,8 @@ def _latencies(runs: dict, params: dict, parent) -> dict[str, dict]:
     return rows
 
 
-def _answer(run, params, batch):
-    """The program that finds the best items of a batch of histories, lowered."""
+def _lower_top_items(run, params, batch):
+    """The lowered program that returns the top items for a batch of histories."""
     if not run.model.is_generative:
         return top_items.lower(run.model, params, batch, _TOP_K)
     last_N = (batch.segments > 0).sum(1) - 1
@@ -101,11 +104,11 @@ def _answer(run, params, batch):
 
 
 def _batch(parent, size: int) -> Batch:
-    """Histories of the test part, one a row."""
+    """Histories of the test part, one per row."""
     ex = examples(parent.histories, parent.split, "test")
     max_len = parent.config.data.max_len
     items, segments, positions = np.zeros((3, size, max_len), np.int32)
-    length = max_len if parent.model.is_causal else max_len - 1  # and a query token
+    length = max_len if parent.model.is_causal else max_len - 1  # leaves room for a query token
     for row, index in enumerate(np.random.default_rng(0).integers(0, len(ex.users), size)):
         start, end = parent.histories.offsets[ex.users[index]], ex.ends[index]
         history = parent.histories.items[max(start, end - length) : end]
@@ -116,7 +119,7 @@ def _batch(parent, size: int) -> Batch:
 
 
 HEAD = (
-    "", "NDCG@10", "kept", "95 % interval", "HR@10", "kept", "disk", "fewer", "memory", "params", "zeros",
+    "", "NDCG@10", "kept", "95 % interval", "HR@10", "kept", "disk", "smaller", "memory", "params", "zeros",
     "multiply-adds", "p50, 1", "p99, 1", "p50, 64", "p99, 64",
 )  # fmt: skip
 
@@ -149,7 +152,7 @@ def print_rows(rows: dict) -> None:
 
 
 def write(rows: dict, output) -> None:
-    """pareto.json, pareto.md, pareto.png."""
+    """Writes pareto.json, pareto.md and pareto.png."""
     from rec_jax.experiment import write_json
 
     write_json(output / "pareto.json", rows)
@@ -163,12 +166,12 @@ def _plot(rows: dict, path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
-    views = {
-        "bytes_ratio": "bytes on disk, of the parent's",
-        "flops_ratio": "multiply-adds, of the parent's",
+    panels = {
+        "bytes_ratio": "bytes on disk, relative to the parent",
+        "flops_ratio": "multiply-adds, relative to the parent",
         "p50_ms_batch64": "median ms for 64 users",
     }
-    for axes, (key, label) in zip(figure.subplots(1, 3, sharey=True), views.items(), strict=True):
+    for axes, (key, label) in zip(figure.subplots(1, 3, sharey=True), panels.items(), strict=True):
         for (name, row), marker in zip(rows.items(), itertools.cycle("ovs^D*Pp<>Xh"), strict=False):
             low, high = row["ndcg_kept_ci"]
             kept = row["ndcg_kept"]

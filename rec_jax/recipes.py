@@ -1,7 +1,8 @@
-"""A trained run made smaller: named recipes, and the way from a parent run to a stored model.
+"""Compression of a trained run: named recipes, and the steps from a parent run to a stored smaller model.
 
-The order is that of `CompressConfig`: the architecture shrinks (or a student takes its place), training goes
-on (distilling, masking, quantizing as asked), the result is stored.
+The steps are those of `CompressConfig`, in its order: the architecture is shrunk (or replaced by a student),
+the model is trained further (with distillation, masks or fake quantization as configured), the result is
+stored.
 """
 
 import bisect
@@ -29,13 +30,13 @@ from rec_jax.objectives.objective import Fixed, Objective, StepContext
 from rec_jax.run_config import ExperimentConfig
 from rec_jax.tree import cast_floats, num_params
 
-# All parameters but biases, norms and routers, whose choices a rounding may change.
+# All parameters except biases, norms and routers: rounding a router may change which experts it chooses.
 WEIGHTS = r"(?!.*router).*(kernel|embedding)"
 
 
-def _taught(cfg, parent: Experiment) -> None:
-    """Learns mostly from the parent, whose soft answers regularise; less dropout is needed beside them. A
-    model without item vectors has no teacher."""
+def _distil_from_parent(cfg, parent: Experiment) -> None:
+    """Sets the parent as the teacher, with weight 0.9, and reduces dropout: soft targets regularise. A
+    generative retrieval model, which has no item vectors, gets no teacher."""
     if parent.model.is_generative:
         return
     cfg.compress.distill.teachers, cfg.compress.distill.weight = (str(parent.workdir),), 0.9
@@ -43,8 +44,9 @@ def _taught(cfg, parent: Experiment) -> None:
 
 
 def _fine_tune(cfg, parent: Experiment) -> None:
-    """Half the parent's epochs, from its weights, with it as the teacher, whose answers regularise enough."""
-    _taught(cfg, parent)
+    """Sets fine-tuning for half the parent's epochs, from its weights and with it as the teacher. No dropout:
+    the teacher's soft targets regularise enough."""
+    _distil_from_parent(cfg, parent)
     cfg.model.dropout = 0.0
     cfg.train.epochs = max(1, round(parent.config.train.epochs / 2))
     cfg.train.eval_every_epochs, cfg.train.patience = 1.0, 0
@@ -66,8 +68,8 @@ def _int4_tables(cfg, parent):
 def _prune70(cfg, parent):
     _fine_tune(cfg, parent)
     cfg.compress.prune.names, cfg.compress.prune.share = WEIGHTS, 0.7
-    cfg.compress.prune.end = 0.25  # what follows makes up for it
-    # Gradients know which rows of the table people ask for; sizes of weights do not.
+    cfg.compress.prune.end = 0.25  # the rest of training recovers quality
+    # Gradients show which items are frequent; magnitudes of weights do not.
     cfg.compress.prune.score, cfg.compress.prune.scope = "taylor", "layer"
 
 
@@ -95,7 +97,7 @@ def _alone25(cfg, parent):
 
 def _distill25(cfg, parent):
     _alone25(cfg, parent)
-    _taught(cfg, parent)
+    _distil_from_parent(cfg, parent)
 
 
 RECIPES = {
@@ -106,15 +108,17 @@ RECIPES = {
     "prune70_int8": _prune70_int8,
     "shrink50": _shrink50,
     "distill25": _distill25,
-    "alone25": _alone25,  # the student of distill25 without a teacher
+    "alone25": _alone25,  # the model of distill25, trained without a teacher
 }
 
 
 def recipe_config(parent: Experiment, overrides: dict) -> ExperimentConfig:
-    """The parent's config with what the recipe sets, and above it the overrides, {"train.epochs": 3}. Of the
-    parent's own compression only what concerns the stored model stays: its training is done.
+    """The parent's config, changed first by the recipe and then by the overrides, {"train.epochs": 3}.
 
-    Raises ValueError for an unknown recipe.
+    If the parent was itself compressed, only its settings of the stored model (quant, floats) are kept, not
+    those of its training.
+
+    Raises ValueError for an unknown recipe, for overrides that change nothing, and for changed data.*.
     """
     before = parent.config.compress
     kept = CompressConfig(quant=dataclasses.replace(before.quant, aware=False), floats=before.floats)
@@ -132,43 +136,50 @@ def recipe_config(parent: Experiment, overrides: dict) -> ExperimentConfig:
             f"model.*; recipes are {', '.join(RECIPES)} (CompressConfig)"
         )
     if config.data != parent.config.data:
-        raise ValueError("data.* must be that of the trained run, whose test part measures both (DataConfig)")
+        raise ValueError(
+            "data.* must be that of the trained run, because its test part measures both models: leave "
+            "data.* as it is (DataConfig)"
+        )
     unused = [name for name in overrides if name.startswith(("train.", "optim.", "precision."))]
     if unused and not will_train(parent, config):
         raise ValueError(
-            f"{', '.join(unused)}: nothing will be trained, for neither masks nor teachers, adapters or "
-            "quantization-aware training are requested (CompressConfig)"
+            f"{', '.join(unused)}: nothing will be trained, because neither masks, teachers, adapters nor "
+            "quantization-aware training are set; leave these flags out (CompressConfig)"
         )
     return config
 
 
 def student_width(parent: Experiment, share: float) -> int:
-    """The largest width, even for each head, whose model has at most this share of the parameters."""
+    """The largest width for which the model has at most this share of the parent's parameters. The width of a
+    head stays even."""
     model, most = parent.config.model, share * parent.num_params
     for width in range(model.width, 0, -2 * getattr(model, "num_heads", 1)):
         small = _narrowed(parent.config, width)
         builder = parent.builder(small)
         if num_params(define_model(builder).abstract_params) <= most:
             return width
-    raise ValueError(f"no width gives {share:.0%} of the parameters of {parent.workdir}: set model.width")
+    raise ValueError(
+        f"no width gives at most {share:.0%} of the parameters of {parent.workdir}: set model.width"
+    )
 
 
 _WIDTHS = ("width", "ff_width", "hidden_width")
 
 
 def _narrowed(config: ExperimentConfig, width: int) -> ExperimentConfig:
-    """The config with all its widths scaled."""
+    """The config with model.width = `width` and the other widths of the model scaled alike."""
     before = {name: getattr(config.model, name, 0) for name in _WIDTHS}
     widths = {name: max(1, x * width // before["width"]) for name, x in before.items() if x}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **widths))
 
 
 def half_the_work(parent: Experiment) -> ShrinkConfig:
-    """Half the heads and fewer feed-forward channels, until at most half of the multiply-adds are left; of a
-    single head, or where that is not enough, also fewer dims.
+    """The units to keep so that at most half of the multiply-adds remain: half the heads and as many
+    feed-forward channels as possible. Models with a single head, and models for which this does not suffice,
+    also keep fewer dims, with feed-forward channels in proportion.
 
-    Raises ValueError where a quarter of the dims is still too much, as for attention of long histories by one
-    head, or where the model cannot shrink so.
+    Raises ValueError if even a quarter of the dims is too much work, as for one attention head on long
+    histories, or if the model cannot be shrunk in this way.
     """
     model, units = parent.config.model, num_units(parent.model)
     max_len = parent.config.data.max_len
@@ -176,8 +187,8 @@ def half_the_work(parent: Experiment) -> ShrinkConfig:
     fixed = {"heads": heads} if "heads" in units else {}
     most = answer_multiply_adds(parent.model, max_len) / 2
 
-    def is_half(left: ShrinkConfig) -> bool:
-        small = dataclasses.replace(parent.config, model=shrunk_config(model, left))
+    def is_half(kept: ShrinkConfig) -> bool:
+        small = dataclasses.replace(parent.config, model=shrunk_config(model, kept))
         return answer_multiply_adds(define_model(parent.builder(small)), max_len) <= most
 
     channels = [ShrinkConfig(**fixed, ff_width=x) for x in range(ff_width, ff_width // 4, -4)]
@@ -191,57 +202,57 @@ def half_the_work(parent: Experiment) -> ShrinkConfig:
         if (index := bisect.bisect_left(choices, True, key=is_half)) < len(choices):
             return choices[index]
     raise ValueError(
-        f"recipe='shrink50': a quarter of width={model.width} is more than half the work of "
-        f"{parent.workdir}; set compress.shrink.* yourself, or distil a student (ShrinkConfig)"
+        f"recipe='shrink50': a model of a quarter of width={model.width} still takes more than half the "
+        f"multiply-adds of {parent.workdir}; set compress.shrink.*, or distil a student (ShrinkConfig)"
     )
 
 
 def compress(parent: Experiment, config: ExperimentConfig, output) -> Experiment:
-    """Makes the model that `config` describes from the parent's best one and stores it in `output`,
-    which then is a run of its own. Goes on where it was stopped.
+    """Makes the model that `config` describes from the parent's best model and stores it in `output`, as a
+    run. Resumes an interrupted compression.
 
-    Raises ValueError where the config asks for what cannot be.
+    Raises ValueError if the config requests an impossible compression, or if `output` holds another run.
     """
-    model, asked = config.model, config.compress
+    model, requested = config.model, config.compress
     params = plain_params(parent)
     is_same = dataclasses.replace(model, dropout=parent.config.model.dropout) == parent.config.model
-    if asked.shrink != ShrinkConfig():
+    if requested.shrink != ShrinkConfig():
         if not is_same:
             raise ValueError(
-                "compress.shrink takes units from the trained model, and a changed model.* is another one: "
+                "compress.shrink keeps units of the trained model, but model.* describes another model: "
                 "shrink first, then distil from the result (ShrinkConfig)"
             )
-        grads = training_gradients(parent, params) if asked.shrink.score == "taylor" else None
-        units = choose_units(parent.model, params, asked.shrink, grads, config.seed)
+        grads = training_gradients(parent, params) if requested.shrink.score == "taylor" else None
+        units = choose_units(parent.model, params, requested.shrink, grads, config.seed)
         model, params = shrink(parent.model, params, units)
     elif not is_same:
         params = _student(parent, config, params)
     config = dataclasses.replace(
         config,
         model=model,
-        compress=dataclasses.replace(asked, shrink=ShrinkConfig()),  # it is done
+        compress=dataclasses.replace(requested, shrink=ShrinkConfig()),  # done above
     )
     _check_output(output, config)
     run = Experiment(config, output, base=params, dataset=parent.dataset, semantic_ids=parent.semantic_ids)
     _share_data(parent, run)
     step = parent.trained.step
-    if params is None or _trains(asked):
+    if params is None or _trains(requested):
         step, params = run.fit().best_step, plain_params(run)
     else:
         write_json(run.workdir / "config.json", dataclasses.asdict(run.config))
-    if asked.quant.names:
-        ranges = None
-        if asked.quant.inputs == "static":
-            ranges = observe_inputs(run.model, params, _first_batches(run))
-        params = quantize_params(params, asked.quant, ranges, run.model.dims)
-    if asked.floats == "bf16":
+    if requested.quant.names:
+        samples = None
+        if requested.quant.inputs == "static":
+            samples = observe_inputs(run.model, params, _first_batches(run))
+        params = quantize_params(params, requested.quant, samples, run.model.dims)
+    if requested.floats == "bf16":
         params = cast_floats(params, jnp.bfloat16)
     run.save_model(params, step)
     return run
 
 
 def _share_data(parent: Experiment, run: Experiment) -> None:
-    """Gives the run the prepared split, by hard links where the file system has them."""
+    """Copies the parent's prepared split to the run, as hard links if the file system supports them."""
     if (parent.workdir / "data").exists() and not (run.workdir / "data").exists():
         partial = run.workdir / "data.partial"
         shutil.rmtree(partial, ignore_errors=True)
@@ -250,15 +261,16 @@ def _share_data(parent: Experiment, run: Experiment) -> None:
 
 
 def plain_params(run: Experiment):
-    """Parameters of a run on the host. Raises ValueError if they are quantized."""
+    """The parameters of a run as NumPy arrays. Raises ValueError if they are quantized."""
     trained = run.trained
     if trained.is_quantized:
-        raise ValueError(f"--workdir={run.workdir} is quantized: use the run that it came from")
+        raise ValueError(f"--workdir={run.workdir} is quantized: use the run that it was made from")
     return jax.tree.map(np.array, trained.params)
 
 
 def _check_output(output, config: ExperimentConfig) -> None:
-    """Raises ValueError where there is another run. What a run may change when it resumes does not count."""
+    """Raises ValueError if `output` holds a run with another config. Only data, model and compress are
+    compared: a resumed run may change the rest."""
     path = pathlib.Path(output) / "config.json"
     if not path.exists():
         return
@@ -272,7 +284,7 @@ def _check_output(output, config: ExperimentConfig) -> None:
 
 
 def will_train(parent: Experiment, config: ExperimentConfig) -> bool:
-    """Does `compress` train, or does it only change what is stored?"""
+    """Whether `compress` trains; if not, it only changes how the parent's parameters are stored."""
     return _trains(config.compress) or config.model != parent.config.model
 
 
@@ -282,13 +294,13 @@ def _trains(config: CompressConfig) -> bool:
 
 
 def _first_batches(run: Experiment, num: int = 4) -> list[dict]:
-    """Packed rows of training histories, to calibrate with."""
+    """The first batches of packed training histories, for calibration and gradients."""
     source = run.batch_source()
     return [source[step] for step in range(min(num, len(source)))]
 
 
 def training_gradients(parent: Experiment, params):
-    """Of the parent's own loss, summed over a few training batches."""
+    """Gradients of the parent's own loss, summed over a few training batches."""
     config = parent.config
     counts = parent.split.train_item_counts(parent.histories)
     fixed = Fixed(make_prior(config.loss, counts))
@@ -308,11 +320,11 @@ def training_gradients(parent: Experiment, params):
 
 
 def _student(parent: Experiment, config: ExperimentConfig, params):
-    """Parameters that a model of another shape starts from: the teacher's table in its main directions; None
-    where there is no teacher. Where only item_dim differs, all of the parent's but the table stay."""
+    """Initial parameters of a model with another shape. If only item_dim differs: the parent's, with its item
+    embedding table factorised. Else, with a teacher: see `student_from`; without: None."""
     model = parent.config.model
-    is_like = type(config.model) is type(model) and hasattr(model, "item_dim")
-    if is_like and dataclasses.replace(config.model, item_dim=0, dropout=model.dropout) == model:
+    has_item_dim = type(config.model) is type(model) and hasattr(model, "item_dim")
+    if has_item_dim and dataclasses.replace(config.model, item_dim=0, dropout=model.dropout) == model:
         return factorise_model(model, params, config.model.item_dim)[1]
     if not config.compress.distill.teachers:
         return None

@@ -12,11 +12,12 @@ from rec_jax.objectives.distill import DistillConfig
 
 @dataclass(frozen=True)
 class CompressConfig:
-    """What makes a model smaller, in the order in which it happens: the architecture shrinks (or a student
-    takes its place), the training distils, masks and quantizes as it says, the result is stored in integers.
+    """Settings of compression. The steps run in this order: the architecture is shrunk (or replaced by a
+    student), training distils, masks and quantizes, and the result is stored in integers.
 
-    recipe: of `python -m experiments.compress`: sets what follows, and the fine-tuning, unless given.
-    floats: type of the numbers that are stored without being quantized.
+    recipe: a named recipe of `python -m experiments.compress`; it sets the keys below and those of the
+      fine-tuning, except the ones given explicitly.
+    floats: dtype in which numbers that are not quantized are stored.
     """
 
     recipe: str = ""

@@ -1,4 +1,4 @@
-"""Tables on the weights of a model, for `print_table`: each function returns (head, rows) of texts."""
+"""Diagnostic tables of a model's weights: each function returns (head, rows) of strings for `print_table`."""
 
 from collections.abc import Callable
 
@@ -12,9 +12,9 @@ QUANTILES = (0.01, 0.5, 0.99)
 
 
 def weight_table(params, grads=None) -> tuple[tuple, list[tuple]]:
-    """Of each parameter: shape, share of zeros, l2 norm, largest |w|.
+    """One row per parameter: shape, share of zeros, l2 norm, largest |w|.
 
-    grads: a tree as params; adds the l2 norm of each gradient and quantiles of |g|.
+    grads: a tree with the structure of params; adds the l2 norm of each gradient and quantiles of |g|.
     """
     head = ("parameter", "shape", "zeros", "norm", "max |w|")
     if grads is not None:
@@ -27,11 +27,11 @@ def weight_table(params, grads=None) -> tuple[tuple, list[tuple]]:
             name,
             "x".join(map(str, w.shape)),
             f"{np.mean(w == 0):.1%}",
-            *_figures(_norm(w), np.abs(w).max()),
+            *_format(_norm(w), np.abs(w).max()),
         )
         if name in gradients:
             g = np.asarray(gradients[name], np.float32)
-            row += _figures(_norm(g), *np.quantile(np.abs(g), QUANTILES))
+            row += _format(_norm(g), *np.quantile(np.abs(g), QUANTILES))
         rows.append(row)
     return head, rows
 
@@ -40,28 +40,30 @@ def _norm(x):
     return np.sqrt(np.sum(x**2, dtype=np.float64))
 
 
-def _figures(*numbers) -> tuple[str, ...]:
+def _format(*numbers) -> tuple[str, ...]:
     return tuple(f"{number:.3g}" for number in numbers)
 
 
 def sensitivity(
     params, names: str, shares: tuple[float, ...], evaluate: Callable
 ) -> tuple[tuple, list[tuple]]:
-    """What `evaluate(params) -> float` gives where one parameter alone is pruned, by magnitude and at once.
+    """The values of `evaluate(params) -> float` when one parameter at a time is pruned, by magnitude, in one
+    step and without training.
 
-    names: regex over parameter names. shares: of its weights that become 0, a column each; the first column
-    is of all weights. Source: Li et al., arXiv 1608.08710, section 3.2 (there, whole filters).
+    names: regex over parameter names. shares: the shares of a parameter's weights that are set to 0, one
+    column each, after a column for the unpruned model.
+    Source: Li et al., arXiv 1608.08710, section 3.2. Differs: single weights instead of whole filters.
 
     Raises ValueError, listing the names, if none matches.
     """
     matched = leaf_names(leaf_mask(params, names, field="names"))
     head = ("parameter", "0%", *(f"{share:.0%}" for share in shares))
-    whole = evaluate(params)
+    unpruned = evaluate(params)
     rows = []
     for name, w in leaf_names(params).items():
         if matched[name]:
             pruned = [evaluate(with_leaves(params, {name: _prune_lowest(w, share)})) for share in shares]
-            rows.append((name, *(f"{value:.4f}" for value in (whole, *pruned))))
+            rows.append((name, *(f"{value:.4f}" for value in (unpruned, *pruned))))
     return head, rows
 
 

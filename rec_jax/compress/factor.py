@@ -1,4 +1,4 @@
-"""Matrices of low rank: factorised tables, narrower students that start from their teacher, LoRA adapters."""
+"""Low-rank matrices: factorised item tables, students initialised from their teacher, LoRA adapters."""
 
 import dataclasses
 import math
@@ -16,9 +16,10 @@ _ITEMS = "items/embedding"
 
 
 def factorise(table_VD, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """(table_VE, projection_ED), whose product is the nearest to the table of all of rank `dim` = E.
+    """Returns (table_VE, projection_ED): their product is the best approximation of rank E = `dim` of the
+    table, by squared error.
 
-    The projection's rows are orthonormal. Raises ValueError if dim is not from 1 to D.
+    The rows of the projection are orthonormal. Raises ValueError if dim is not from 1 to D.
     Source: Eckart & Young, Psychometrika 1936.
     """
     table_VD = np.asarray(table_VD)
@@ -27,49 +28,57 @@ def factorise(table_VD, dim: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _main_directions(table_VD, num: int, field: str) -> np.ndarray:
-    """The first right singular vectors as columns [D, num], orthonormal."""
+    """The first `num` right singular vectors, as orthonormal columns [D, num]."""
     width = table_VD.shape[1]
     if not 1 <= num <= width:
-        raise ValueError(f"{field}={num} must be from 1 to the table's {width} dims (SequenceConfig)")
+        raise ValueError(
+            f"{field}={num} must be from 1 to {width}, the number of dims of the item embedding table "
+            "(SequenceConfig)"
+        )
     table_VD = table_VD.astype(np.float64)
-    _, vectors_DD = np.linalg.eigh(table_VD.T @ table_VD)  # D x D, however many rows there are
+    _, vectors_DD = np.linalg.eigh(table_VD.T @ table_VD)  # D x D, whatever the number of entries
     return np.ascontiguousarray(vectors_DD[:, ::-1][:, :num], np.float32)
 
 
 def factorise_model(config: SequenceConfig, params, dim: int) -> tuple[SequenceConfig, dict]:
-    """(config, params) of the model with its item embedding table factorised to item_dim = dim."""
+    """Returns (config, params) of the model with its item embedding table factorised to item_dim = dim."""
     if config.item_dim:
         raise ValueError(
-            f"item_dim={config.item_dim}: the table is factorised already; start from the model that it came "
-            "from (SequenceConfig)"
+            f"item_dim={config.item_dim}: the item embedding table is factorised already; start from the "
+            "model before its factorisation (SequenceConfig)"
         )
     if config.num_future > 1:
-        raise ValueError(f"num_future={config.num_future}: its heads have no smaller form (SequenceConfig)")
+        raise ValueError(
+            f"num_future={config.num_future}: multi-token heads cannot be factorised; use a model with "
+            "num_future=1 (SequenceConfig)"
+        )
     config = dataclasses.replace(config, item_dim=dim)
     table_VE, projection_ED = factorise(params["items"]["embedding"], dim)
     return config, with_leaf(params, _ITEMS, table_VE) | {"project": {"kernel": projection_ED}}
 
 
 def student_from(config: SequenceConfig, params, student_config: SequenceConfig, student) -> dict:
-    """A student's parameters that start from the teacher's: its inputs are the teacher's in their main
-    directions.
+    """A student's initial parameters: its item and position embeddings are those of the teacher, projected
+    on the main directions (right singular vectors) of the teacher's item table.
 
-    config, params: of the teacher. student: fresh parameters, of which all but the items and the learned
-    positions stay. No other projection of as many dims keeps inner products between items better; as the
-    norms make an output as long as sqrt(width), items grow by what these shrink, and scores stay as large.
+    config, params: the teacher's. student: freshly initialised parameters; only the item and position
+    embeddings are replaced. No other projection to as few dims keeps inner products between items better.
+    The final norm gives outputs a length of about sqrt(width), so a narrower student has shorter outputs.
+    Its item embeddings are scaled up by the same factor, which keeps the size of the scores.
 
-    Raises ValueError for a student that is wider or knows other items.
+    Raises ValueError for a student that is wider or has another number of items.
     """
     table_VD = np.asarray(params["items"]["embedding"])
     if getattr(config, "item_dim", 0):
         table_VD = table_VD @ np.asarray(params["project"]["kernel"])
-    if (num_rows := len(student["items"]["embedding"])) != len(table_VD):
+    if (num_entries := len(student["items"]["embedding"])) != len(table_VD):
         raise ValueError(
-            f"the student has {num_rows - 1} items, the teacher {len(table_VD) - 1}: use the teacher's data"
+            f"the student has {num_entries - 1} items, the teacher {len(table_VD) - 1}: use the teacher's "
+            "data.* for the student"
         )
     width = student_config.width
     if width == config.width:
-        basis_DW = np.eye(width, dtype=np.float32)  # no need to turn anything
+        basis_DW = np.eye(width, dtype=np.float32)  # nothing to project
     else:
         basis_DW = _main_directions(table_VD, width, "width")
     growth = ((config.full_width or config.width) / (student_config.full_width or width)) ** 0.5
@@ -89,10 +98,11 @@ def student_from(config: SequenceConfig, params, student_config: SequenceConfig,
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Adapters of low rank on frozen matrices.
+    """Low-rank adapters on frozen matrices.
 
-    names: regex of the adapted parameters; "" = no adapters, all is trained. rank: of an adapter. alpha: an
-    adapter counts alpha / rank, so that the learning rate need not follow the rank.
+    names: regex over parameter names, for the adapted ones; "" = no adapters, all parameters are trained.
+    rank: of each adapter. alpha: adapters are scaled by alpha / rank, so that the best learning rate depends
+    less on the rank.
     """
 
     names: str = ""
@@ -107,11 +117,12 @@ class LoraConfig:
 
 
 def init_lora(params, config: LoraConfig, seed: int, dims=None) -> dict[str, dict[str, jax.Array]]:
-    """{name: {"a": [D, r], "b": [r, F]}} of the adapted parameters; b is 0, so that nothing changes at first.
+    """Returns {name: {"a": [D, r], "b": [r, F]}} of the adapted parameters. b is 0, so new adapters change
+    nothing.
 
-    F: all dims of a kernel after the first. dims: `Model.dims`, which say what kernels are stacked: of E
-    experts each has its own adapter, {"a": [E, D, r], "b": [E, r, F]}. Raises ValueError, listing the names,
-    if config.names matches none, or matches a vector.
+    F: the product of all dims of a kernel after the first. dims: `Model.dims`, which say which kernels are
+    stacked: each of E experts then has its own adapter, {"a": [E, D, r], "b": [E, r, F]}. Raises ValueError,
+    listing the names, if config.names matches none, or if it matches a vector.
     Source: Hu et al., ICLR'22 (arXiv 2106.09685), section 4.1.
     """
     adapters = {}
@@ -136,14 +147,15 @@ def init_lora(params, config: LoraConfig, seed: int, dims=None) -> dict[str, dic
 def merge_lora(params, adapters, config: LoraConfig):
     """The parameters with their adapters added: w + alpha / rank * a @ b.
 
-    Training computes with these, so that a merged model gives what was trained, on a CPU to the last bit.
+    Training computes with these, so a merged model gives the same outputs as in training, on a CPU bit for
+    bit.
     """
 
     def merged(name, x):
         if name not in adapters:
             return x
         a_DR, b_RF = adapters[name]["a"], adapters[name]["b"]
-        # Barred from the sum, that no compiler rounds the two as one in one place and not in another.
+        # The barrier keeps XLA from fusing product and sum, which would round differently in some programs.
         delta_DF = jax.lax.optimization_barrier((config.alpha / config.rank * a_DR) @ b_RF)
         return (x + delta_DF.reshape(x.shape)).astype(x.dtype)
 

@@ -1,10 +1,10 @@
-"""Pruning: an optax transformation around the whole optimizer that sets weights to 0 and keeps them there.
+"""Pruning: an optax transformation around the whole optimizer that sets weights to 0 and keeps them at 0.
 
     optimizer = prune(optimizer, PruneConfig(names=r".*kernel", share=0.7), params, total_steps, specs)
 
-At some of the steps the weights with the lowest scores, as the gradient of the step sees them, are masked;
-what is masked stays so. Its update takes a masked weight to exactly 0, so the parameters need no masks when a
-model is used. They may be sharded over a mesh: see `rec_jax/compress/lowest.py`.
+At some steps the weights with the lowest scores are masked, and masked weights stay masked. Scores are those
+of the parameters before the step's update. The update sets a masked weight to exactly 0, so a trained model
+needs no masks. Parameters may be sharded over a mesh: see `rec_jax/compress/lowest.py`.
 """
 
 from dataclasses import dataclass
@@ -19,62 +19,63 @@ import optax
 from rec_jax.compress.lowest import find_leaves, make_chooser, with_leaves
 from rec_jax.tree import leaf_mask, leaf_names
 
-ACCUMULATED = ("taylor", "movement")  # scores that take more than the weights
-TAYLOR_DECAY = 0.9  # a step: a score is about the mean of the last 10
+ACCUMULATED = ("taylor", "movement")  # scores that are accumulated from gradients over steps
+TAYLOR_DECAY = 0.9  # per step: a score is about the mean of the last 10 steps
 
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """Which weights become 0, how many and when.
+    """Settings of pruning: which weights are set to 0, how many, and when.
 
-    score (the lowest are pruned), for weight w and gradient g:
-      magnitude: |w|. Sums over rows and columns are of w**2.
-      taylor: |w g|, as a moving average. Source: Molchanov et al., arXiv 1611.06440 and 1906.10771. Differs:
-        a row or column takes the sum of its absolute values.
-      movement: the sum of -w g over all steps, high where w moves away from 0. Source: Sanh et al., arXiv
-        2005.07683, section 4. Differs: a masked weight never comes back.
-      random: a hash of seed and place, the same on every mesh; a control.
-    scope: whether the lowest are found among all matched parameters or in each on its own.
-    structure: what is pruned as one: weights, rows (places along dim 0) or columns (along the last dim), by
-      the sum of their scores; "2:4": the lower 2 of every 4 neighbours along dim 0, the contracted one, one
-      after another as the share grows.
-    schedule: when, see `make_prune_schedule`. iterative: after each round all parameters go back to their
-      values at `begin` (but for rounding). Source: Frankle et al., arXiv 1912.05671. Differs: the optimizer's
-      state goes back to its init, so schedules of the learning rate begin anew too.
-    proximal: up to the last masks each update ends with a proximal step on the matched weights, with strength
-      s. l1: sign(w) max(|w| - s, 0), of s |w|; l2: w / (1 + s), of s w**2 / 2. Source: Parikh and Boyd,
-      Proximal Algorithms, 2014, section 6. Differs: s does not follow the learning rate.
+    score: the weights with the lowest scores are pruned. For weight w and gradient g:
+      magnitude: |w|; rows and columns sum w**2.
+      taylor: a moving average of |w g|. Source: Molchanov et al., arXiv 1611.06440 and 1906.10771. Differs:
+        rows and columns sum the absolute values.
+      movement: the sum of -w g over all steps, high if w moves away from 0. Source: Sanh et al., arXiv
+        2005.07683, section 4. Differs: a masked weight never returns.
+      random: a hash of the seed and the weight's index, the same on every mesh; a control.
+    scope: whether scores are compared over all matched parameters ("global") or within each one ("layer").
+    structure: the units that are pruned: single weights, rows (one index of dim 0) or columns (one index of
+      the last dim), by the sum of their scores; "2:4": the lowest 2 of every 4 neighbours along dim 0, the
+      contracted dim. While the share grows, it prunes first one, then two of them.
+    schedule: when to prune, see `make_prune_schedule`. iterative: after each round all parameters are reset
+      to their values at `begin` (up to rounding). Source: Frankle et al., arXiv 1912.05671. Differs: the
+      optimizer's state is reset to its init, so learning-rate schedules restart too.
+    proximal: until the last change of the masks, each update ends with a proximal step on the matched
+      weights, with strength s. l1: sign(w) max(|w| - s, 0), for the penalty s |w|; l2: w / (1 + s), for
+      s w**2 / 2. Source: Parikh and Boyd, Proximal Algorithms, 2014, section 6. Differs: s does not depend on
+      the learning rate.
     """
 
     names: str = ""  # regex over parameter names; "" = no pruning
-    share: float = 0.7  # of the matched weights that are 0 in the end
+    share: float = 0.7  # share of the matched weights that are 0 at the end
     score: Literal["magnitude", "taylor", "movement", "random"] = "magnitude"
     scope: Literal["global", "layer"] = "global"
     structure: Literal["weights", "rows", "columns", "2:4"] = "weights"
     schedule: Literal["one_shot", "cubic", "iterative"] = "cubic"
-    begin: float = 0.0  # of all steps
-    end: float = 0.5  # of all steps: from here on the masks stay
-    num_updates: int = 20  # of the masks: rounds, for "iterative"
+    begin: float = 0.0  # share of all steps after which pruning begins
+    end: float = 0.5  # share of all steps after which the masks no longer change
+    num_updates: int = 20  # number of changes of the masks; for "iterative", of rounds
     proximal: Literal["none", "l1", "l2"] = "none"
     proximal_strength: float = 0.0
-    hold: str = ""  # regex over parameter names: what is 0 when the training begins stays 0
+    hold: str = ""  # regex over parameter names: weights that are 0 when training begins stay 0
 
     def __post_init__(self):
         if not 0 <= self.share < 1:
             raise ValueError(f"share={self.share} must be in [0, 1) (PruneConfig)")
         if not 0 <= self.begin <= self.end <= 1:
             raise ValueError(
-                f"begin={self.begin} and end={self.end} must be in [0, 1], in this order (PruneConfig)"
+                f"begin={self.begin} and end={self.end} must satisfy 0 <= begin <= end <= 1 (PruneConfig)"
             )
         if self.schedule == "iterative" and not self.begin < self.end < 1:
             raise ValueError(
                 f"schedule='iterative' needs begin={self.begin} < end={self.end} < 1: after each round the "
-                "weights go back and are to be trained again (PruneConfig)"
+                "weights are reset and trained again (PruneConfig)"
             )
         if self.num_updates < 1:
             raise ValueError(f"num_updates={self.num_updates} must be at least 1 (PruneConfig)")
         if self.structure == "2:4" and self.share != 0.5:
-            raise ValueError(f"share={self.share} must be 0.5 where structure='2:4' (PruneConfig)")
+            raise ValueError(f"share={self.share} must be 0.5 with structure='2:4' (PruneConfig)")
         if self.proximal_strength < 0:
             raise ValueError(f"proximal_strength={self.proximal_strength} must not be negative (PruneConfig)")
         if (self.proximal == "none") != (self.proximal_strength == 0):
@@ -85,12 +86,13 @@ class PruneConfig:
 
 
 def make_prune_schedule(config: PruneConfig, total_steps: int) -> optax.Schedule:
-    """step -> the share that is pruned once so many steps are done.
+    """Returns a function step -> the share that is pruned after so many steps.
 
-    The masks change num_updates times, evenly from `begin` (excluded) to `end`; for one_shot once, at `end`.
-    After t of these times: cubic: share (1 - (1 - t)**3); iterative: 1 - (1 - share)**t, so that each round
-    prunes the same share of what is left.
-    Source: Zhu and Gupta, arXiv 1710.01878, eq. 1, from 0.
+    The masks change num_updates times, at even distances from `begin` (excluded) to `end`; for one_shot once,
+    at `end`. With t the share of these changes that are done, the pruned share is, for cubic:
+    share (1 - (1 - t)**3); for iterative: 1 - (1 - share)**t, so that each round prunes the same share of the
+    remaining weights.
+    Source: Zhu and Gupta, arXiv 1710.01878, eq. 1, with an initial share of 0.
     """
     steps, shares = _rounds(config, total_steps)
     all_shares = jnp.asarray([0.0, *shares], jnp.float32)
@@ -98,7 +100,7 @@ def make_prune_schedule(config: PruneConfig, total_steps: int) -> optax.Schedule
 
 
 def _rounds(config: PruneConfig, total_steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """The steps after which masks are computed, and the shares that they prune."""
+    """Returns (steps, shares): the steps after which masks change, and the pruned share from then on."""
     num_rounds = 1 if config.schedule == "one_shot" else config.num_updates
     t = np.arange(1, num_rounds + 1) / num_rounds
     if config.schedule == "iterative":
@@ -110,20 +112,20 @@ def _rounds(config: PruneConfig, total_steps: int) -> tuple[np.ndarray, np.ndarr
 
 
 def last_rewind(config: PruneConfig, total_steps: int, step: int) -> int:
-    """How many steps were done when the optimizer last began anew before a 0-based step: 0, unless rounds
-    are "iterative"."""
+    """The number of steps done when the optimizer was last reset before a 0-based step; 0 unless the schedule
+    is "iterative"."""
     if not config.names or config.schedule != "iterative":
         return 0
     return int(max((done for done in _rounds(config, total_steps)[0] if done <= step), default=0))
 
 
 class PruneState(NamedTuple):
-    """masks, scores and rewind are shaped as the parameters and lie on a mesh as these do."""
+    """The state of `prune`. masks, scores and rewind have the shapes and the sharding of the parameters."""
 
-    count: jax.Array  # int32 scalar: steps done
-    masks: Any  # bool: is a weight kept? All true for parameters that are not matched
-    scores: Any  # f32, () where no score is accumulated
-    rewind: Any  # parameters at `begin`, () unless the schedule is iterative
+    count: jax.Array  # int32 scalar: the number of steps done
+    masks: Any  # bool: whether a weight is kept; all True for parameters that are not matched
+    scores: Any  # f32, or () if no score is accumulated
+    rewind: Any  # the parameters at `begin`, or () unless the schedule is iterative
     inner: Any
 
 
@@ -135,16 +137,17 @@ def prune(
     specs=None,
     seed: int = 0,
 ) -> optax.GradientTransformation:
-    """The optimizer `inner`, with masks. Its updates must be added to the parameters as they are.
+    """The optimizer `inner` with pruning masks. Its updates must be added to the parameters unchanged.
 
-    params: only names and shapes are read. specs: a tree of PartitionSpecs, where `update` runs inside a
-    shard_map; parameters, gradients and state are then this device's parts. seed: of random scores.
+    params: only names and shapes are read. specs: a tree of PartitionSpecs if `update` runs inside a
+    shard_map; parameters, gradients and state are then this device's shards. seed: for random scores.
 
-    Equal scores are pruned together, so more than the share may be; rows and columns are too, up to one
-    more than the share. On another mesh the sums over rows and columns round differently.
+    Weights with equal scores are pruned together, so the pruned share may be larger than config.share. Whole
+    rows or columns may exceed it by up to one row or column. On another mesh the sums over rows and columns
+    round differently.
 
     Raises ValueError, listing the names, if config.names matches none; in `update`, naming the parameter, if
-    dim 0 of a part cannot be cut into groups of 4 for "2:4".
+    dim 0 of a shard does not divide into groups of 4 for "2:4".
     """
     if not config.names:
         return inner
@@ -175,8 +178,8 @@ def prune(
             shrunk = on_matched(lambda u, p: _proximal_step(config, p + u) - p, updates, params)
             updates = jax.tree.map(lambda u, v: jnp.where(step <= steps[-1], v, u), updates, shrunk)
 
-        is_due, at = jnp.any(step == steps), jnp.searchsorted(steps, step, side="right") - 1
-        masks = jax.lax.cond(is_due, lambda: choose(at, params, state.masks, scores), lambda: state.masks)
+        is_due, index = jnp.any(step == steps), jnp.searchsorted(steps, step, side="right") - 1
+        masks = jax.lax.cond(is_due, lambda: choose(index, params, state.masks, scores), lambda: state.masks)
         if config.schedule == "iterative":
             is_begin = state.count == begin_step
             rewind = jax.tree.map(lambda r, p: jnp.where(is_begin, p, r), rewind, params)
@@ -192,15 +195,15 @@ def prune(
 
 
 class HoldState(NamedTuple):
-    masks: Any  # bool, as the parameters
+    masks: Any  # bool, with the shapes of the parameters
     inner: Any
 
 
 def hold_zeros(inner: optax.GradientTransformation, names: str, params) -> optax.GradientTransformation:
-    """The optimizer `inner`, under which zeros stay zeros: to train on what has been pruned.
+    """The optimizer `inner` with updates that keep zeros at 0, to train a pruned model further.
 
-    names: regex over parameter names. params: only names are read; which weights are 0, `init` sees. Raises
-    ValueError, listing the names, if none matches.
+    names: regex over parameter names. params: only names are read; `init` finds out which weights are 0.
+    Raises ValueError, listing the names, if none matches.
     """
     is_matched = leaf_mask(params, names, field="compress.prune.hold")
     matched = leaf_names(is_matched)
@@ -222,14 +225,17 @@ def hold_zeros(inner: optax.GradientTransformation, names: str, params) -> optax
 
 
 def share_of_zeros(params, names: str = ".*") -> float:
-    """Of the weights of the parameters whose names match the regex. Raises ValueError if none does."""
+    """The share of zeros among the weights of the parameters whose names match the regex.
+
+    Raises ValueError if no name matches.
+    """
     matched = leaf_names(leaf_mask(params, names, field="names"))
     chosen = [x for name, x in leaf_names(params).items() if matched[name]]
     return sum(int(jnp.sum(x == 0)) for x in chosen) / sum(x.size for x in chosen)
 
 
-def _difference(like, to, back):
-    return to.astype(like.dtype) - back.astype(like.dtype)
+def _difference(update, new, old):
+    return new.astype(update.dtype) - old.astype(update.dtype)
 
 
 def _to_zero(update, param, mask):

@@ -1,13 +1,14 @@
-"""Quantization of trained parameters, and what a training sees that prepares them for it.
+"""Quantization of trained parameters, and fake quantization for quantization-aware training.
 
     params = quantize_params(params, QuantConfig(names=r".*(kernel|embedding)", inputs="dynamic"))
 
 The model reads the result like any other parameters (`rec_jax.nn.quantized`). Scales are bf16, rounded up so
-that they clip nothing; codes are computed with the rounded scale. So a table row of width 128 takes 130 bytes
-instead of 512.
+that no number is clipped; codes are computed with the rounded scale. A table entry of width 128 takes 130
+bytes instead of 512.
 
-qwix has the quantized arrays and their products; its calibration knows neither percentiles nor the least
-squared error, and its quantization-aware training intercepts operations and sees no tables.
+The quantized arrays and their products are those of qwix. Calibration and quantization-aware training are
+written here: qwix has no calibration by percentiles or least squared error, and its quantization-aware
+training, which intercepts operations, does not cover embedding tables.
 """
 
 from dataclasses import dataclass
@@ -35,32 +36,33 @@ from rec_jax.nn.quantized import (
 )
 from rec_jax.tree import leaf_mask, leaf_names
 
-_SLICE_ELEMENTS = 2**22  # of a table that are quantized at once: 16 MiB of f32
+_SLICE_ELEMENTS = 2**22  # numbers of a table that are quantized at a time: 16 MiB of f32
 _SHRINK_FACTORS = np.linspace(1, 0.24, 20, dtype=np.float32)
 
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """Which parameters are stored in integers, and how.
+    """Settings of quantization: which parameters are stored in integers, and how.
 
-    inputs: of the kernels, see `QuantizedKernel`; "static" is calibrated by `observe_inputs`.
-    calibration: the range that codes span; without symmetric, from a low end to a high one.
-      absmax: that of all numbers.
-      percentile: that of the magnitudes up to this percentile; without symmetric, of what lies between
-        100 - percentile and percentile.
-      mse: of 20 shrunk versions of absmax, the one with the least squared error.
-    symmetric: codes without a zero point, for tables and static inputs; kernels are symmetric in any case.
-    aware: the training sees parameters and inputs as they will read once quantized, from the share
-      `aware_from` of its steps on. Static inputs, too, are then quantized token by token.
+    inputs: how the inputs of kernels are quantized, see `QuantizedKernel`; `observe_inputs` collects the
+      samples for "static".
+    calibration: the range of numbers that the codes span.
+      absmax: the range of all numbers.
+      percentile: up to this percentile of the magnitudes; if not symmetric, from percentile
+        100 - `percentile` to `percentile` of the numbers.
+      mse: the one of 20 ranges, absmax and smaller ones, with the least squared error.
+    symmetric: no zero point, for tables and static inputs. Kernels are always symmetric.
+    aware: training computes with parameters and inputs as they are after quantization (fake quantization),
+      after the share `aware_from` of its steps. Static inputs are then quantized token by token, too.
     """
 
-    names: str = ""  # regex over parameter names; "" = nothing
+    names: str = ""  # regex over parameter names; "" = no quantization
     inputs: Literal["float", "dynamic", "static"] = "float"
     table_bits: Literal[8, 4] = 8
     calibration: Literal["absmax", "percentile", "mse"] = "absmax"
     percentile: float = 99.9
     symmetric: bool = True
-    per_tensor: bool = False  # one scale for a whole parameter instead of one per output channel or row
+    per_tensor: bool = False  # one scale per parameter instead of one per output channel or table entry
     aware: bool = False
     aware_from: float = 0.0
 
@@ -71,21 +73,21 @@ class QuantConfig:
             raise ValueError(f"aware_from={self.aware_from} must be in [0, 1) (QuantConfig)")
         if self.aware and not self.names:
             raise ValueError(
-                "aware=True quantizes nothing while names is empty: name parameters, such as "
+                "aware=True quantizes nothing if names is empty: name parameters, such as "
                 r"'.*(kernel|embedding)' (QuantConfig)"
             )
 
 
 def quantize_params(params, config: QuantConfig, input_samples=None, dims=None):
-    """The parameters, those that config.names matches as QuantizedKernel or QuantizedTable.
+    """The parameters, with those that config.names matches as QuantizedKernel or QuantizedTable.
 
-    dims: `Model.dims`, which say what kernels are stacked, one for each expert, quantized each by itself.
-    input_samples: what `observe_inputs` returned; needed for static inputs. Tables are quantized slice by
-    slice: beside the result, its codes are held once more meanwhile, and a few slices of f32. Only per_tensor
-    looks at a whole table at once, in several copies.
+    dims: `Model.dims`, which say which kernels are stacked; the kernel of each expert is quantized on its
+    own. input_samples: the result of `observe_inputs`, needed for static inputs. Tables are quantized slice
+    by slice: memory holds the result, a second copy of its codes and a few slices of f32. Only per_tensor
+    holds several copies of a whole table.
 
-    Raises: ValueError if names matches nothing, or what is neither a kernel nor a table; if samples are
-    missing.
+    Raises ValueError if config.names matches nothing, or a parameter that is neither a kernel nor a table, or
+    if samples are missing.
     """
 
     def quantize(name, leaf):
@@ -100,17 +102,17 @@ def quantize_params(params, config: QuantConfig, input_samples=None, dims=None):
 
 
 def fake_quantize_params(params, config: QuantConfig, is_on=True, dims=None):
-    """The parameters as the model reads them after `quantize_params`, for training: gradients pass through
-    the rounding. Kernels whose inputs will be quantized come as FakeQuantizedInputs.
+    """The parameters with the values that the model reads after `quantize_params`, for training: gradients
+    pass through the rounding. Kernels whose inputs will be quantized become FakeQuantizedInputs.
 
-    is_on: bool, may be traced; if False all numbers are as they were. dims: see `quantize_params`.
+    is_on: bool, may be traced; if False, all values stay unchanged. dims: see `quantize_params`.
     """
 
     def change(name, leaf):
-        one = partial(change_one, name)
+        one = partial(fake_one, name)
         return jax.vmap(one)(leaf) if _is_stacked(name, dims) else one(leaf)
 
-    def change_one(name, leaf):
+    def fake_one(name, leaf):
         is_table = name.endswith("embedding")
         channels_CN = leaf if is_table else _channels(leaf)
         bits, symmetric = (config.table_bits, config.symmetric) if is_table else (8, True)
@@ -129,7 +131,7 @@ def _is_stacked(name: str, dims) -> bool:
 
 
 def dequantize_params(params):
-    """The parameters as plain arrays of f32, where they were quantized."""
+    """The parameters with quantized leaves decoded to f32 arrays."""
     return jax.tree.map(
         lambda leaf: leaf.dequantize() if is_quantized(leaf) else leaf, params, is_leaf=is_quantized
     )
@@ -140,12 +142,12 @@ def is_quantized(leaf) -> bool:
 
 
 def memory_bytes(params) -> int:
-    """Bytes of all numbers, those of scales and zero points included."""
+    """The bytes of all arrays, including scales and zero points."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
 class _Observer(ParamValue):
-    """A kernel that keeps its inputs."""
+    """A kernel that records its inputs."""
 
     def __init__(self, kernel, inputs: list):
         self._kernel, self.inputs, self.shape = kernel, inputs, kernel.shape
@@ -162,9 +164,9 @@ class _Observer(ParamValue):
 
 
 def observe_inputs(model, params, batches) -> dict[str, np.ndarray]:
-    """{name of a kernel: all its inputs f32[T, D]} over a few packed batches, without jit.
+    """Returns {kernel name: all its inputs f32[T, D]} over a few batches, without jit.
 
-    batches: of packed rows; padding (segment 0) is left out.
+    batches: packed rows; padding (segment 0) is left out.
     """
     params = jax.tree.map(jnp.asarray, params)
     samples = {name: [] for name in leaf_names(params) if name.endswith("kernel")}
@@ -173,7 +175,7 @@ def observe_inputs(model, params, batches) -> dict[str, np.ndarray]:
         observers = {name: _Observer(leaf, []) for name, leaf in named.items() if name in samples}
         leaves = [observers.get(name, leaf) for name, leaf in named.items()]
         module = model.bind(jax.tree.unflatten(jax.tree.structure(params), leaves))
-        with jax.disable_jit():  # a recurrence runs token by token, its kernel's inputs are numbers
+        with jax.disable_jit():  # so that inside a scan, too, the inputs are concrete arrays
             module(module.training_batch(batch, row_keys(0, jnp.arange(len(batch.segments)))))
         is_real_T = np.asarray(batch.segments).reshape(-1) > 0
         for name, observer in observers.items():
@@ -182,7 +184,8 @@ def observe_inputs(model, params, batches) -> dict[str, np.ndarray]:
 
 
 def pack_leaf(leaf) -> tuple[str, dict, dict]:
-    """(kind, {part: array}, {what else there is to know, for JSON}): a leaf, quantized or not, for a file."""
+    """Returns (kind, {part: array}, {setting: value} for JSON), to store a leaf, quantized or not, in a
+    file."""
     if isinstance(leaf, QuantizedTable):
         parts = {"codes": leaf.codes, "scale": leaf.scale_V, "zero": leaf.zero_V}
         kind, meta = "table", {"bits": leaf.bits, "dim": leaf.dim}
@@ -196,7 +199,7 @@ def pack_leaf(leaf) -> tuple[str, dict, dict]:
 
 
 def unpack_leaf(kind: str, parts: dict, meta: dict):
-    """The leaf that `pack_leaf` took apart."""
+    """The inverse of `pack_leaf`."""
     if kind == "table":
         return QuantizedTable(parts["codes"], parts["scale"], parts.get("zero"), **meta)
     if kind == "kernel":
@@ -206,7 +209,7 @@ def unpack_leaf(kind: str, parts: dict, meta: dict):
 
 
 def _change(params, config: QuantConfig, change):
-    """The parameters with change(name, leaf) for those that config.names matches."""
+    """The parameters, with change(name, leaf) in place of each leaf that config.names matches."""
     if not config.names:
         return params
     mask = jax.tree.leaves(leaf_mask(params, config.names, field="compress.quant.names"))
@@ -234,8 +237,8 @@ def _quantize_kernel(name, kernel, config: QuantConfig, input_samples) -> Quanti
         return QuantizedKernel(weight, inputs=config.inputs)
     if input_samples is None or name not in input_samples:
         raise ValueError(
-            f"inputs='static' has no samples of what {name} multiplies: give those of observe_inputs, or use "
-            "inputs='dynamic' (QuantConfig)"
+            f"inputs='static' has no samples of the inputs of {name}: pass the result of observe_inputs, or "
+            "use inputs='dynamic' (QuantConfig)"
         )
     samples_1N = input_samples[name].reshape(1, -1)
     return QuantizedKernel(weight, *_find_scale(samples_1N, config, 8, config.symmetric), "static")
@@ -243,17 +246,17 @@ def _quantize_kernel(name, kernel, config: QuantConfig, input_samples) -> Quanti
 
 def _quantize_table(table_VD, config: QuantConfig) -> QuantizedTable:
     table_VD = np.asarray(table_VD)
-    (num_rows, dim), bits = table_VD.shape, config.table_bits
+    (num_entries, dim), bits = table_VD.shape, config.table_bits
     size = max(1, _SLICE_ELEMENTS // dim)
-    of_whole = _find_scale(table_VD, config, bits, config.symmetric) if config.per_tensor else None
-    codes = np.empty((num_rows, dim if bits == 8 else -(-dim // 2)), np.int8 if bits == 8 else np.uint8)
-    scale_V1 = np.empty((num_rows, 1), jnp.bfloat16)
-    zero_V1 = None if config.symmetric else np.empty((num_rows, 1), np.int8)
-    for first in range(0, num_rows, size):
+    shared = _find_scale(table_VD, config, bits, config.symmetric) if config.per_tensor else None
+    codes = np.empty((num_entries, dim if bits == 8 else -(-dim // 2)), np.int8 if bits == 8 else np.uint8)
+    scale_V1 = np.empty((num_entries, 1), jnp.bfloat16)
+    zero_V1 = None if config.symmetric else np.empty((num_entries, 1), np.int8)
+    for first in range(0, num_entries, size):
         part = slice(first, first + size)
-        rows_vD = table_VD[part]
-        scale_v1, zero_v1 = of_whole or _find_scale(rows_vD, config, bits, config.symmetric)
-        codes_vD = _encode(rows_vD, scale_v1, zero_v1, bits)
+        entries_vD = table_VD[part]
+        scale_v1, zero_v1 = shared or _find_scale(entries_vD, config, bits, config.symmetric)
+        codes_vD = _encode(entries_vD, scale_v1, zero_v1, bits)
         codes[part] = codes_vD if bits == 8 else pack_int4(codes_vD)
         scale_V1[part] = scale_v1
         if zero_V1 is not None:
@@ -266,13 +269,14 @@ _encode = jax.jit(encode, static_argnums=3)
 
 
 def _channels(kernel):
-    """channels_FD: what each output channel weighs, in a row."""
+    """channels_FD: one row of weights per output channel."""
     return kernel.reshape(kernel.shape[0], -1).T
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _find_scale(x_CN, config: QuantConfig, bits: int, symmetric: bool):
-    """(scale bf16[C, 1], zero int8[C, 1] or None if symmetric), of each row; C = 1 for per_tensor."""
+    """Returns (scale bf16[C, 1], zero int8[C, 1], or None if symmetric), one per channel; C = 1 for
+    per_tensor."""
     x_CN = x_CN.astype(jnp.float32)
     if config.per_tensor:
         x_CN = x_CN.reshape(1, -1)
@@ -284,7 +288,7 @@ def _find_scale(x_CN, config: QuantConfig, bits: int, symmetric: bool):
 
 
 def _find_range(x_CN, config: QuantConfig, symmetric: bool):
-    """(low f32[C, 1] <= 0, high >= 0), before any search for less."""
+    """Returns (low f32[C, 1] <= 0, high f32[C, 1] >= 0), the range of each channel."""
     share = config.percentile / 100 if config.calibration == "percentile" else 1.0
     if symmetric:
         high_C1 = _quantile(jnp.abs(x_CN), share)
@@ -293,13 +297,13 @@ def _find_range(x_CN, config: QuantConfig, symmetric: bool):
 
 
 def _quantile(x_CN, share: float):
-    if share in (0, 1):  # without sorting
+    if share in (0, 1):  # needs no sorting
         return (jnp.max if share else jnp.min)(x_CN, -1, keepdims=True)
     return jnp.quantile(x_CN, share, axis=-1, keepdims=True)
 
 
 def _best_factor(x_CN, low_C1, high_C1, bits: int, symmetric: bool):
-    """f32[C, 1]: which of the factors, times the range, gives the least squared error."""
+    """f32[C, 1]: the factor of the range that gives the least squared error."""
 
     def error_of(factor):
         scale_C1, zero_C1 = _scale_of(factor * low_C1, factor * high_C1, bits, symmetric)
@@ -311,7 +315,7 @@ def _best_factor(x_CN, low_C1, high_C1, bits: int, symmetric: bool):
 
 
 def _scale_of(low, high, bits: int, symmetric: bool):
-    """(scale bf16, zero int8 or None), so that the codes span the range."""
+    """Returns (scale bf16, zero int8 or None) with which the codes span the range."""
     least, greatest = code_limits(bits, symmetric)
     if symmetric:
         return _round_up(high / greatest), None
@@ -321,6 +325,6 @@ def _scale_of(low, high, bits: int, symmetric: bool):
 
 
 def _round_up(x):
-    """bf16 of f32 x >= 0. By its bits, for a compiler may leave out a conversion there and back."""
+    """f32 x >= 0 rounded up to bf16. Works on the bits, because XLA may remove a cast to bf16 and back."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + jnp.uint32(0xFFFF)
     return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)

@@ -1,12 +1,11 @@
-"""Structured pruning: heads, feed-forward channels, dims and layers are removed, and a smaller dense model is
-left.
+"""Structured pruning: removes heads, feed-forward channels, dims and layers; the result is a smaller model.
 
     units = choose_units(model, params, ShrinkConfig(heads=2, width=48))
     small_config, small_params = shrink(model, params, units)
-    mask(params, unit_masks(model, params, units))      the full model that computes the same
+    mask(params, unit_masks(model, params, units))      the full-size model that computes the same
 
-Which weights belong to a unit follows from the names of dims (`nn.dims`): "heads" and "ff_width" of each
-block, "width" of the whole model.
+The names of dims (`nn.dims`) define which weights belong to a unit: "heads" and "ff_width" of each block,
+"width" of the whole model.
 """
 
 import dataclasses
@@ -21,17 +20,17 @@ from rec_jax.models.base import Model, SequenceConfig
 from rec_jax.nn.dims import places, sizes_of
 from rec_jax.tree import leaf_names
 
-# Fields of ShrinkConfig: {how many are left: what the model's config calls it}.
+# {field of ShrinkConfig: field of the model's config}
 _FIELDS = {"heads": "num_heads", "ff_width": "ff_width", "width": "width", "num_layers": "num_layers"}
 
 
 @dataclass(frozen=True)
 class ShrinkConfig:
-    """What is left of a model; 0 = all.
+    """The number of units that a shrunk model keeps; 0 = all.
 
-    heads, ff_width: of every layer, chosen in each by itself. width: the same dims all through the model.
-    score: which units stay. "magnitude": those of the largest weights; "taylor": those whose removal changes
-    the loss most, in first order; "random": any, to compare with.
+    heads, ff_width: per layer; each layer chooses its own. width: the same dims in the whole model.
+    score: which units are kept. "magnitude": those with the largest weights; "taylor": those whose removal
+    changes the loss most, to first order; "random": a control.
     """
 
     heads: int = 0
@@ -47,8 +46,8 @@ class ShrinkConfig:
 
 
 class Units(NamedTuple):
-    """Is the unit kept? L counts blocks: one where layers share theirs. In the order of ShrinkConfig; units
-    that a model does not have are arrays without any."""
+    """Whether each unit is kept, as bools in the order of ShrinkConfig. L: the number of blocks, 1 if layers
+    share their block. If a model has no units of a kind, the array is empty."""
 
     heads_LN: np.ndarray
     ff_width_LF: np.ndarray
@@ -59,12 +58,14 @@ class Units(NamedTuple):
 def unit_scores(
     model: Model, params, score: str = "magnitude", grads=None, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """The importance of every unit: {"heads": [L, N], "ff_width": [L, F], "width": [D], "num_layers": [L]}.
+    """Returns the importance of every unit: {"heads": [L, N], "ff_width": [L, F], "width": [D],
+    "num_layers": [L]}.
 
-    "magnitude" is the l2 norm of all weights that write to the unit or read from it; for dims these are
-    mostly those of the table. "taylor" is |sum of weight * gradient|; grads: of the loss, like params.
+    "magnitude" is the l2 norm of all weights that write to the unit or read from it; for "width" these are
+    mostly weights of the item embedding table. "taylor" is |sum of weight * gradient| and needs grads, the
+    gradients of the loss, with the structure of params.
 
-    Source: Molchanov et al., CVPR'19 (arXiv 1906.10771), eq. 8, for taylor, here without the square.
+    Source: Molchanov et al., CVPR'19 (arXiv 1906.10771), eq. 8, for taylor. Differs: not squared.
     """
     num_blocks, units = len(params.get("blocks", ())), num_units(model)
     sizes = {
@@ -77,7 +78,9 @@ def unit_scores(
         rng = np.random.default_rng(seed)
         return {unit: rng.random(size) for unit, size in sizes.items()}
     if score == "taylor" and grads is None:
-        raise ValueError("score='taylor' needs grads, gradients of the loss: use magnitude (ShrinkConfig)")
+        raise ValueError(
+            "score='taylor' needs gradients of the loss: pass grads, or use score='magnitude' (ShrinkConfig)"
+        )
     scores = {unit: np.zeros(size) for unit, size in sizes.items()}
     grads = leaf_names(grads if score == "taylor" else params)
     for name, x in leaf_names(params).items():
@@ -89,16 +92,17 @@ def unit_scores(
             for unit, size in sizes_of(dim).items():
                 if unit in ("heads", "ff_width", "width"):
                     totals = scores[unit] if unit == "width" else scores[unit][block]
-                    along = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1).sum(1)
+                    sums = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1).sum(1)
                     for index in range(size):
-                        totals[index] += along[places(dim, {unit: np.arange(size) == index})].sum()
+                        totals[index] += sums[places(dim, {unit: np.arange(size) == index})].sum()
     return {unit: np.abs(total) ** (0.5 if score == "magnitude" else 1) for unit, total in scores.items()}
 
 
 def choose_units(model: Model, params, config: ShrinkConfig, grads=None, seed: int = 0) -> Units:
-    """The units of the highest scores; the first of equals. grads: see `unit_scores`.
+    """The units with the highest scores; of equal scores, the first ones. grads: see `unit_scores`.
 
-    Raises ValueError where the config asks for more than there is, or for what cannot be removed.
+    Raises ValueError if the config keeps more units than the model has, or removes units that cannot be
+    removed.
     """
     check(model, config)
     scores = unit_scores(model, params, config.score, grads, seed)
@@ -106,7 +110,7 @@ def choose_units(model: Model, params, config: ShrinkConfig, grads=None, seed: i
 
 
 def num_units(model: Model) -> dict[str, int]:
-    """{name: how many of them there are}."""
+    """Returns {kind of unit: the number of such units in the model}."""
     units = {"num_layers": model.config.num_layers}
     for dims in model.dims.values():
         for dim in dims:
@@ -115,34 +119,36 @@ def num_units(model: Model) -> dict[str, int]:
 
 
 def check(model: Model, config: ShrinkConfig) -> None:
-    """Raises ValueError where the config asks for more than there is, or for what cannot be removed."""
+    """Raises ValueError if the config keeps more units than the model has, or removes units that cannot be
+    removed."""
     units, kind = num_units(model), model.config.type
     for name in _FIELDS:
-        if (left := getattr(config, name)) == 0:
+        if (num_kept := getattr(config, name)) == 0:
             continue
         if name not in units:
             raise ValueError(
-                f"{name}={left}: a model of type={kind!r} has no such units; leave it at 0 (ShrinkConfig)"
+                f"{name}={num_kept}: a model of type={kind!r} has no such units; leave it at 0 (ShrinkConfig)"
             )
-        if left > units[name]:
+        if num_kept > units[name]:
             raise ValueError(
-                f"{name}={left} must be at most the model's {_FIELDS[name]}={units[name]} (ShrinkConfig)"
+                f"{name}={num_kept} must be at most the model's {_FIELDS[name]}={units[name]} (ShrinkConfig)"
             )
     if (config.heads or config.width) and "heads" in units and not hasattr(model.config, "head_width"):
         raise ValueError(
             f"heads={config.heads}, width={config.width}: a model of type={kind!r} has heads of width / "
-            "num_heads dims, which stay: shrink ff_width or num_layers, or distil a student (ShrinkConfig)"
+            "num_heads dims, so neither can shrink alone: shrink ff_width or num_layers, or distil a student "
+            "(ShrinkConfig)"
         )
     reason = model.config.fixed_layers
     if reason and config.num_layers not in (0, model.config.num_layers):
         raise ValueError(
-            f"num_layers={config.num_layers}: {reason}, so that no layer can be left out of a model of "
-            f"type={kind!r}; distil a student with fewer (ShrinkConfig)"
+            f"num_layers={config.num_layers}: {reason}, so no layer can be removed from a model of "
+            f"type={kind!r}; distil a student with fewer layers (ShrinkConfig)"
         )
 
 
 def _highest(scores, num: int):
-    """bool like scores: the `num` highest along the last axis; 0 = all."""
+    """A bool array of the shape of scores: True for the `num` highest along the last axis; num 0 = all."""
     order = np.argsort(-scores, axis=-1, kind="stable")
     kept = np.zeros(scores.shape, bool)
     np.put_along_axis(kept, order[..., : num or None], True, axis=-1)
@@ -150,10 +156,10 @@ def _highest(scores, num: int):
 
 
 def unit_masks(model: Model, params, units: Units):
-    """A tree of bools like params, False for the weights of removed units.
+    """A tree of bool arrays with the shapes of params, False for the weights of removed units.
 
-    A masked head or channel gives 0, a masked layer adds nothing to the residual stream, and a masked dim of
-    the stream is 0 everywhere.
+    The output of a masked head or channel is 0, a masked layer adds nothing to the residual stream, and a
+    masked dim of the stream is 0 everywhere.
     """
 
     def mask_of(name, x):
@@ -168,12 +174,13 @@ def unit_masks(model: Model, params, units: Units):
 
 
 def mask(params, masks):
-    """The parameters with zeros for what is masked."""
+    """The parameters with masked weights set to 0. masks: a tree of bool arrays, False = masked."""
     return jax.tree.map(lambda x, kept: x * kept.astype(x.dtype), params, masks)
 
 
 def shrink(model: Model, params, units: Units) -> tuple[SequenceConfig, dict]:
-    """(config, params) of the model without the removed units: it gives what the masked model gives."""
+    """Returns (config, params) of the model without the removed units; its outputs are those of the masked
+    model."""
 
     def cut(name, x):
         for axis, kept_X in enumerate(_kept(name, model, units)):
@@ -183,31 +190,31 @@ def shrink(model: Model, params, units: Units) -> tuple[SequenceConfig, dict]:
     leaves = [cut(name, x) for name, x in leaf_names(params).items()]
     params = jax.tree.unflatten(jax.tree.structure(params), leaves)
     if "blocks" in params:
-        left = np.flatnonzero(units.layers_L)
-        params = {**params, "blocks": {new: params["blocks"][old] for new, old in enumerate(left.tolist())}}
-    config = ShrinkConfig(
-        heads=_per_layer(units.heads_LN),
-        ff_width=_per_layer(units.ff_width_LF),
-        width=_per_layer(units.width_D[None]),
-        num_layers=_per_layer(units.layers_L[None]),
+        kept = np.flatnonzero(units.layers_L)
+        params = {**params, "blocks": {new: params["blocks"][old] for new, old in enumerate(kept.tolist())}}
+    kept = ShrinkConfig(
+        heads=_num_kept(units.heads_LN),
+        ff_width=_num_kept(units.ff_width_LF),
+        width=_num_kept(units.width_D[None]),
+        num_layers=_num_kept(units.layers_L[None]),
     )
-    return shrunk_config(model.config, config), params
+    return shrunk_config(model.config, kept), params
 
 
-def shrunk_config(config: SequenceConfig, left: ShrinkConfig) -> SequenceConfig:
-    """The config of a model shrunk so far, see `check`."""
-    sizes = {field: getattr(left, name) for name, field in _FIELDS.items() if getattr(left, name)}
-    if left.width:
+def shrunk_config(config: SequenceConfig, kept: ShrinkConfig) -> SequenceConfig:
+    """The config of a model that keeps only these units. kept: must pass `check`."""
+    sizes = {field: getattr(kept, name) for name, field in _FIELDS.items() if getattr(kept, name)}
+    if kept.width:
         sizes["full_width"] = config.full_width or config.width
     if hasattr(config, "head_width"):
         sizes["head_width"] = config.head_width or config.width // config.num_heads
-    if left.heads and hasattr(config, "full_heads"):
+    if kept.heads and hasattr(config, "full_heads"):
         sizes["full_heads"] = config.full_heads or config.num_heads
     return dataclasses.replace(config, **{name: x for name, x in sizes.items() if hasattr(config, name)})
 
 
-def _per_layer(kept_LX) -> int:
-    """The number kept, the same in every layer; 0 = all."""
+def _num_kept(kept_LX) -> int:
+    """The number of units kept per layer, which is the same in every layer; 0 = all."""
     if kept_LX.all():
         return 0
     (count,) = set(kept_LX.sum(1).tolist())
@@ -215,12 +222,12 @@ def _per_layer(kept_LX) -> int:
 
 
 def _block_of(name: str) -> int | None:
-    found = re.match(r"blocks/(\d+)/", name)
-    return int(found[1]) if found else None
+    match = re.match(r"blocks/(\d+)/", name)
+    return int(match[1]) if match else None
 
 
 def _kept(name: str, model: Model, units: Units) -> list[np.ndarray]:
-    """bool over the places of each dim of a parameter."""
+    """For each dim of a parameter, a bool array: which of its indices are kept."""
     kept, block = {"width": units.width_D}, _block_of(name)
     if block is not None:
         kept |= {"heads": units.heads_LN[block], "ff_width": units.ff_width_LF[block]}

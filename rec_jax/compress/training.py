@@ -1,4 +1,4 @@
-"""What compression adds to training: masks in the optimizer, changed parameters and teachers in the loss."""
+"""Compression in training: masks in the optimizer, adapters, fake quantization, teachers in the loss."""
 
 import math
 from functools import cached_property
@@ -17,10 +17,10 @@ from rec_jax.tree import leaf_mask, leaf_names
 
 
 class Compression:
-    """The compress section at work in a step.
+    """Applies the `compress` section in a training step.
 
-    teachers: [(model, params), ...] of compress.distill. base: the frozen parameters under LoRA adapters.
-    total_steps: of the training, for schedules.
+    teachers: [(model, params), ...] for compress.distill. base: the frozen parameters under LoRA adapters.
+    total_steps: the number of training steps, for schedules.
     """
 
     def __init__(
@@ -35,19 +35,20 @@ class Compression:
             )
         if len(teachers) != len(config.distill.teachers):
             raise ValueError(
-                f"compress.distill.teachers={config.distill.teachers}: they were not loaded (DistillConfig)"
+                f"compress.distill.teachers={config.distill.teachers}: {len(teachers)} of these were "
+                "loaded; load them and pass them as `teachers` (DistillConfig)"
             )
         if config.shrink != ShrinkConfig():
             raise ValueError(
                 f"compress.shrink={config.shrink} shrinks a trained run: use experiments.compress "
-                "--workdir=RUN; a new model is made smaller by model.* (ShrinkConfig)"
+                "--workdir=RUN; set the size of a new model by model.* (ShrinkConfig)"
             )
         base = base if config.lora.names else None
         self.frozen = {"teachers": [params for _, params in teachers], "base": base}
         self.distils = bool(teachers)
 
     def init(self, params):
-        """What is trained, from the parameters of the model."""
+        """The parameters to train: adapters if compress.lora.names is set, else the model's parameters."""
         if not self._config.lora.names:
             return params
         return init_lora(params, self._config.lora, self._seed, self._model.dims)
@@ -57,7 +58,8 @@ class Compression:
         return jax.eval_shape(self.init, self._model.abstract_params)
 
     def optimizer(self, inner, params, specs):
-        """inner, with masks. params: what it optimizes, of which names and shapes are read."""
+        """The optimizer `inner` with pruning masks. params: the trained parameters; only their names and
+        shapes are read."""
         config = self._config.prune
         if config.hold:
             inner = hold_zeros(inner, config.hold, params)
@@ -66,14 +68,14 @@ class Compression:
             stacked = [n for n, dims in self._model.dims.items() if matched.get(n) and is_stacked(dims)]
             if stacked:
                 raise ValueError(
-                    f"compress.prune.structure={config.structure!r} would remove rows or columns of all "
-                    f"experts at once from {stacked[0]}: use structure='weights', or match other names "
+                    f"compress.prune.structure={config.structure!r} would remove rows or columns from all "
+                    f"experts of {stacked[0]} at once: use structure='weights', or match other names "
                     "(PruneConfig)"
                 )
         return prune(inner, config, params, self._total_steps, specs, self._seed)
 
     def adapt(self, params, frozen, step):
-        """The parameters that the model computes with, from those that are trained."""
+        """The parameters that the model computes with, made from the trained parameters."""
         params = self._merge(params, frozen)
         if self._config.quant.aware:
             start = math.ceil(self._config.quant.aware_from * self._total_steps)
@@ -81,11 +83,11 @@ class Compression:
         return params
 
     def final(self, params):
-        """`adapt` as after the last step."""
+        """The result of `adapt` after the last step."""
         return self.adapt(params, self.frozen, self._total_steps)
 
     def merged(self, params):
-        """Parameters of the model, without what only quantization-aware training does to them."""
+        """The model's parameters with adapters merged, without fake quantization."""
         return self._merge(params, self.frozen)
 
     def _merge(self, params, frozen):
@@ -93,17 +95,17 @@ class Compression:
         return merge_lora(frozen["base"], params, lora) if lora.names else params
 
     def distil(self, loss, student, batch, negatives, frozen):
-        """The loss that the teachers also have a part in."""
-        views = []
+        """The loss mixed with the distillation loss of the teachers."""
+        teachers = []
         for model, params in zip(self._teachers, frozen["teachers"], strict=True):
-            module, their_hidden = model.bind(params), []
-            views.append((module(batch, hidden=their_hidden), module.item_vectors(), their_hidden))
-        return distill_sum(self._config.distill, loss, student, views, batch, negatives)
+            module, hidden = model.bind(params), []
+            teachers.append((module(batch, hidden=hidden), module.item_vectors(), hidden))
+        return distill_sum(self._config.distill, loss, student, teachers, batch, negatives)
 
 
 def first_share_in_force(config: CompressConfig) -> float:
-    """The share of the training after which masks and integers are all in force: what is evaluated before is
-    not the model that will be stored."""
+    """The share of training after which all masks and fake quantization are in force. A model evaluated
+    earlier is not the one that will be stored."""
     pruned = config.prune.end if config.prune.names else 0.0
     aware = config.quant.aware_from if config.quant.aware else 0.0
     return max(pruned, aware)

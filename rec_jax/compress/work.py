@@ -1,4 +1,4 @@
-"""Multiply-adds of programs and models."""
+"""The number of multiply-adds of programs and models."""
 
 import math
 
@@ -11,8 +11,8 @@ from rec_jax.models.base import Model
 
 
 def multiply_adds(jaxpr) -> int:
-    """Of all matrix products of a program; the body of a loop counts as often as it runs, and tiles of the
-    softmax that a step may skip count as well, so BERT4Rec does less work than this says."""
+    """The multiply-adds of all matrix products of a program. The body of a scan counts once per iteration.
+    Softmax tiles that a program may skip at run time count too, so the number is too high for BERT4Rec."""
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -26,8 +26,8 @@ def multiply_adds(jaxpr) -> int:
 
 
 def answer_multiply_adds(model: Model, num_tokens: int) -> int:
-    """Of encoding one history of num_tokens for its next item and scoring the catalogue; of a model that
-    searches for semantic ids, without the search. Only matrix products count."""
+    """The multiply-adds that encode one history of num_tokens and score the catalogue for its next item.
+    Only matrix products count. For a generative retrieval model, the beam search does not count."""
     ids = jnp.zeros((1, num_tokens), jnp.int32)
     columns = {name: ids for name in ("item", *model.columns)}
     batch = Batch(columns, segments=ids + 1, positions=ids, is_query=ids > 0)
@@ -38,5 +38,5 @@ def answer_multiply_adds(model: Model, num_tokens: int) -> int:
     work = multiply_adds(jax.make_jaxpr(encode)(model.abstract_params).jaxpr)
     if "items" not in model.tables:
         return work
-    num_rows, dim = model.abstract_params["items"]["embedding"].shape
-    return work + (num_rows - 1) * dim
+    num_entries, dim = model.abstract_params["items"]["embedding"].shape
+    return work + (num_entries - 1) * dim

@@ -1,4 +1,4 @@
-"""Training of a few arrays under masks, for the tests of pruning."""
+"""Trains a few arrays with pruning masks, for the tests of pruning."""
 
 import functools
 
@@ -10,7 +10,7 @@ import optax
 from rec_jax.compress.prune import PruneConfig, prune
 
 KERNELS = ".*kernel"
-ONCE = PruneConfig(names=KERNELS, share=0.5, schedule="one_shot", end=0.0)  # in the first step
+ONCE = PruneConfig(names=KERNELS, share=0.5, schedule="one_shot", end=0.0)  # prunes in the first step
 
 
 def make_params(seed=0):
@@ -28,7 +28,7 @@ def make_params(seed=0):
 
 
 def make_grads(params, index):
-    """Different in each step, and of another order than the weights."""
+    """Gradients that differ in each step and rank differently from the weights."""
     return jax.tree.map(lambda p: jnp.sin(7 * p + index) + 0.1 * p, params)
 
 
@@ -43,7 +43,7 @@ def make_step(update):
 
 
 def train(optimizer, params, steps, grads_of=make_grads, each=lambda params, state: None):
-    """Parameters and state after some steps. each: called after every one."""
+    """Returns (params, state) after some steps. each: called after every step."""
     step, state = make_step(optimizer.update), optimizer.init(params)
     for index in range(steps):
         params, state = step(params, state, grads_of(params, index))

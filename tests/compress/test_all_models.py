@@ -1,5 +1,6 @@
-"""Every model type, mixtures of experts included, under every kind of compression, on tiny models."""
+"""Every kind of compression on a tiny model of every type, mixtures of experts included."""
 
+import re
 from functools import cache, partial
 
 import jax
@@ -33,23 +34,23 @@ from rec_jax.models.sasrec import SASRecConfig
 from rec_jax.models.semantic_ids import SemanticIdsConfig, numbered_semantic_ids
 from rec_jax.models.tiger import TigerConfig
 from rec_jax.recipes import WEIGHTS
-from rec_jax.tree import leaf_names, num_params
+from rec_jax.tree import leaf_mask, leaf_names, num_params
 
 NUM_ITEMS, MAX_LEN = 30, 10
-SIZES = {"width": 16, "ff_width": 12, "num_heads": 4, "dropout": 0.0}
-CONFIGS = [
-    SASRecConfig(**SIZES),
-    SASRecConfig(**SIZES, num_experts=3, norm="pre"),
-    ESASRecConfig(**SIZES),
-    ESASRecConfig(**SIZES, num_experts=3, experts_per_token=1),
-    BERT4RecConfig(**SIZES),
-    HSTUConfig(width=16, num_heads=4, value_width=3, dropout=0.0),
-    GRU4RecConfig(width=16, num_layers=2, dropout=0.0),
-    GRU4RecConfig(width=16, hidden_width=12, dropout=0.0),
-    LRUConfig(width=16, ff_width=12, dropout=0.0),
-    TigerConfig(**SIZES, prefix_embeddings=True),
-]
-EVERY_MODEL = pytest.mark.parametrize("config", CONFIGS, ids=str)
+SIZES = {"width": 16, "ff_width": 12, "num_heads": 4, "num_layers": 1, "dropout": 0.0}
+CONFIGS = {
+    "sasrec": SASRecConfig(**SIZES),
+    "sasrec, experts": SASRecConfig(**SIZES, num_experts=3, norm="pre"),
+    "esasrec, 2 layers": ESASRecConfig(**SIZES | {"num_layers": 2}),
+    "esasrec, experts": ESASRecConfig(**SIZES, num_experts=3, experts_per_token=1),
+    "bert4rec": BERT4RecConfig(**SIZES),
+    "hstu": HSTUConfig(width=16, num_heads=4, num_layers=1, value_width=3, dropout=0.0),
+    "gru4rec, 2 layers": GRU4RecConfig(width=16, num_layers=2, dropout=0.0),
+    "gru4rec, hidden_width": GRU4RecConfig(width=16, hidden_width=12, dropout=0.0),
+    "lru": LRUConfig(width=16, ff_width=12, num_layers=1, dropout=0.0),
+    "tiger": TigerConfig(**SIZES, prefix_embeddings=True),
+}
+EVERY_MODEL = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 POSITIONS = np.array([[*range(4), *range(5), 0], range(10)])
 BATCH = Batch(
     {
@@ -69,16 +70,16 @@ def define(config):
 
 @cache
 def make(config):
-    """(model, params far from their start)."""
+    """Returns (model, params): random NumPy arrays, none of them at its initial value."""
     model, rng = define(config), np.random.default_rng(1)
     return model, jax.tree.map(
-        lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), model.abstract_params
+        lambda x: (0.3 * rng.normal(size=x.shape)).astype(np.float32), model.abstract_params
     )
 
 
 @partial(jax.jit, static_argnums=0)
 def scores(model, params):
-    """Of the catalogue, or of the codes that an item may begin with, at the real tokens."""
+    """Scores at the real tokens: of the catalogue, or of the first level of semantic ids."""
     module = model.bind(params)
     x_TD = module(BATCH)[np.asarray(BATCH.segments) > 0]
     if model.is_generative:
@@ -87,12 +88,17 @@ def scores(model, params):
     return x_TD @ (table_VD.dequantize() if hasattr(table_VD, "dequantize") else table_VD).T
 
 
-def test_every_model_is_here():
-    assert {type(config) for config in CONFIGS} == set(MODELS)
+@partial(jax.jit, static_argnums=(0, 1))
+def fake_quantized_scores(model, quant, params, is_on):
+    return scores(model, fake_quantize_params(params, quant, is_on, model.dims))
+
+
+def test_configs_cover_every_model_type():
+    assert {type(config) for config in CONFIGS.values()} == set(MODELS)
 
 
 @EVERY_MODEL
-def test_every_dim_has_a_name_or_none(config):
+def test_named_dims_match_the_shapes_of_parameters(config):
     model, _ = make(config)
     shapes = leaf_names(model.abstract_params)
     assert set(model.dims) == set(shapes)
@@ -105,14 +111,13 @@ def test_every_dim_has_a_name_or_none(config):
 @pytest.mark.parametrize(
     "quant",
     [
-        QuantConfig(WEIGHTS),
+        QuantConfig(WEIGHTS, table_bits=4),
         QuantConfig(WEIGHTS, inputs="dynamic"),
         QuantConfig(WEIGHTS, inputs="static", symmetric=False),
-        QuantConfig(".*embedding", table_bits=4),
     ],
-    ids=["float", "dynamic", "static", "int4"],
+    ids=["float inputs and int4 tables", "dynamic", "static"],
 )
-def test_integers_score_like_floats(config, quant):
+def test_quantized_scores_are_close_to_float_scores(config, quant):
     model, params = make(config)
     samples = observe_inputs(model, params, [BATCH]) if quant.inputs == "static" else None
     quantized = quantize_params(params, quant, samples, model.dims)
@@ -120,102 +125,123 @@ def test_integers_score_like_floats(config, quant):
     leaves = dict(zip(named, jax.tree.leaves(quantized, is_leaf=is_quantized), strict=True))
     for name, leaf in leaves.items():
         is_table, is_kernel = name.endswith("embedding"), name.endswith("kernel") and "router" not in name
-        assert is_quantized(leaf) == (is_table or (is_kernel and quant.table_bits == 8))
-        if is_quantized(leaf):
-            again = unpack_leaf(*pack_leaf(leaf))
-            np.testing.assert_array_equal(again.dequantize(), leaf.dequantize())
-    whole, small = scores(model, params), scores(model, quantized)
-    is_score = np.isfinite(whole)
-    error = np.sqrt(np.mean((small - whole)[is_score] ** 2)) / np.std(whole[is_score])
-    # A token of tiger is the sum of several rows of 4 bits.
+        assert is_quantized(leaf) == (is_table or is_kernel)
+        jax.tree.map(np.testing.assert_array_equal, unpack_leaf(*pack_leaf(leaf)), leaf)
+    expected, quantized_scores = scores(model, params), scores(model, quantized)
+    is_score = np.isfinite(expected)
+    error = np.sqrt(np.mean((quantized_scores - expected)[is_score] ** 2)) / np.std(expected[is_score])
+    # With 4 bits errors are larger, most of all for tiger, whose tokens are sums of several table entries.
     assert error < (0.3 if quant.table_bits == 4 else 0.06), error
-    if quant.inputs == "float":  # what is read is what is multiplied
-        np.testing.assert_allclose(scores(model, dequantize_params(quantized)), small, rtol=1e-3, atol=1e-4)
+    if quant.inputs == "float":  # the model computes with the dequantized weights
+        plain = scores(model, dequantize_params(quantized))
+        np.testing.assert_allclose(plain, quantized_scores, rtol=1e-3, atol=1e-4)
 
 
 @EVERY_MODEL
-def test_training_sees_what_will_be_stored(config):
+def test_fake_quantization_gives_the_scores_of_the_stored_model(config):
     model, params = make(config)
     quant = QuantConfig(WEIGHTS, inputs="dynamic", aware=True)
     stored = scores(model, quantize_params(params, quant, dims=model.dims))
-    faked = scores(model, fake_quantize_params(params, quant, True, model.dims))
-    off = scores(model, fake_quantize_params(params, quant, jnp.array(False), model.dims))
+    on, off = (fake_quantized_scores(model, quant, params, is_on) for is_on in (True, False))
     is_score = np.isfinite(stored)
-    assert np.sqrt(np.mean((faked - stored)[is_score] ** 2)) < 0.02 * np.std(stored[is_score])
+    assert np.sqrt(np.mean((on - stored)[is_score] ** 2)) < 0.02 * np.std(stored[is_score])
     np.testing.assert_allclose(off, scores(model, params), rtol=1e-4, atol=1e-4)
 
 
-@EVERY_MODEL
-def test_the_pruned_share_is_right(config):
-    model, params = make(config)
+def test_stacked_kernels_of_experts_are_pruned_to_the_requested_share():
+    model, params = make(CONFIGS["esasrec, experts"])
     optimizer = prune(optax.sgd(0.1), PruneConfig(names=WEIGHTS, share=0.7), params, 4)
-    state, zeros = optimizer.init(params), jax.tree.map(jnp.zeros_like, params)
+    state, zeros = optimizer.init(params), jax.tree.map(np.zeros_like, params)
     update = jax.jit(optimizer.update)
     for _ in range(4):
         updates, state = update(zeros, state, params)
-        params = optax.apply_updates(params, updates)
+        params = jax.tree.map(np.add, params, jax.device_get(updates))
     assert share_of_zeros(params, WEIGHTS) == pytest.approx(0.7, abs=0.01)
-    assert np.isfinite(scores(model, params)).any()
+    assert np.isfinite(scores(model, params)).all()
 
 
 @EVERY_MODEL
-def test_adapters_change_nothing_at_first_and_every_expert_has_its_own(config):
+def test_scores_stay_finite_with_most_weights_at_zero(config):
     model, params = make(config)
-    lora = LoraConfig(names=WEIGHTS, rank=2, alpha=3.0)
-    adapters = init_lora(params, lora, 0, model.dims)
-    jax.tree.map(np.testing.assert_array_equal, merge_lora(params, adapters, lora), params)
-    trained = {name: {"a": ab["a"], "b": ab["b"] + 1} for name, ab in adapters.items()}
-    merged = leaf_names(merge_lora(params, trained, lora))
-    for name, x in leaf_names(params).items():
-        if name in trained:
-            change = np.asarray(merged[name] - x)
-            kernels = change if "_kernel" in name else change[None]
-            ranks = {np.linalg.matrix_rank(k.reshape(len(k), -1), tol=1e-3) for k in kernels}
-            assert ranks == {1}  # all outputs of b are the same
+    matched = leaf_mask(params, WEIGHTS, field="names")
+    bound = np.quantile(np.abs(np.concatenate([x.ravel() for x in jax.tree.leaves(params)])), 0.7)
+    pruned = jax.tree.map(lambda x, is_in: np.where(is_in & (np.abs(x) < bound), 0, x), params, matched)
+    expected = scores(model, params)
+    np.testing.assert_array_equal(np.isfinite(scores(model, pruned)), np.isfinite(expected))
+
+
+LORA = LoraConfig(names=WEIGHTS, rank=2, alpha=3.0)
+
+
+@EVERY_MODEL
+def test_adapters_fit_the_shapes_of_all_kernels_and_tables(config):
+    model, params = make(config)
+    adapters = jax.eval_shape(lambda params: init_lora(params, LORA, 0, model.dims), params)
+    assert set(adapters) == {name for name in leaf_names(params) if re.fullmatch(WEIGHTS, name)}
+    merged = jax.eval_shape(lambda params, adapters: merge_lora(params, adapters, LORA), params, adapters)
+    assert jax.tree.map(np.shape, merged) == jax.tree.map(np.shape, params)
+
+
+@pytest.mark.parametrize("name", ["sasrec, experts", "esasrec, experts"])
+def test_new_adapters_change_nothing_and_each_expert_has_its_own(name):
+    model, params = make(CONFIGS[name])
+    adapters = jax.jit(lambda params: init_lora(params, LORA, 0, model.dims))(params)
+    merge = jax.jit(lambda params, adapters: merge_lora(params, adapters, LORA))
+    jax.tree.map(np.testing.assert_array_equal, merge(params, adapters), params)
+    trained = {name: {"a": ab["a"], "b": np.asarray(ab["b"]) + 1} for name, ab in adapters.items()}
+    merged = leaf_names(merge(params, trained))
+    for name in trained:
+        change = np.asarray(merged[name]) - leaf_names(params)[name]
+        kernels = change if "_kernel" in name else change[None]
+        ranks = {np.linalg.matrix_rank(k.reshape(len(k), -1), tol=1e-3) for k in kernels}
+        assert ranks == {1}  # all columns of b are equal
+
+
+TWO_LAYERS = SIZES | {"num_layers": 2}
 
 
 @pytest.mark.parametrize(
-    "config, left",
+    "config, kept",
     [
-        (ESASRecConfig(**SIZES), {"heads": 2, "ff_width": 5, "width": 9, "num_layers": 1}),
-        (ESASRecConfig(**SIZES, num_experts=3), {"heads": 2, "width": 9}),
-        (BERT4RecConfig(**SIZES), {"heads": 1, "ff_width": 7, "width": 10}),
-        (HSTUConfig(width=16, num_heads=4, value_width=3, dropout=0.0), {"heads": 3, "width": 11}),
+        (CONFIGS["esasrec, 2 layers"], {"heads": 2, "ff_width": 5, "width": 9, "num_layers": 1}),
+        (CONFIGS["esasrec, experts"], {"heads": 2, "width": 9}),
+        (CONFIGS["bert4rec"], {"heads": 1, "ff_width": 7, "width": 10}),
+        (CONFIGS["hstu"], {"heads": 3, "width": 11}),
         (HSTUConfig(width=16, num_heads=4, dropout=0.0), {"heads": 2, "num_layers": 1}),
-        (GRU4RecConfig(width=16, num_layers=2, dropout=0.0), {"width": 9}),
-        (GRU4RecConfig(width=16, hidden_width=12, dropout=0.0), {"width": 9}),
+        (CONFIGS["gru4rec, 2 layers"], {"width": 9}),
+        (CONFIGS["gru4rec, hidden_width"], {"width": 9}),
         (LRUConfig(width=16, ff_width=12, dropout=0.0), {"width": 9, "ff_width": 4, "num_layers": 1}),
-        (TigerConfig(**SIZES, prefix_embeddings=True), {"ff_width": 5, "num_layers": 1}),
+        (TigerConfig(**TWO_LAYERS, prefix_embeddings=True), {"ff_width": 5, "num_layers": 1}),
         (SASRecConfig(**SIZES, num_future=2), {"width": 9}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "type", None) or ",".join(value),
 )
-def test_the_smaller_model_gives_what_the_masked_one_gives(config, left):
+def test_a_shrunk_model_scores_like_the_masked_model(config, kept):
     model, params = make(config)
-    left = ShrinkConfig(**left)
-    units = choose_units(model, params, left)
+    kept = ShrinkConfig(**kept)
+    units = choose_units(model, params, kept)
     small_config, small_params = shrink(model, params, units)
-    assert small_config == shrunk_config(config, left)
+    assert small_config == shrunk_config(config, kept)
     small = define(small_config)
     assert jax.tree.map(np.shape, small_params) == jax.tree.map(np.shape, small.abstract_params)
     masks = unit_masks(model, params, units)
     assert sum(m.sum() for m in jax.tree.leaves(masks)) == num_params(small_params) < num_params(params)
     expected = scores(model, mask(params, masks))
-    small_scores = scores(small, jax.tree.map(jnp.asarray, small_params))
+    small_scores = scores(small, small_params)
     np.testing.assert_allclose(small_scores, expected, rtol=1e-4, atol=1e-4)
     assert np.abs(expected - scores(model, params))[np.isfinite(expected)].max() > 0.01
 
 
 @pytest.mark.parametrize(
-    "config, left, message",
+    "config, kept, message",
     [
         (SASRecConfig(**SIZES, num_experts=3), {"ff_width": 5}, "ff_width=5: .*'sasrec' has no such units"),
         (LRUConfig(), {"heads": 1}, "heads=1: a model of type='lru' has no such units"),
         (GRU4RecConfig(num_layers=2), {"num_layers": 1}, "num_layers=1: a layer replaces its input"),
         (TigerConfig(**SIZES), {"width": 8}, "width=8: .*'tiger' has heads of width / num_heads"),
     ],
-    ids=str,
+    ids=["experts", "lru", "gru4rec", "tiger"],
 )
-def test_what_cannot_shrink_is_refused_with_the_reason(config, left, message):
+def test_units_that_a_model_type_cannot_remove_are_refused(config, kept, message):
     with pytest.raises(ValueError, match=message):
-        choose_units(*make(config), ShrinkConfig(**left))
+        choose_units(*make(config), ShrinkConfig(**kept))

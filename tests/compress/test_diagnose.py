@@ -1,4 +1,4 @@
-"""Tables by hand."""
+"""Diagnostic tables against numbers computed by hand."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +13,7 @@ PARAMS = {
 }
 
 
-def test_figures_of_weights_and_gradients_by_hand(capsys):
+def test_figures_of_weights_and_gradients(capsys):
     head, rows = weight_table(PARAMS)
     assert head == ("parameter", "shape", "zeros", "norm", "max |w|")
     assert rows[0] == ("ff/bias", "2", "100.0%", "0", "0")
@@ -21,7 +21,7 @@ def test_figures_of_weights_and_gradients_by_hand(capsys):
     assert rows[2] == ("items/table", "4x1", "0.0%", "5.48", "4")
     grads = {
         "ff": {"bias": jnp.array([-1.0, 1.0]), "kernel": jnp.array([[0.0, 0.0, 3.0], [0.0, -4.0, 0.0]])},
-        "items": {"table": jnp.arange(-300.0, 101.0)[:, None]},  # |g| up to 100 twice
+        "items": {"table": jnp.arange(-300.0, 101.0)[:, None]},  # every |g| up to 100 occurs twice
     }
     head, rows = weight_table(PARAMS, grads)
     assert head[5:] == ("norm of g", "|g| 1%", "|g| 50%", "|g| 99%")
@@ -32,11 +32,11 @@ def test_figures_of_weights_and_gradients_by_hand(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
-def test_each_parameter_is_pruned_alone():
-    seen = []
+def test_one_parameter_at_a_time_is_pruned():
+    evaluated = []
 
     def evaluate(params):
-        seen.append(params)
+        evaluated.append(params)
         return float(
             jnp.sum(jnp.abs(params["ff"]["kernel"])) + 100 * jnp.sum(jnp.abs(params["items"]["table"]))
         )
@@ -44,15 +44,20 @@ def test_each_parameter_is_pruned_alone():
     head, rows = sensitivity(PARAMS, "ff/kernel|items/.*", (0.5, 0.75), evaluate)
     assert head == ("parameter", "0%", "50%", "75%")
     assert rows == [
-        ("ff/kernel", "1019.0000", "1019.0000", "1016.0000"),  # 4.5 of 6 is 4, and 3 are 0 before
+        (
+            "ff/kernel",
+            "1019.0000",
+            "1019.0000",
+            "1016.0000",
+        ),  # 75% of 6 is 4.5, rounded to 4; 3 of the 6 are 0 already
         ("items/table", "1019.0000", "719.0000", "419.0000"),
     ]
-    np.testing.assert_array_equal(seen[3]["items"]["table"], [[0], [0], [3], [-4]])
-    for params in seen:
+    np.testing.assert_array_equal(evaluated[3]["items"]["table"], [[0], [0], [3], [-4]])
+    for params in evaluated:
         assert params["ff"]["bias"] is PARAMS["ff"]["bias"]
     assert PARAMS["items"]["table"][0, 0] == 1
 
 
-def test_a_pattern_that_matches_nothing_lists_the_names():
+def test_a_pattern_without_match_lists_the_names():
     with pytest.raises(ValueError, match=r"names='blocks' matches no parameter.*items/table"):
         sensitivity(PARAMS, "blocks", (0.5,), lambda params: 0.0)

@@ -1,7 +1,7 @@
-"""Low ranks: what is nearest is as near as theory says, and adapters merge to the bit."""
+"""Low-rank matrices: approximation errors against theory, and adapters that merge bit for bit."""
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,14 @@ BATCH = Batch(
 )
 
 
+@cache
+def define(config, num_items):
+    return define_model(lambda rngs: SASRec(config, num_items, MAX_LEN, rngs=rngs))
+
+
 def make(config, seed=0, num_items=NUM_ITEMS):
-    """(model, params far from their start)."""
-    model = define_model(lambda rngs: SASRec(config, num_items, MAX_LEN, rngs=rngs))
+    """Returns (model, params): random NumPy arrays, none of them at its initial value."""
+    model = define(config, num_items)
     rng = np.random.default_rng(seed)
     return model, jax.tree.map(
         lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.5, model.abstract_params
@@ -45,8 +50,8 @@ def scores(model, params):
     return module(BATCH)[0] @ module.item_vectors().T
 
 
-def test_no_table_of_that_rank_is_nearer():
-    """The error is the norm of the singular values that are left out."""
+def test_factorisation_has_the_least_possible_error():
+    """The error is the norm of the discarded singular values."""
     table_VD = np.random.default_rng(0).normal(size=(40, 9)).astype(np.float32)
     singular = np.linalg.svd(table_VD, compute_uv=False)
     for dim in (1, 4, 9):
@@ -57,7 +62,7 @@ def test_no_table_of_that_rank_is_nearer():
         assert error == pytest.approx(np.linalg.norm(singular[dim:]), rel=1e-4, abs=1e-5)
 
 
-def test_a_factorised_model_is_the_one_with_the_nearest_table():
+def test_a_factorised_model_scores_like_the_model_with_the_low_rank_table():
     model, params = make(CONFIG)
     config, small = factorise_model(CONFIG, params, 3)
     assert config == dataclasses.replace(CONFIG, item_dim=3)
@@ -69,23 +74,24 @@ def test_a_factorised_model_is_the_one_with_the_nearest_table():
     assert np.abs(expected - scores(model, params)).max() > 0.1
 
 
-def test_a_student_keeps_inner_products_as_well_as_its_width_can():
+def test_a_student_keeps_inner_products_as_well_as_its_width_allows():
     _, params = make(CONFIG)
     config = dataclasses.replace(CONFIG, width=4, num_heads=1)
     fresh = make(config, seed=1)[1]
     student = student_from(CONFIG, params, config, fresh)
     table_VD, table_VW = params["items"]["embedding"], student["items"]["embedding"]
-    apart = 8 * table_VD @ table_VD.T - 4 * table_VW @ table_VW.T  # of inputs, sqrt(width) times the rows
-    left_out = 8 * np.linalg.svd(table_VD, compute_uv=False)[4:] ** 2
-    assert np.linalg.norm(apart) == pytest.approx(np.linalg.norm(left_out), rel=1e-4)
+    # The inputs of the blocks are the entries times sqrt(width).
+    error = 8 * table_VD @ table_VD.T - 4 * table_VW @ table_VW.T
+    discarded = 8 * np.linalg.svd(table_VD, compute_uv=False)[4:] ** 2
+    assert np.linalg.norm(error) == pytest.approx(np.linalg.norm(discarded), rel=1e-4)
     others = [name for name in leaf_names(fresh) if "embedding" not in name]
     for name in others:
         assert leaf_names(student)[name] is leaf_names(fresh)[name]
 
 
 @pytest.mark.parametrize("options", [{}, {"item_dim": 3}, {"full_width": 12}], ids=str)
-def test_a_teacher_that_needs_no_more_dims_loses_nothing(options):
-    """Items and positions in three directions: a student of width 4 sees all inner products of its inputs."""
+def test_a_teacher_of_low_rank_is_reproduced_exactly(options):
+    """Items and positions span three dims, so a student of width 4 keeps all inner products of the inputs."""
     rng = np.random.default_rng(0)
     teacher_config = dataclasses.replace(CONFIG, **options)
     _, params = make(teacher_config)
@@ -101,13 +107,13 @@ def test_a_teacher_that_needs_no_more_dims_loses_nothing(options):
     config = dataclasses.replace(CONFIG, width=4)
     student = student_from(teacher_config, params, config, make(config, seed=1)[1])
     factor = (teacher_config.full_width or 8) ** 0.5
-    theirs = np.concatenate([factor * items_V3 @ basis_3D, positions_S3 @ basis_3D])
-    ours = np.concatenate([2 * student["items"]["embedding"], student["positions"]["embedding"]])
-    np.testing.assert_allclose(ours @ ours.T, theirs @ theirs.T, rtol=1e-3, atol=1e-3)
+    expected = np.concatenate([factor * items_V3 @ basis_3D, positions_S3 @ basis_3D])
+    inputs = np.concatenate([2 * student["items"]["embedding"], student["positions"]["embedding"]])
+    np.testing.assert_allclose(inputs @ inputs.T, expected @ expected.T, rtol=1e-3, atol=1e-3)
 
 
-def test_a_students_scores_are_as_large_as_its_teachers():
-    """Of the norm alone, which makes outputs as long as sqrt(width)."""
+def test_the_scores_of_a_student_are_as_large_as_those_of_its_teacher():
+    """The models have no layers: their final norm alone gives outputs a length of about sqrt(width)."""
     teacher_config = dataclasses.replace(CONFIG, width=64, num_layers=0, position="rotary")
     config = dataclasses.replace(teacher_config, width=16)
     teacher, params = make(teacher_config)
@@ -116,8 +122,8 @@ def test_a_students_scores_are_as_large_as_its_teachers():
     student, fresh = make(config, seed=1)
     fresh["final_norm"] = {"scale": np.ones(16, np.float32), "bias": np.zeros(16, np.float32)}
     small = student_from(teacher_config, params, config, fresh)
-    theirs, ours = np.asarray(scores(teacher, params)), np.asarray(scores(student, small))
-    assert np.std(ours) == pytest.approx(np.std(theirs), rel=0.1)
+    expected, student_scores = np.asarray(scores(teacher, params)), np.asarray(scores(student, small))
+    assert np.std(student_scores) == pytest.approx(np.std(expected), rel=0.1)
 
 
 def test_students_of_the_same_width_or_with_a_factorised_table():
@@ -136,7 +142,7 @@ LORA = LoraConfig(names=r".*(kernel|items/embedding)", rank=2, alpha=3.0)
 
 
 def trained_adapters(params, config=LORA):
-    """As after some training: b is no longer 0."""
+    """Adapters as after some training: b is not 0."""
     rng = np.random.default_rng(2)
     adapters = init_lora(params, config, seed=0)
     return {
@@ -145,14 +151,14 @@ def trained_adapters(params, config=LORA):
     }
 
 
-def test_new_adapters_change_nothing_and_follow_the_seed():
+def test_new_adapters_change_nothing_and_depend_on_the_seed():
     _, params = make(CONFIG)
-    adapters, again, other = (init_lora(params, LORA, seed=seed) for seed in (0, 0, 1))
+    adapters, same_seed, other_seed = (init_lora(params, LORA, seed=seed) for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, merge_lora(params, adapters, LORA), params)
     name = "blocks/0/attention/key_value/kernel"
     assert adapters[name]["a"].shape == (8, 2) and adapters[name]["b"].shape == (2, 16)
-    np.testing.assert_array_equal(adapters[name]["a"], again[name]["a"])
-    assert np.all(adapters[name]["a"] != other[name]["a"])
+    np.testing.assert_array_equal(adapters[name]["a"], same_seed[name]["a"])
+    assert np.all(adapters[name]["a"] != other_seed[name]["a"])
     assert np.all(adapters[name]["a"] != adapters["blocks/0/attention/query/kernel"]["a"])
     assert {n for n in leaf_names(params) if n.endswith("kernel")} | {"items/embedding"} == set(adapters)
 
@@ -165,7 +171,7 @@ def test_merged_kernels_by_hand():
     assert merged["bias"] is params["bias"]
 
 
-def test_the_merged_model_gives_what_was_trained_to_the_bit():
+def test_the_merged_model_has_the_outputs_of_training_bit_for_bit():
     model, params = make(CONFIG)
     adapters = trained_adapters(params)
     adapted = jax.jit(lambda params, adapters: scores(model, merge_lora(params, adapters, LORA)))
@@ -174,8 +180,8 @@ def test_the_merged_model_gives_what_was_trained_to_the_bit():
     assert np.abs(scores(model, merged) - scores(model, params)).max() > 0.1
 
 
-def test_gradients_reach_the_adapters_alone():
-    """They are those of the merged kernels, through a and b; the rest of the model has no place to learn."""
+def test_gradients_of_adapters_follow_from_those_of_merged_kernels():
+    """The chain rule through a and b."""
     model, params = make(CONFIG)
     config = dataclasses.replace(LORA, names=r".*query/kernel")
     adapters = trained_adapters(params, config)
@@ -208,6 +214,6 @@ def test_gradients_reach_the_adapters_alone():
         (lambda p: LoraConfig(alpha=0.0), "alpha=0.0"),
     ],
 )
-def test_mistakes(mistake, message):
+def test_impossible_requests_are_refused(mistake, message):
     with pytest.raises(ValueError, match=message):
         mistake(make(CONFIG)[1])

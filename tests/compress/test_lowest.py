@@ -1,4 +1,4 @@
-"""The lowest scores against NumPy's sort, and masks by hand."""
+"""The lowest scores against NumPy's sort, and masks computed by hand."""
 
 import dataclasses
 import functools
@@ -21,16 +21,20 @@ from rec_jax.mesh import MeshConfig, make_mesh
 NORMAL_FLOATS = st.floats(width=32, allow_nan=False, allow_subnormal=False)
 
 
+jitted_bits = jax.jit(ordered_bits)
+
+
 @given(st_numpy.arrays(np.float32, 17, elements=NORMAL_FLOATS))
-def test_bits_are_in_the_order_of_the_numbers(x):
-    bits = np.asarray(ordered_bits(jnp.asarray(x)))
+def test_bits_have_the_order_of_the_numbers(x):
+    bits = np.asarray(jitted_bits(x))
     np.testing.assert_array_equal(bits[:, None] < bits, x[:, None] < x)
     np.testing.assert_array_equal(bits[:, None] == bits, x[:, None] == x)
 
 
 @jax.jit
-def lowest_of_two(x, y, wanted):
-    return kth_lowest([(ordered_bits(x), 1, ()), (ordered_bits(y), 3, ())], wanted)
+def lowest_of_two(x, y, num):
+    """The key of the num-th lowest number, if each number of y counts three times."""
+    return kth_lowest([(ordered_bits(x), 1, ()), (ordered_bits(y), 3, ())], num)
 
 
 @given(
@@ -38,12 +42,12 @@ def lowest_of_two(x, y, wanted):
     st_numpy.arrays(np.float32, 4, elements=st.sampled_from([-np.inf, -1.0, 0.0, 2.5])),
     st.integers(1, 9 + 3 * 4),
 )
-def test_the_kth_lowest_where_some_count_for_more(x, y, wanted):
-    expected = np.sort(np.concatenate([x, np.repeat(y, 3)]))[wanted - 1]
-    assert int(lowest_of_two(x, y, wanted)) == int(ordered_bits(jnp.float32(expected)))
+def test_the_kth_lowest_of_keys_that_stand_for_several_weights(x, y, num):
+    expected = np.sort(np.concatenate([x, np.repeat(y, 3)]))[num - 1]
+    assert int(lowest_of_two(x, y, num)) == int(jitted_bits(np.full(17, expected, np.float32))[0])
 
 
-def test_nothing_is_lowest_enough_where_nothing_is_wanted():
+def test_the_bound_is_below_all_numbers_if_none_is_to_be_pruned():
     assert int(lowest_of_two(jnp.full(9, -jnp.inf), jnp.zeros(4), 0)) == 0
     assert int(ordered_bits(jnp.float32(-jnp.inf))) > 0
 
@@ -65,40 +69,40 @@ def chooser(score, scope):
     scope=st.sampled_from(["global", "layer"]),
     seed=st.integers(0, 10**6),
 )
-def test_the_share_is_what_was_asked_and_the_rest_is_higher(rounds, score, scope, seed):
+def test_the_requested_share_of_the_lowest_is_pruned(rounds, score, scope, seed):
     """In several rounds, each with other weights and scores."""
     rng = np.random.default_rng(seed)
-    masks = {name: jnp.ones(shape, bool) for name, shape in SHAPES.items()}
-    for at in sorted(rounds):
+    masks = {name: np.ones(shape, bool) for name, shape in SHAPES.items()}
+    for index in sorted(rounds):
         before = masks
         params, scores = ({n: rng.normal(size=s).astype(np.float32) for n, s in SHAPES.items()} for _ in "ps")
-        masks = chooser(score, scope)(at, params, before, scores)
+        masks = chooser(score, scope)(index, params, before, scores)
         for names in ["ab"] if scope == "global" else ["a", "b"]:
             new, old, weights, given = (
                 np.concatenate([np.asarray(tree[name]).ravel() for name in names])
                 for tree in (masks, before, params, scores)
             )
-            assert np.sum(~new) == round(SHARES[at] * new.size) and not (new & ~old).any()
+            assert np.sum(~new) == round(SHARES[index] * new.size) and not (new & ~old).any()
             x = np.abs(weights) if score == "magnitude" else given
             if score != "random":
                 assert x[old & ~new].max(initial=-np.inf) < x[new].min(initial=np.inf)
 
 
 @pytest.mark.parametrize("data, model", [(8, 1), (2, 4)])
-def test_every_device_finds_the_kth_lowest_of_all(data, model):
+def test_every_device_gets_the_kth_lowest_of_all_devices(data, model):
     x = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
-    whole = np.arange(5, dtype=np.float32) / 10  # the same on all devices, to be counted once
+    replicated = np.arange(5, dtype=np.float32) / 10  # the same on all devices, to be counted once
 
-    def find(x, whole, wanted):
-        units = [(ordered_bits(x), 1, ("data", "model")), (ordered_bits(whole), 1, (None,))]
-        return kth_lowest(units, wanted)[None, None]
+    def find(x, replicated, num):
+        units = [(ordered_bits(x), 1, ("data", "model")), (ordered_bits(replicated), 1, (None,))]
+        return kth_lowest(units, num)[None, None]
 
     mesh, axes = make_mesh(MeshConfig(data=data, model=model)), P("data", "model")
     find = jax.jit(jax.shard_map(find, mesh=mesh, in_specs=(axes, P(), P()), out_specs=axes, check_vma=False))
-    in_order = np.sort(np.concatenate([x.ravel(), whole]))
-    for wanted in (1, 40, 70, 133):
-        found = np.asarray(find(x, whole, wanted))
-        np.testing.assert_array_equal(found, np.asarray(ordered_bits(in_order[wanted - 1])))
+    in_order = np.sort(np.concatenate([x.ravel(), replicated]))
+    for num in (1, 40, 70, 133):
+        bounds = np.asarray(find(x, replicated, num))
+        np.testing.assert_array_equal(bounds, np.asarray(ordered_bits(in_order[num - 1])))
 
 
 def test_magnitude_by_hand():
@@ -119,7 +123,7 @@ def test_taylor_by_hand():
 
 
 def test_movement_by_hand():
-    """Weights that move towards 0 go, however large."""
+    """Weights that move towards 0 are pruned, even large ones."""
     params = with_kernel([10.0, -10.0, 0.1, -0.1])
     config = dataclasses.replace(ONCE, score="movement", end=0.2)
     grads = [jnp.array([1.0, 1.0, -1.0, -2.0]), jnp.array([2.0, 1.0, -1.0, 0.0])]
@@ -129,7 +133,7 @@ def test_movement_by_hand():
     np.testing.assert_array_equal(pruned["kernel"], np.float32([0, -10, 0.1, 0]))
 
 
-def test_random_is_no_score_of_the_weights_and_follows_the_seed():
+def test_random_scores_depend_on_the_seed_and_not_on_the_weights():
     params = with_kernel(np.arange(1, 4001))
     config = dataclasses.replace(ONCE, score="random", share=0.3)
     first, again, other = (
@@ -144,38 +148,40 @@ def test_random_is_no_score_of_the_weights_and_follows_the_seed():
     assert np.sum(first == 0) == 1200
 
 
-def test_one_threshold_for_all_or_one_for_each():
+def test_scopes_compare_all_parameters_or_each_one():
     params = {"a": with_kernel([1.0, 2.0, 3.0, 4.0]), "b": with_kernel([10.0, 20.0, 30.0, 40.0])}
-    everywhere, _ = one_step(ONCE, params)
-    np.testing.assert_array_equal(everywhere["a"]["kernel"], [0, 0, 0, 0])
-    np.testing.assert_array_equal(everywhere["b"]["kernel"], params["b"]["kernel"])
-    each, _ = one_step(dataclasses.replace(ONCE, scope="layer"), params)
-    np.testing.assert_array_equal(each["a"]["kernel"], [0, 0, 3, 4])
-    np.testing.assert_array_equal(each["b"]["kernel"], [0, 0, 30, 40])
+    by_all, _ = one_step(ONCE, params)
+    np.testing.assert_array_equal(by_all["a"]["kernel"], [0, 0, 0, 0])
+    np.testing.assert_array_equal(by_all["b"]["kernel"], params["b"]["kernel"])
+    by_layer, _ = one_step(dataclasses.replace(ONCE, scope="layer"), params)
+    np.testing.assert_array_equal(by_layer["a"]["kernel"], [0, 0, 3, 4])
+    np.testing.assert_array_equal(by_layer["b"]["kernel"], [0, 0, 30, 40])
 
 
-def test_whole_rows_and_columns():
+def test_whole_rows_and_columns_are_pruned():
     params = with_kernel([[3.0, 0.0, -4.0], [2.0, 2.0, -2.0], [-6.0, 0.1, 0.1], [0.1, -4.5, 0.1]])
-    rows, _ = one_step(dataclasses.replace(ONCE, structure="rows"), params)  # squares 25, 12, 36, 20
+    rows, _ = one_step(dataclasses.replace(ONCE, structure="rows"), params)  # sums of squares 25, 12, 36, 20
     np.testing.assert_array_equal(np.asarray(rows["kernel"]).any(1), [True, False, True, False])
-    config = dataclasses.replace(ONCE, structure="columns", share=0.3)  # squares 49, 24, 20
+    config = dataclasses.replace(ONCE, structure="columns", share=0.3)  # sums of squares 49, 24, 20
     columns, _ = one_step(config, params)
     np.testing.assert_array_equal((np.asarray(columns["kernel"]) == 0).all(0), [False, False, True])
 
 
-def test_rows_count_by_their_weights():
-    """5 of 10 weights are to go, and rows of 2 weights go before one of 4."""
+def test_the_share_counts_weights_rather_than_rows():
+    """5 of 10 weights are to be pruned; two rows of 2 weights have lower scores than the row of 4."""
     params = {
         "a": with_kernel(np.full((3, 2), [[1.0], [2.0], [9.0]])),
         "b": with_kernel(np.full((1, 4), 1.5)),
     }
-    pruned, _ = one_step(dataclasses.replace(ONCE, structure="rows"), params)  # squares 2, 8, 162 and 9
+    pruned, _ = one_step(
+        dataclasses.replace(ONCE, structure="rows"), params
+    )  # sums of squares 2, 8, 162 and 9
     np.testing.assert_array_equal(pruned["a"]["kernel"], [[0, 0], [0, 0], [9, 9]])
-    np.testing.assert_array_equal(pruned["b"]["kernel"], np.zeros((1, 4)))  # a unit more
+    np.testing.assert_array_equal(pruned["b"]["kernel"], np.zeros((1, 4)))  # one row more than the share
 
 
 def two_of_four(x, num_pruned=2):
-    """NumPy: of every 4 along dim 0 the lowest |x| set to 0, the first of equal ones."""
+    """A NumPy reference: sets the lowest |x| of every 4 along dim 0 to 0; of equal ones, the first."""
     out = x.copy()
     for start in range(0, len(x), 4):
         for column in range(x.shape[1]):
@@ -184,7 +190,7 @@ def two_of_four(x, num_pruned=2):
     return out
 
 
-def test_two_of_four_along_the_contracted_dim():
+def test_two_of_four_are_pruned_along_the_contracted_dim():
     params = with_kernel([[1, 1], [-3, 1], [2, 1], [-4, 1], [5, 0], [6, 9], [-7, 8], [8, 7]])
     pruned, _ = one_step(dataclasses.replace(ONCE, structure="2:4"), params)
     expected = [[0, 0], [-3, 0], [0, 1], [-4, 1], [0, 0], [0, 9], [-7, 8], [8, 0]]
@@ -195,7 +201,7 @@ def test_two_of_four_along_the_contracted_dim():
     assert share_of_zeros(pruned, KERNELS) == 0.5
 
 
-def test_groups_of_four_lose_one_after_the_other():
+def test_groups_of_four_lose_first_one_weight_then_two():
     params, counts = make_params(), []
     config = PruneConfig(names="up/kernel", share=0.5, structure="2:4", end=0.4, num_updates=4)
     optimizer = prune(optax.sgd(0.0), config, params, 10)  # shares 0.29, 0.44, 0.49, 0.5
@@ -203,6 +209,6 @@ def test_groups_of_four_lose_one_after_the_other():
     assert counts == [0.25, 0.25, 0.25, 0.5, 0.5]
 
 
-def test_equal_scores_go_together():
+def test_equal_scores_are_pruned_together():
     pruned, _ = one_step(ONCE, with_kernel([1.0, 2.0, 2.0, -2.0, 3.0, 4.0]))
     np.testing.assert_array_equal(pruned["kernel"], [0, 0, 0, 0, 3, 4])

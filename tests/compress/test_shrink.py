@@ -1,4 +1,4 @@
-"""Shrunk models against the masked models that they came from."""
+"""Shrunk models against the masked models that they are made from."""
 
 import dataclasses
 from functools import cache, partial
@@ -39,7 +39,7 @@ def build(config):
 
 @cache
 def make(config):
-    """(model, params far from their start)."""
+    """Returns (model, params): random NumPy arrays, none of them at its initial value."""
     model, rng = define_model(build(config)), np.random.default_rng(1)
     return model, jax.tree.map(
         lambda x: (0.4 * rng.normal(size=x.shape)).astype(np.float32), model.abstract_params
@@ -48,17 +48,17 @@ def make(config):
 
 @partial(jax.jit, static_argnums=0)
 def outputs(model, params):
-    """(encodings, scores of the catalogue) of the real tokens."""
+    """Returns (x_TD, scores_TV): the encodings and the scores of the catalogue, at the real tokens."""
     module = model.bind(params)
     x_TD = module(BATCH)[BATCH.segments > 0]
     return x_TD, x_TD @ module.item_vectors().T
 
 
-def assert_shrinks(config, left):
+def assert_shrinks(config, kept):
     model, params = make(config)
-    units = choose_units(model, params, left)
+    units = choose_units(model, params, kept)
     small_config, small_params = shrink(model, params, units)
-    assert small_config == shrunk_config(config, left)
+    assert small_config == shrunk_config(config, kept)
     small_model = define_model(build(small_config))
     assert jax.tree.structure(small_model.abstract_params) == jax.tree.structure(small_params)
     masks = unit_masks(model, params, units)
@@ -66,25 +66,22 @@ def assert_shrinks(config, left):
     x_TD, scores_TV = outputs(model, mask(params, masks))
     small_x_TD, small_scores_TV = outputs(small_model, small_params)
     np.testing.assert_allclose(small_scores_TV, scores_TV, rtol=1e-5, atol=1e-5)
-    kept = slice(None) if config.item_dim else units.width_D
-    np.testing.assert_allclose(small_x_TD, x_TD[:, kept], rtol=1e-5, atol=1e-5)
-    assert np.abs(scores_TV - outputs(model, params)[1]).max() > 0.1  # what went had a part in it
+    dims = slice(None) if config.item_dim else units.width_D
+    np.testing.assert_allclose(small_x_TD, x_TD[:, dims], rtol=1e-5, atol=1e-5)
+    assert np.abs(scores_TV - outputs(model, params)[1]).max() > 0.1  # the removed units had an effect
     return units
 
 
 @pytest.mark.parametrize(
-    "norm, position, left",
+    "norm, position, kept",
     [
-        ("post", "learned", {"heads": 2}),
         ("post", "learned", {"width": 8, "heads": 1, "ff_width": 4}),
         ("original", "rotary", {"width": 7}),
-        ("pre", "rotary", {"ff_width": 3}),
-        ("pre", "rotary", {"num_layers": 1}),
         ("pre", "rotary", {"num_layers": 1, "width": 6, "heads": 2, "ff_width": 5}),
     ],
 )
-def test_the_smaller_model_gives_what_the_masked_one_gives(norm, position, left):
-    assert_shrinks(dataclasses.replace(CONFIG, norm=norm, position=position), ShrinkConfig(**left))
+def test_a_shrunk_model_computes_like_the_masked_model(norm, position, kept):
+    assert_shrinks(dataclasses.replace(CONFIG, norm=norm, position=position), ShrinkConfig(**kept))
 
 
 @pytest.mark.parametrize(
@@ -92,17 +89,17 @@ def test_the_smaller_model_gives_what_the_masked_one_gives(norm, position, left)
     [{"l2_normalize": True, "temperature": 0.1}, {"item_dim": 5, "share_layers": True}],
     ids=str,
 )
-def test_models_with_options_shrink_too(options):
+def test_models_with_other_options_can_be_shrunk(options):
     config = dataclasses.replace(CONFIG, **options)
     units = assert_shrinks(config, ShrinkConfig(heads=1, ff_width=4, width=5))
     assert units.layers_L.shape == (1 if config.share_layers else 2,)
 
 
-def test_a_shrunk_model_shrinks_again():
+def test_a_shrunk_model_can_be_shrunk_again():
     config, params = CONFIG, make(CONFIG)[1]
-    for left in (ShrinkConfig(heads=2, width=9), ShrinkConfig(ff_width=4, width=6)):
+    for kept in (ShrinkConfig(heads=2, width=9), ShrinkConfig(ff_width=4, width=6)):
         model = make(config)[0]
-        units = choose_units(model, params, left)
+        units = choose_units(model, params, kept)
         masked = mask(params, unit_masks(model, params, units))
         scores = outputs(model, masked)[1]
         config, params = shrink(model, params, units)
@@ -111,16 +108,16 @@ def test_a_shrunk_model_shrinks_again():
     assert (config.width, config.full_width, config.num_heads, config.head_width) == (6, 12, 2, 4)
 
 
-def test_all_of_everything_is_the_same_model():
+def test_keeping_all_units_gives_the_same_model():
+    """The config only makes the width of a head explicit, which is the default."""
     model, params = make(CONFIG)
     config, same = shrink(model, params, choose_units(model, params, ShrinkConfig()))
+    assert config == dataclasses.replace(CONFIG, head_width=CONFIG.width // CONFIG.num_heads)
     jax.tree.map(np.testing.assert_array_equal, same, params)
-    x_TD = outputs(model, params)[0]
-    np.testing.assert_array_equal(outputs(define_model(build(config)), same)[0], x_TD)
 
 
 def test_masks_by_hand():
-    """One layer of two heads of one dim: dim 0, head 1 and channel 2 go."""
+    """One layer of two heads of one dim; dim 0, head 1 and channel 2 are masked."""
     config = SASRecConfig(width=2, ff_width=3, num_heads=2, num_layers=1)
     model, params = make(config)
     off, on = np.array([[False, True]]), np.array([[True, False]])
@@ -137,7 +134,7 @@ def test_masks_by_hand():
 
 
 def test_scores_by_hand():
-    """All weights 0 but a few, so that each unit's score is a norm of what is there."""
+    """All weights except a few are 0, so that each unit's score is the norm of these few."""
     config = SASRecConfig(width=4, ff_width=3, num_heads=2, num_layers=2)
     model, params = make(config)
     params = jax.tree.map(lambda x: np.zeros(x.shape), params)
@@ -163,23 +160,23 @@ def test_scores_by_hand():
     np.testing.assert_allclose(taylor["width"], [6, 0, 3, 0])
 
 
-def test_taylor_scores_are_the_change_of_the_loss_in_first_order():
-    """A head scaled by so little that few activations turn on or off changes the loss by that share of its
-    score."""
-    model, params = make(CONFIG)
+def test_taylor_scores_are_the_first_order_change_of_the_loss():
+    """Scaling a head by a small share changes the loss by that share of its score. The share is so small that
+    few activations switch on or off."""
+    model, params = make(dataclasses.replace(CONFIG, num_layers=1))
 
     @jax.jit
     def loss(params):
         x_TD = outputs(model, params)[0]
         return jnp.sum(x_TD * jnp.cos(jnp.arange(x_TD.size)).reshape(x_TD.shape))
 
-    scores = unit_scores(model, params, "taylor", jax.grad(loss)(params))["heads"]
+    scores = unit_scores(model, params, "taylor", jax.jit(jax.grad(loss))(params))["heads"]
     share, changes = 0.001, np.zeros(scores.shape)
-    everything = choose_units(model, params, ShrinkConfig())
+    all_units = choose_units(model, params, ShrinkConfig())
     for layer, head in np.ndindex(scores.shape):
         heads_LN = np.ones(scores.shape, bool)
         heads_LN[layer, head] = False
-        masks = unit_masks(model, params, everything._replace(heads_LN=heads_LN))
+        masks = unit_masks(model, params, all_units._replace(heads_LN=heads_LN))
         up, down = (
             loss(jax.tree.map(lambda x, m, s=s: np.where(m, x, s * x), params, masks))
             for s in (1 + share, 1 - share)
@@ -188,7 +185,7 @@ def test_taylor_scores_are_the_change_of_the_loss_in_first_order():
     np.testing.assert_allclose(changes, scores, atol=0.01 * scores.max())
 
 
-def test_the_best_units_stay():
+def test_units_with_the_highest_scores_are_kept():
     model, params = make(CONFIG)
     scores = unit_scores(model, params)
     units = choose_units(model, params, ShrinkConfig(heads=1, ff_width=4, width=5))
@@ -198,12 +195,12 @@ def test_the_best_units_stay():
     assert units.layers_L.all()
 
 
-def test_random_units_follow_the_seed():
+def test_random_units_depend_on_the_seed():
     model, params = make(CONFIG)
-    left = ShrinkConfig(width=6, ff_width=5, score="random")
-    a, again, other = (choose_units(model, params, left, seed=seed) for seed in (0, 0, 1))
-    np.testing.assert_array_equal(a.width_D, again.width_D)
-    assert np.any(a.width_D != other.width_D) and a.width_D.sum() == other.width_D.sum() == 6
+    kept = ShrinkConfig(width=6, ff_width=5, score="random")
+    a, same_seed, other_seed = (choose_units(model, params, kept, seed=seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(a.width_D, same_seed.width_D)
+    assert np.any(a.width_D != other_seed.width_D) and a.width_D.sum() == other_seed.width_D.sum() == 6
     assert np.any(a.ff_width_LF[0] != a.ff_width_LF[1])
 
 
@@ -214,17 +211,17 @@ def test_multiply_adds_by_hand():
         config = SASRecConfig(**({"width": 2, "ff_width": 5, "num_heads": 1, "num_layers": 2} | options))
         return answer_multiply_adds(define_model(build(config)), 3)
 
-    # A layer: 3 tokens x 4 kernels of 2 x 2 = 48; 9 pairs x 2 dims, twice = 36. A token's feed-forward: 20.
+    # Per layer: 3 tokens x 4 kernels of 2 x 2 = 48; twice 9 pairs x 2 dims = 36. Feed-forward per token: 20.
     assert work() == 2 * (48 + 36) + (3 + 1) * 20 + 30 * 2
     assert work(num_layers=0) == 60
-    # Projections of 3 tokens and of one output, 1 x 2 each, and items of one dim.
+    # Projections of 3 tokens and one output, 1 x 2 each; 30 items of one dim.
     assert work(num_layers=0, item_dim=1) == 8 + 30
-    # Kernels of 2 x 6.
+    # Kernels are 2 x 6.
     assert work(num_layers=1, num_heads=2, head_width=3) == 3 * 4 * 12 + 2 * 9 * 6 + 20 + 60
 
 
 @pytest.mark.parametrize(
-    "options, left, message",
+    "options, kept, message",
     [
         ({}, {"heads": 4}, "heads=4 .* num_heads=3"),
         ({}, {"width": 13}, "width=13 .* width=12"),
@@ -236,7 +233,7 @@ def test_multiply_adds_by_hand():
         ({}, {"score": "taylor"}, "grads"),
     ],
 )
-def test_what_cannot_be_is_refused(options, left, message):
-    config = dataclasses.replace(CONFIG, **options)
+def test_impossible_requests_are_refused(options, kept, message):
+    model = make(dataclasses.replace(CONFIG, **options))[0]
     with pytest.raises(ValueError, match=message):
-        choose_units(define_model(build(config)), make(CONFIG)[1], ShrinkConfig(**left))
+        choose_units(model, make(CONFIG)[1], ShrinkConfig(**kept))
