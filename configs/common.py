@@ -48,7 +48,7 @@ def apply_variant(cfg: ConfigDict, variant: str | None) -> ConfigDict:
     cfg.model.num_layers = min(cfg.model.num_layers, 2)
     cfg.semantic_ids.content = ""  # an item's interests in the simulated log
     cfg.semantic_ids.content_dims = 16
-    cfg.semantic_ids.codebook_size = 8
+    cfg.semantic_ids.codebook_size = 0
     cfg.semantic_ids.max_shared = 1.0
     cfg.semantic_ids.epochs = 30
     cfg.semantic_ids.width = 16

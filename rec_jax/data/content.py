@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rec_jax.data.cooccurrence import cooccurrence_vectors
 from rec_jax.data.datasets import Dataset, resolve_path
 from rec_jax.data.textfile import count
 from rec_jax.data.titles import read_titles
@@ -26,7 +27,8 @@ def content_vectors(content: str, dims: int, dataset: Dataset, titles_ids: str =
         .npz: arrays `ids` [N] and `vectors` [N, F]; any vectors, for instance those of a trained model;
         .json: an object {item id: list of attributes};
         a file of titles as for data.titles; genres count as words;
-        "": the titles of the data set, or the interests of a simulated world.
+        "": the titles of the data set, or the interests of a simulated world; without either, which items
+        occur together in the training histories (`data.cooccurrence`).
       dims: F of vectors made from words and attributes, which are hashed.
       titles_ids: as in DataConfig, for a file of titles.
 
@@ -35,13 +37,16 @@ def content_vectors(content: str, dims: int, dataset: Dataset, titles_ids: str =
     """
     ids = [str(name) for name in dataset.histories.item_ids[1:]]
     path = resolve_path(content, "semantic_ids.content") if content else None
+    source = path.name if path else "the training histories"
     if path and path.suffix in (".npy", ".npz"):
         vectors = _read_vectors(path, ids)
+    elif path is None and not (tokens := _known_tokens(dataset)):
+        vectors = cooccurrence_vectors(dataset.histories, dataset.split)[1:]
     else:
-        if path is None:
-            tokens = _known_tokens(dataset)
-        else:
+        if path:
             tokens = _read_attributes(path) if path.suffix == ".json" else _read_words(path, titles_ids)
+        else:
+            source = "the titles" if dataset.world is None else "the simulated interests"
         vectors = hashed_tokens([tokens[name] if name in tokens else [] for name in ids], dims)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     num_unknown = int((norms == 0).sum())
@@ -52,7 +57,6 @@ def content_vectors(content: str, dims: int, dataset: Dataset, titles_ids: str =
         )
     vectors = np.pad(vectors / np.where(norms == 0, 1, norms), ((1, 0), (0, 0))).astype(np.float32)
     num_distinct = len(np.unique(vectors[1:], axis=0))
-    source = path.name if path else "the data set"
     text = (
         f"content from {source}: {count(len(ids), 'item')}, {count(num_distinct, 'distinct vector')}, "
         f"{count(num_unknown, 'item')} without content"

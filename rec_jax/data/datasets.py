@@ -269,7 +269,7 @@ def _prepare(config: DataConfig, path: str, directory: Path, fingerprint, used=N
     titles = None
     if config.titles:
         ids = resolve_path(config.titles_ids, "titles_ids") if config.titles_ids else None
-        titles = read_titles(resolve_path(config.titles, "titles"), ids)
+        titles = read_titles(resolve_path(config.titles, "titles"), ids, item=config.item)
     histories = build_histories(log, titles)
     split = _split(config, histories)
     if used:

@@ -8,19 +8,23 @@ from rec_jax.data.textfile import TextFile, is_utf8, numbered_lines, where
 _USUAL_NAMES = ("title", "name", "movietitle", "itemname", "itemtitle", "productname")
 
 
-def read_titles(path: Path, ids_path: Path | None = None, *, with_genres: bool = False) -> dict[str, str]:
+def read_titles(
+    path: Path, ids_path: Path | None = None, *, item: str = "", with_genres: bool = False
+) -> dict[str, str]:
     """Returns {item id: title}.
 
     Args:
       path: a MovieLens file with `item::title::genres` lines (UTF-8, or latin-1 as in MovieLens-1M), a
-        RecBole .item file, or a csv or tsv file whose header names the item and the title.
+        RecBole .item file, or a csv or tsv file whose header names the item and the title (`title`, `name`,
+        ...; of two columns, the title is the other one).
       ids_path: a file with `id id_in_path` lines, for logs whose items were renumbered.
+      item: the item column of the log, which may name that of the titles too.
       with_genres: append the genres to the titles of a MovieLens file.
 
     Raises ValueError for a malformed line, or if the item or title column is not recognised.
     """
     _, first = next(numbered_lines(path), (0, ""))
-    titles = _read_dat(path, with_genres) if "::" in first else _read_table(path)
+    titles = _read_dat(path, with_genres) if "::" in first else _read_table(path, item)
     if ids_path is None:
         return titles
     file = TextFile(ids_path, " ", ["item", "original"])
@@ -43,12 +47,14 @@ def _read_dat(path: Path, with_genres: bool) -> dict[str, str]:
     return titles
 
 
-def _read_table(path: Path) -> dict[str, str]:
+def _read_table(path: Path, item: str) -> dict[str, str]:
     file = TextFile(path, "\t" if path.suffix in (".item", ".tsv") else ",", quotes=path.suffix != ".item")
     if path.suffix == ".item":
         file.names = [name.partition(":")[0] for name in file.names]
-    named = [name for name in file.names if name.lower().replace("_", "") in _USUAL_NAMES]
-    item = pick_column("item", "", file.names, path)
+    item = item if item in file.names else pick_column("item", "", file.names, path)
+    named = [name for name in file.names if name.lower().replace("_", "") in _USUAL_NAMES and name != item]
+    if item is not None and len(file.names) == 2:
+        named = [name for name in file.names if name != item]
     if item is None or len(named) != 1:
         raise ValueError(
             f"{path}: cannot find the item and title columns among {', '.join(file.names)}: call them "

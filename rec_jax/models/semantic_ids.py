@@ -32,7 +32,7 @@ class SemanticIdsConfig:
     content_dims: int = 512  # dims of content vectors if words or attributes are hashed
     method: Literal["rqvae", "kmeans"] = "rqvae"
     num_levels: int = 3  # without the last level, which counts
-    codebook_size: int = 256  # of each level
+    codebook_size: int = 0  # of each level; 0 = a quarter of the items as a power of two, at most 256
     epochs: int = 60  # rqvae
     width: int = 256  # rqvae: hidden units of the encoder and of the decoder
     latent: int = 32  # rqvae: dims that are quantised
@@ -43,11 +43,18 @@ class SemanticIdsConfig:
         for name in ("content_dims", "num_levels", "epochs", "width", "latent"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1 (SemanticIdsConfig)")
-        if self.codebook_size < 2:
-            raise ValueError(f"codebook_size={self.codebook_size} must be at least 2 (SemanticIdsConfig)")
+        if self.codebook_size < 2 and self.codebook_size != 0:
+            raise ValueError(
+                f"codebook_size={self.codebook_size} must be at least 2, or 0 for a size that depends on the "
+                "number of items (SemanticIdsConfig)"
+            )
         for name in ("min_used", "max_shared"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1] (SemanticIdsConfig)")
+
+    def size_for(self, num_items: int) -> int:
+        """The codebook size of a catalogue: the largest power of two up to a quarter of it, unless set."""
+        return self.codebook_size or min(256, max(2, 1 << (num_items // 4).bit_length() >> 1))
 
 
 class SemanticIds:
@@ -115,13 +122,13 @@ class Trie:
 
 def numbered_semantic_ids(num_items: int, config: SemanticIdsConfig) -> SemanticIds:
     """Returns placeholder codes, the digits of the item's number, for uses without data."""
-    num_levels = 1
-    while config.codebook_size**num_levels < num_items:
+    num_levels, size = 1, config.size_for(num_items)
+    while size**num_levels < num_items:
         num_levels += 1
     num_levels = max(num_levels, config.num_levels + 1)
-    powers = config.codebook_size ** np.arange(num_levels - 1, -1, -1, dtype=np.int64)
-    digits_VQ = np.arange(num_items)[:, None] // powers % config.codebook_size
-    return SemanticIds(np.pad(digits_VQ, ((1, 0), (0, 0))), config.codebook_size, "codes are item numbers")
+    powers = size ** np.arange(num_levels - 1, -1, -1, dtype=np.int64)
+    digits_VQ = np.arange(num_items)[:, None] // powers % size
+    return SemanticIds(np.pad(digits_VQ, ((1, 0), (0, 0))), size, "codes are item numbers")
 
 
 def make_semantic_ids(
@@ -134,22 +141,23 @@ def make_semantic_ids(
     """
     from rec_jax.models.quantizers import residual_kmeans, rqvae
 
-    x_NF, sizes = vectors_VF[1:], (config.num_levels, config.codebook_size)
+    x_NF, size = vectors_VF[1:], config.size_for(len(vectors_VF) - 1)
+    sizes = config.num_levels, size
     if config.method == "kmeans":
         codes_NQ = residual_kmeans(x_NF, *sizes, seed)[0]
     else:
         codes_NQ = rqvae(x_NF, *sizes, seed, epochs=config.epochs, width=config.width, latent=config.latent)
-    used = [len(np.unique(codes_N)) / config.codebook_size for codes_N in codes_NQ.T]
+    used = [len(np.unique(codes_N)) / size for codes_N in codes_NQ.T]
     last_code_N, group_size_N = count_within(codes_NQ, counts_V[1:])
     shared, largest = float(np.mean(group_size_N > 1)), int(group_size_N.max())
-    _check(config, used, shared, largest)
+    _check(config, size, used, shared, largest)
     codes_NQ = np.column_stack([codes_NQ, last_code_N])
     report = (
         f"codes by {config.method}: levels use {', '.join(f'{x:.0%}' for x in used)} of "
-        f"{config.codebook_size} codes; {shared:.1%} of the items share their codes, at most {largest} the "
+        f"{size} codes; {shared:.1%} of the items share their codes, at most {largest} the "
         "same ones, and are counted by one more level"
     )
-    return SemanticIds(np.pad(codes_NQ, ((1, 0), (0, 0))), config.codebook_size, report)
+    return SemanticIds(np.pad(codes_NQ, ((1, 0), (0, 0))), size, report)
 
 
 def count_within(codes_NQ: np.ndarray, counts_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -167,12 +175,12 @@ def count_within(codes_NQ: np.ndarray, counts_N: np.ndarray) -> tuple[np.ndarray
     return rank_N, sizes[group_N]
 
 
-def _check(config: SemanticIdsConfig, used: list[float], shared: float, largest: int) -> None:
+def _check(config: SemanticIdsConfig, size: int, used: list[float], shared: float, largest: int) -> None:
     for level, share in enumerate(used):
         if share < config.min_used:
             raise ValueError(
                 f"semantic_ids.min_used={config.min_used}: level {level} uses only {share:.3f} of its "
-                f"{config.codebook_size} codes: lower codebook_size or num_levels, use method='kmeans', or "
+                f"{size} codes: lower codebook_size or num_levels, use method='kmeans', or "
                 "lower min_used (SemanticIdsConfig)"
             )
     if shared > config.max_shared:
@@ -181,9 +189,9 @@ def _check(config: SemanticIdsConfig, used: list[float], shared: float, largest:
             f"most {largest} the same ones: raise codebook_size or num_levels, use content that "
             "distinguishes items better, or raise max_shared (SemanticIdsConfig)"
         )
-    if largest > config.codebook_size:
+    if largest > size:
         raise ValueError(
-            f"semantic_ids.codebook_size={config.codebook_size}: {largest} items share the same codes, more "
+            f"semantic_ids.codebook_size={size}: {largest} items share the same codes, more "
             "than the last level can count: raise codebook_size or num_levels, or use content that "
             "distinguishes items better (SemanticIdsConfig)"
         )
@@ -224,6 +232,7 @@ def load_semantic_ids(
             np.savez(
                 partial,
                 codes=semantic_ids.codes_VQ,
+                codebook_size=semantic_ids.codebook_size,
                 report=f"{text}\n{semantic_ids.report}",
                 made_from=made_from,
             )
@@ -234,4 +243,4 @@ def load_semantic_ids(
                 f"{path} was made from {file['made_from']}, but this run needs {made_from}: use another "
                 "workdir (SemanticIdsConfig)"
             )
-        return SemanticIds(file["codes"], config.codebook_size, str(file["report"]))
+        return SemanticIds(file["codes"], int(file["codebook_size"]), str(file["report"]))

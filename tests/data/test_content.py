@@ -1,5 +1,6 @@
 """Content of items: all kinds of files give the same vectors, and mistakes are reported."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from rec_jax.data.content import content_vectors, hashed_tokens
 from rec_jax.data.datasets import Dataset
-from rec_jax.data.histories import Histories
+from rec_jax.data.histories import Histories, leave_one_out
 
 
 def dataset(titles=None):
@@ -19,7 +20,7 @@ def dataset(titles=None):
         item_ids=np.array(["", "a", "b", "c"], object),
         titles=titles or {},
     )
-    return Dataset(histories, None, [], None)
+    return Dataset(histories, leave_one_out(histories), [], None)
 
 
 def test_rare_tokens_have_larger_weights():
@@ -76,6 +77,18 @@ def test_mistakes_in_content_files_are_reported(tmp_path, name, write, message):
     write(tmp_path / name)
     with pytest.raises(ValueError, match=message):
         content_vectors(str(tmp_path / name), 64, dataset())
+
+
+def test_a_log_without_titles_gives_vectors_of_neighbours():
+    data = dataset()
+    items = np.array([1, 2, 1, 2, 3, 3, 1, 2, 1, 2, 3, 3], np.int32)
+    data = dataclasses.replace(
+        data, histories=dataclasses.replace(data.histories, items=items, offsets=np.array([0, 6, 12]))
+    )
+    data = dataclasses.replace(data, split=leave_one_out(data.histories))
+    vectors, text = content_vectors("", 64, data)
+    assert "content from the training histories: 3 items" in text and "1 item without content" in text
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), [0, 1, 1, 0], atol=1e-6)
 
 
 def test_missing_content_is_reported(tmp_path):

@@ -180,8 +180,10 @@ def test_titles_are_read_from_every_format(tmp_path):
     csv = tmp_path / "movies.csv"
     csv.write_text('movieId,title,genres\n10,"Heat, The",Crime\n')
     assert read_titles(csv) == {"10": "Heat, The"}
-    csv.write_text("movieId,label\n10,Heat\n")
-    with pytest.raises(ValueError, match="cannot find the item and title columns among movieId, label"):
+    csv.write_text("product,label\n10,Heat\n")
+    assert read_titles(csv, item="product") == {"10": "Heat"}
+    csv.write_text("movieId,label,genres\n10,Heat,Crime\n")
+    with pytest.raises(ValueError, match="the item and title columns among movieId, label, genres"):
         read_titles(csv)
     dat.write_text("10::Heat::Crime\n20 Alien\n")
     with pytest.raises(ValueError, match="line 2: '20 Alien' has no '::': expected `item::title"):
