@@ -29,7 +29,7 @@ def test_sparse_updates_equal_dense_updates(loss, update):
     if loss != "sampled":
         fields["model"] = NO_LAYERS
     dense = reference(loss, **fields)
-    for devices, micro_rows in [(1, 2), (4, 1)] if loss == "sampled" else [(2, 2)]:
+    for devices, micro_rows in [(1, 2), (2, 2)] if loss == "sampled" else [(2, 2)]:
         assert_close(run(loss, devices, micro_rows, table=update, **fields), dense)
 
 
@@ -37,7 +37,7 @@ def test_sparse_updates_equal_dense_updates(loss, update):
 def test_row_sharded_tables_give_the_same_result_on_every_mesh(loss, update):
     fields = {"optim": OptimConfig(type=update, learning_rate=0.5), "model": NO_LAYERS}
     dense = reference(loss, **fields)
-    for data, model in [(1, 1), (8, 1), (2, 4), (1, 8)] if loss == "sampled" else [(2, 4)]:
+    for data, model in [(1, 1), (2, 1), (2, 4), (1, 2)] if loss == "sampled" else [(2, 4)]:
         sharded = run(loss, data, 8 // data, table=update, model_axis=model, layout="rows", **fields)
         assert_close(sharded, dense)
 
@@ -61,11 +61,11 @@ def test_exchanges_in_many_rounds_give_the_same_result(loss, update):
 )
 def test_every_layout_gives_the_same_result(layout, update):
     fields = {"table": update, "model": NO_LAYERS}
-    sharded = run("sampled", 2, 4, model_axis=4, layout=layout, **fields)
+    sharded = run("sampled", 2, 4, model_axis=2, layout=layout, **fields)
     assert_close(sharded, reference("sampled", **fields))
 
 
-@pytest.mark.parametrize("data, model", [(1, 1), (8, 1), (2, 4), (1, 8)])
+@pytest.mark.parametrize("data, model", [(2, 1), (2, 4), (1, 2)])
 def test_a_full_softmax_over_a_row_sharded_table_gives_the_same_result(data, model):
     fields = {"optim": OptimConfig(type="adagrad", learning_rate=0.5)}
     if (data, model) != (2, 4):
