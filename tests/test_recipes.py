@@ -215,7 +215,7 @@ def test_a_quantized_run_can_be_a_teacher(parent, int8, tmp_path):
 @pytest.mark.parametrize(
     "page, changes",
     [
-        ("tiger_beauty", {}),
+        ("tiger_beauty", {"model.num_beams": 8}),
         ("bert4rec_ml1m", {"compress.quant.inputs": "static"}),
         ("esasrec_ml1m", {"model.num_experts": 3}),
     ],

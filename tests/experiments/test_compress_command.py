@@ -1,4 +1,4 @@
-"""`python -m experiments.compress` on a small run: the suites in this process, mistakes in one of their own."""
+"""`python -m experiments.compress` on a small run: the suites in this process, an error in its own."""
 
 import json
 import os
