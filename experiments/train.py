@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=configs/sasrec_ml1m.py --workdir=runs/ml1m
     python -m experiments.train --config=configs/sasrec_ml1m.py:smoke --workdir=/tmp/smoke
-    python -m experiments.train --config=configs/sasrec.py --workdir=runs/mine \\
+    python -m experiments.train --config=configs/log.py:sasrec --workdir=runs/mine \\
         --config.data.path=my.csv \\
         --config.data.user=customer --config.data.item=product --config.data.time=when
 

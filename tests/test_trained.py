@@ -23,7 +23,7 @@ from rec_jax.trained import TrainedModel
 from rec_jax.tree import cast_floats, with_leaf
 
 MAX_LEN, NUM_ITEMS = 4, 300
-SECTION = {"type": "sasrec", "width": 32, "ff_width": 32}
+SECTION = {"type": "sasrec", "num_layers": 1, "width": 32, "ff_width": 32}
 CONFIG = {
     "data": {"max_len": MAX_LEN}, "model": SECTION,
     "compress": {"quant": {"aware": False}}, "table": {"layout": "replicated"},

@@ -69,9 +69,9 @@ def test_an_error_releases_the_lock(tmp_path):
 
 
 def test_a_refused_training_writes_nothing(tmp_path, holder, monkeypatch):
-    from configs import sasrec
+    from configs import log
 
-    experiment = Experiment(build(ExperimentConfig, sasrec.get_config("smoke")), tmp_path)
+    experiment = Experiment(build(ExperimentConfig, log.get_config("sasrec-smoke")), tmp_path)
     (tmp_path / "model.npz").write_text("of an earlier run")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     with pytest.raises(ValueError, match=f"pid {holder.pid} "):

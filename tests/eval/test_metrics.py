@@ -62,7 +62,7 @@ def test_bootstrap_ratio_has_no_width_if_all_pairs_have_the_same_ratio():
 
 
 def test_paired_test_counts_the_swaps_with_a_difference_as_large():
-    # Of the 8 ways to swap three differences of 1, two give a mean difference of 1: swap none, or swap all.
+    # Two of the 8 ways to swap three differences of 1 give a mean difference of 1: swap none, or swap all.
     p = M.paired_test([1, 2, 3], [0, 1, 2], num=20_000, seed=0)
     assert p == pytest.approx(2 / 8, abs=0.015)
     assert M.paired_test([1, 2, 3], [1, 2, 3], num=100, seed=0) == 1

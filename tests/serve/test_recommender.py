@@ -45,9 +45,9 @@ HISTORIES = Histories(
 SPLIT = leave_one_out(HISTORIES)
 DATASET = Dataset(HISTORIES, SPLIT, [], None, make_schema(HISTORIES, SPLIT))
 MODELS = {
-    "sasrec": SASRecConfig(width=8, ff_width=8),
-    "hstu": HSTUConfig(width=8, num_heads=1),
-    "tiger": TigerConfig(width=8, ff_width=8, num_heads=1, num_beams=4),
+    "sasrec": SASRecConfig(num_layers=1, width=8, ff_width=8),
+    "hstu": HSTUConfig(num_layers=1, width=8, num_heads=1),
+    "tiger": TigerConfig(num_layers=1, width=8, ff_width=8, num_heads=1, num_beams=4),
 }
 
 
