@@ -1,4 +1,4 @@
-"""The notebooks, run top to bottom on their smoke settings."""
+"""The notebooks, executed from top to bottom with their smoke settings."""
 
 import pathlib
 
@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def executed(name, folder, monkeypatch) -> str:
-    """What its cells print."""
+    """Executes a notebook and returns the text that its cells print."""
     for variable, value in {
         "REC_JAX_SMOKE": "1",
         "JAX_NUM_CPU_DEVICES": "8",
@@ -27,17 +27,17 @@ def executed(name, folder, monkeypatch) -> str:
 
 def test_the_quickstart_trains_tests_and_recommends(tmp_path, monkeypatch):
     output = executed("quickstart", tmp_path, monkeypatch)
-    for expected in ("best at step", "bigram", "expected metric over random orderings", "to somebody after"):
+    for expected in ("best at step", "bigram", "expected metric over random orderings", "after the history"):
         assert expected in output
 
 
-def test_losses_are_the_same_on_every_mesh_of_the_notebook(tmp_path, monkeypatch):
+def test_losses_are_equal_on_every_mesh_of_the_notebook(tmp_path, monkeypatch):
     output = executed("meshes", tmp_path, monkeypatch)
-    assert "dims of the table split" in output and "1,000,000,001 rows" in output
+    assert "table sharded by dims" in output and "1,000,000,001 rows" in output
 
 
 @pytest.mark.parametrize("name", ["quickstart", "meshes"])
-def test_notebooks_are_kept_without_outputs(name):
+def test_notebooks_are_stored_without_outputs(name):
     notebook = nbformat.read(ROOT / f"notebooks/{name}.ipynb", as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert "pip install" in code[0].source
