@@ -210,7 +210,7 @@ def useful_flops_per_token(config: SASRecConfig, targets_U) -> float:
 
 
 def measure_loader(repeats: int) -> dict:
-    """Times one epoch of packed batches, built in one process without training, on Beauty lengths."""
+    """Measures one epoch of packed batches, built in one process without training, on Beauty lengths."""
     histories, split, lengths = load_lengths("beauty")
     sequences_per_sec = []
     for epoch_seed in range(repeats):
