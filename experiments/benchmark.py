@@ -1,4 +1,4 @@
-"""Speed on this machine, as a table and as JSON.
+"""Measures speed on this machine; prints a table and writes JSON.
 
     python -m experiments.benchmark --suite=train --output=train.json
     python -m experiments.benchmark --suite=train --output=beauty.json --only=beauty
@@ -9,31 +9,33 @@
     python -m experiments.benchmark --suite=lengths --output=lengths.json
     python -m experiments.benchmark --suite=beam --output=beam.json
 
-Suite "train": real tokens per second of our training step (packed rows on one virtual device a core)
-against a naive padded JAX step with the same maths: SASRec with 50 dims, 2 blocks and 1 head, BCE with one
-negative, Adam, 128 users a batch; on the history lengths of MovieLens-1M (cut to 200) and of Amazon Beauty
-(cut to 50), and the loader by itself. The lengths are the real ones where $REC_JAX_DATA holds
-ml-1m/ml-1m.txt and beauty/Beauty.txt, else drawn from a log-normal with the same mean; the JSON says which.
-Suite "softmax": loss and gradients of 1,024 tokens of 64 dims against catalogues of 4 thousand to a
-million items: exact cross-entropy with all logits at once, exact and streamed, streamed where only a fifth
-of the tokens have a target, and sampled (256 negatives a row). What would need more than 3 GiB of temporary
-memory is not run.
-Suite "embedding": one update of a table of 100 thousand to 10 million rows by the gradients of 25,600
-lookups: dense optax Adam and Adagrad, which sweep the table, against optimizers that touch the looked-up
-rows, whose distinct ids the step finds. Bytes that must move are compared
-with a copy of a large array. What would need more than 12 GiB is not run.
-Suite "sharding": 25,600 lookups, Zipf, in a table of a million rows over eight devices (on a CPU virtual
-ones): bytes sent, counted in the compiled program, and time, by plain indexing, by sums of what each device
-has, and by exchange of distinct ids.
-Suite "models": one training step of every sequence model, 128 wide and 2 layers deep, on one device,
-against SASRec's; and the same at equal work, by multiply-adds counted in the program.
-Suite "lengths": a step of the linear recurrence and of SASRec over 8,192 events, in histories of 512 to
-8,192.
-Suite "beam": the next items of one user with 50 events, out of 10,000 items of 4 codes of 256, by beam
-searches of 10 and 50 beams, against reading the history alone: 3 layers of 128 dims, with prefix vectors.
+Suite "train": real tokens per second of rec_jax's training step (packed rows, one virtual device per core)
+against a naive JAX step on padded histories with the same maths: SASRec with 50 dims, 2 blocks and 1 head,
+BCE with one negative, Adam, 128 users per batch. It uses the history lengths of MovieLens-1M (cut to 200) and
+of Amazon Beauty (cut to 50), and also measures the loader alone. The lengths are the real ones if
+$REC_JAX_DATA holds ml-1m/ml-1m.txt and beauty/Beauty.txt; otherwise they are drawn from a log-normal
+distribution with the same mean. The JSON says which.
+Suite "softmax": loss and gradients of 1,024 tokens of 64 dims, for catalogues of 4 thousand to a million
+items: exact cross-entropy with all logits in memory, streamed exact cross-entropy, the same where only a
+fifth of the tokens have a target, and sampled softmax (256 negatives per row). Methods that would need more
+than 3 GiB of temporary memory are not run.
+Suite "embedding": one update of a table with 100 thousand to 10 million entries from the gradients of 25,600
+lookups: dense optax Adam and Adagrad, which update every entry, against sparse updates of the entries that
+were looked up; finding the distinct ids is part of the step. The bytes that each must move are compared with
+a copy of a large array. Methods that would need more than 12 GiB are not run.
+Suite "sharding": 25,600 lookups with Zipf-distributed ids, in a table of a million entries over eight devices
+(virtual ones on a CPU): bytes sent, counted in the compiled program, and time, for plain indexing, for sums
+of each device's own entries, and for an exchange of distinct ids.
+Suite "models": one training step of every sequence model, width 128 and 2 layers, on one device, relative to
+SASRec; also at equal work, by multiply-adds counted in the program.
+Suite "lengths": one step of the linear recurrence and of SASRec over 8,192 events, in histories of 512 to
+8,192 events.
+Suite "beam": the next items of one user with 50 events, from 10,000 items with semantic ids of 4 codes of
+256, by beam searches with 10 and 50 beams, against reading the history alone: 3 layers of 128 dims, with
+prefix embeddings.
 
-What is compared runs in turn, A B A B, and ratios are taken pair by pair, so that other work on the machine
-disturbs both sides alike; printed are medians.
+The compared functions run alternately, A B A B, and ratios are taken pair by pair, so that other work on the
+machine disturbs both sides alike. The printed figures are medians.
 """
 
 import datetime
@@ -52,9 +54,9 @@ _SUITE = flags.DEFINE_enum(
     ["train", "softmax", "embedding", "sharding", "models", "lengths", "beam"],
     "What to measure.",
 )
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the figures.")
-_ONLY = flags.DEFINE_enum("only", "both", ["ml1m", "beauty", "both"], "Lengths, for --suite=train.")
-_PAIRS = flags.DEFINE_integer("pairs", 9, "How often each thing is timed.", lower_bound=1)
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file to write the figures to.")
+_ONLY = flags.DEFINE_enum("only", "both", ["ml1m", "beauty", "both"], "History lengths for --suite=train.")
+_PAIRS = flags.DEFINE_integer("pairs", 9, "Number of times each function is timed.", lower_bound=1)
 flags.mark_flag_as_required("output")
 
 
@@ -70,12 +72,12 @@ def main():
         "lengths": _lengths,
         "beam": _beam,
     }
-    about = {
+    context = {
         "machine": machine(),
         "command": " ".join(["python -m experiments.benchmark", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    result = suites[_SUITE.value]() | about
+    result = suites[_SUITE.value]() | context
     path = pathlib.Path(_OUTPUT.value)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1))
@@ -88,7 +90,7 @@ def _train() -> dict:
     names = ["ml1m", "beauty"] if _ONLY.value == "both" else [_ONLY.value]
     result = {name: measure_training(name, _PAIRS.value) for name in names}
     result["loader"] = measure_loader(_PAIRS.value)
-    head = ("lengths", "ours tokens/s", "naive tokens/s", "ratio", "pairs from", "to", "fill", "% of limit")
+    head = ("lengths", "ours tokens/s", "naive tokens/s", "ratio", "lowest", "highest", "fill", "% of limit")
     rows = [
         (
             f"{name} ({r['lengths']})",
@@ -154,7 +156,7 @@ def _sharding() -> dict:
         for name, r in result.items()
         if isinstance(r, dict)
     ]
-    print_table(("lookup", "MB sent by a device", "gather / this", "ms"), rows)
+    print_table(("lookup", "MB sent per device", "gather / this", "ms"), rows)
     return result
 
 
@@ -184,7 +186,7 @@ def _lengths() -> dict:
     result = measure_lengths(_PAIRS.value)
     lengths = list(next(iter(result.values())))
     print_table(
-        ("ms a step", *lengths), [(name, *(f"{r[n]:.0f}" for n in lengths)) for name, r in result.items()]
+        ("ms per step", *lengths), [(name, *(f"{r[n]:.0f}" for n in lengths)) for name, r in result.items()]
     )
     return result
 
@@ -198,7 +200,7 @@ def _beam() -> dict:
         for name, r in result.items()
         if isinstance(r, dict)
     ]
-    print_table((f"{result['items']:,} items", "ms", "from", "to"), rows)
+    print_table((f"{result['items']:,} items", "ms", "lowest", "highest"), rows)
     return result
 
 

@@ -1,12 +1,12 @@
-"""Losses and gradient norms of the first three steps under many settings, to compare a change with.
+"""Prints losses and gradient norms of the first three steps for many settings, to check a refactoring.
 
-    python scripts/fingerprint.py --output=before.json        # on the commit before
-    python scripts/fingerprint.py --compare=before.json       # after: prints what differs, exit 1 if any
+    python scripts/fingerprint.py --output=before.json        # on the commit before the change
+    python scripts/fingerprint.py --compare=before.json       # after it; exits with 1 if any case differs
     python scripts/fingerprint.py --only=hstu,lora --compare=before.json
 
-The matrix covers losses, sampling, table optimizers and layouts, meshes, augmentation, contrastive and other
-objectives, clipping, compression, precision and every config page's smoke variant. XLA fuses little here (the
-flags of the tests), so a change of structure that computes the same gives the same bits.
+The settings cover losses, sampling, table optimizers and layouts, meshes, augmentation, contrastive and other
+objectives, clipping, compression, precision, and the smoke variant of every config. With the XLA flags of the
+tests, which are set here, XLA fuses little, so refactored code that computes the same gives the same bits.
 """
 
 import argparse
@@ -32,13 +32,13 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 STEPS, TOTAL_STEPS = 3, 10
 
-# What all cases start from, as flags of a config.
+# Settings of every case, as flags of a config.
 BASE = {
     "data.format": "simulator", "data.max_len": 12, "data.sim.num_items": 50, "data.sim.num_users": 120,
     "data.sim.num_interests": 4, "data.sim.mean_len": 10,
     "model.width": 16, "model.ff_width": 16, "model.num_heads": 2, "model.num_layers": 2,
-    "model.dropout": 0.3, "semantic_ids.method": "kmeans", "semantic_ids.codebook_size": 8, "semantic_ids.min_used": 0.0,
-    "semantic_ids.max_shared": 1.0,
+    "model.dropout": 0.3, "semantic_ids.method": "kmeans", "semantic_ids.codebook_size": 8,
+    "semantic_ids.min_used": 0.0, "semantic_ids.max_shared": 1.0,
     "optim.learning_rate": 1e-2, "train.batch_rows": 16, "train.micro_rows": 4,
     "mesh.data": 1, "table.layout": "replicated",
 }  # fmt: skip
@@ -144,7 +144,7 @@ MATRIX |= {
 
 
 def config_of(overrides: dict):
-    """The ExperimentConfig of BASE and the overrides; keys that a type does not have are left out of BASE."""
+    """Builds the ExperimentConfig of BASE and overrides, without keys of BASE that the model lacks."""
     import dataclasses
 
     from rec_jax.config import build
@@ -166,25 +166,25 @@ def config_of(overrides: dict):
 
 
 def fingerprint(config, workdir) -> list:
-    """[[loss, gradient norm], ...] of the first steps."""
+    """Returns [[loss, gradient norm], ...] of the first steps."""
     from rec_jax.experiment import Experiment
     from rec_jax.mesh import place_batch
     from rec_jax.models.base import init_model
 
     compress = config.compress
-    with contextlib.redirect_stdout(io.StringIO()):  # its report of the data
+    with contextlib.redirect_stdout(io.StringIO()):  # hides its report on the data
         experiment = Experiment(config, workdir)
     build = experiment.builder(config)
     base = init_model(build, seed=7)[1] if compress.lora.names else None
     teachers = [(experiment.model, init_model(build, seed=8)[1])] if compress.distill.teachers else []
     experiment._base = base
     step = experiment.step(TOTAL_STEPS, teachers)
-    state, source, lines = step.init(experiment.first_params()), experiment.batch_source(), []
+    state, source, figures = step.init(experiment.first_params()), experiment.batch_source(), []
     for index in range(STEPS):
         state, metrics = step(state, place_batch(source[index], step.mesh))
         metrics = jax.device_get(metrics)
-        lines.append([float(metrics["loss"][0] / metrics["loss"][1]), float(metrics["grad_norm"][0])])
-    return lines
+        figures.append([float(metrics["loss"][0] / metrics["loss"][1]), float(metrics["grad_norm"][0])])
+    return figures
 
 
 def smoke_configs():
@@ -204,36 +204,38 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", help="JSON file to write")
-    parser.add_argument("--compare", help="JSON file of an earlier run")
-    parser.add_argument("--only", default="", help="parts of the names of cases, separated by commas")
-    parser.add_argument("--rtol", type=float, default=0.0, help="relative difference that is let pass")
+    parser.add_argument("--output", help="JSON file to write the results to")
+    parser.add_argument("--compare", help="JSON file of an earlier run to compare with")
+    parser.add_argument(
+        "--only", default="", help="run only cases whose names contain one of these, comma-separated"
+    )
+    parser.add_argument("--rtol", type=float, default=0.0, help="accepted relative difference")
     args = parser.parse_args()
 
-    wanted = [part for part in args.only.split(",") if part]
+    substrings = [part for part in args.only.split(",") if part]
     cases = {name: (lambda o=overrides: config_of(o)) for name, overrides in MATRIX.items()}
     cases |= {name: (lambda c=config: c) for name, config in smoke_configs()}
     before = json.loads(pathlib.Path(args.compare).read_text()) if args.compare else {}
-    found, num_differing = {}, 0
+    results, num_differing = {}, 0
     with tempfile.TemporaryDirectory() as folder:
         for name, make in cases.items():
-            if wanted and not any(part in name for part in wanted):
+            if substrings and not any(part in name for part in substrings):
                 continue
             start = time.perf_counter()
             try:
-                found[name] = fingerprint(make(), pathlib.Path(folder) / name)
-            except Exception as error:  # of one case; the others are still worth knowing
-                found[name] = f"{type(error).__name__}: {error}"
+                results[name] = fingerprint(make(), pathlib.Path(folder) / name)
+            except Exception as error:  # the other cases are still run
+                results[name] = f"{type(error).__name__}: {error}"
             verdict = ""
             if name in before:
-                is_same = _agree(found[name], before[name], args.rtol)
+                is_same = _agree(results[name], before[name], args.rtol)
                 num_differing += not is_same
                 verdict = "same" if is_same else f"DIFFERS from {before[name]}"
-            print(f"{name:34s} {time.perf_counter() - start:5.1f} s  {found[name]}  {verdict}", flush=True)
+            print(f"{name:34s} {time.perf_counter() - start:5.1f} s  {results[name]}  {verdict}", flush=True)
     if args.output:
-        pathlib.Path(args.output).write_text(json.dumps(found, indent=1))
+        pathlib.Path(args.output).write_text(json.dumps(results, indent=1))
     if args.compare:
-        print(f"{num_differing} of {len(found)} differ")
+        print(f"{num_differing} of {len(results)} differ")
     sys.exit(num_differing > 0)
 
 

@@ -1,4 +1,4 @@
-"""Runs the notebooks from top to bottom with their smoke settings."""
+"""The notebooks, executed from top to bottom with their smoke settings."""
 
 import pathlib
 
@@ -9,7 +9,7 @@ from nbclient import NotebookClient
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def run_notebook(name, folder, monkeypatch, num_devices: int) -> str:
+def executed(name, folder, monkeypatch, num_devices: int) -> str:
     """Executes a notebook and returns the text that its cells print."""
     for variable, value in {
         "REC_JAX_SMOKE": "1",
@@ -25,15 +25,15 @@ def run_notebook(name, folder, monkeypatch, num_devices: int) -> str:
     return "".join(output.text for output in outputs if output.output_type == "stream")
 
 
-def test_quickstart_trains_evaluates_and_recommends(tmp_path, monkeypatch):
-    output = run_notebook("quickstart", tmp_path, monkeypatch, num_devices=2)
-    for expected in ("best at step", "bigram", "expected metric over random orderings", "to somebody after"):
+def test_the_quickstart_trains_tests_and_recommends(tmp_path, monkeypatch):
+    output = executed("quickstart", tmp_path, monkeypatch, num_devices=2)
+    for expected in ("best at step", "bigram", "expected metric over random orderings", "after the history"):
         assert expected in output
 
 
-def test_meshes_gives_the_same_losses_on_every_mesh(tmp_path, monkeypatch):
-    output = run_notebook("meshes", tmp_path, monkeypatch, num_devices=8)
-    assert "dims of the table split" in output and "1,000,000,001 entries" in output
+def test_losses_are_equal_on_every_mesh_of_the_notebook(tmp_path, monkeypatch):
+    output = executed("meshes", tmp_path, monkeypatch, num_devices=8)
+    assert "table sharded by dims" in output and "1,000,000,001 entries" in output
 
 
 @pytest.mark.parametrize("name", ["quickstart", "meshes"])

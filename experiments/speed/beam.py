@@ -1,4 +1,4 @@
-"""Beam search over the codes of a catalogue, for one user."""
+"""Beam search over the semantic ids of a catalogue, for one user."""
 
 from functools import partial
 
@@ -14,13 +14,16 @@ from rec_jax.models.semantic_ids import SemanticIds
 from rec_jax.models.tiger import Tiger, TigerConfig
 
 NUM_CODES, NUM_LEVELS = 256, 4
-LENGTH = 50  # events of the history
+LENGTH = 50  # events in the history
 MODEL = TigerConfig(width=128, ff_width=256, num_heads=4, num_layers=3, prefix_embeddings=True)
 BEAMS = (10, 50)
 
 
 def measure_beam(repeats: int, num_items: int = 10_000) -> dict:
-    """{"read": figures, "beams_10": ..., "beams_50": ...}, on one device; "read" is the history alone."""
+    """Returns {"read": figures, "beams_10": ..., "beams_50": ...}, on one device.
+
+    "read" is the model's forward pass over the history, without a search.
+    """
     rng = np.random.default_rng(0)
     codes_VQ = np.zeros((num_items + 1, NUM_LEVELS), np.int32)
     paths = rng.choice(NUM_CODES ** (NUM_LEVELS - 1), num_items, replace=False)

@@ -1,4 +1,4 @@
-"""What a compiled program sends from device to device."""
+"""Bytes that a compiled program sends between devices."""
 
 import re
 
@@ -22,11 +22,12 @@ _COLLECTIVE = re.compile(
 
 
 def collective_bytes(hlo: str, num_devices: int) -> dict[str, int]:
-    """Bytes that each device sends in one run of a compiled program: {kind of collective: bytes}.
+    """Returns {kind of collective: bytes that each device sends in one run of the compiled program}.
 
-    By the ring algorithms over the n devices of a group: an all-reduce of x bytes sends 2 (n - 1) / n x; an
-    all-gather or all_to_all whose result has x bytes (n - 1) / n x; a reduce-scatter (n - 1) times its
-    result. A loop's body counts once. num_devices: of the program, for collectives over all of them.
+    Assumes ring algorithms over the n devices of a group: an all-reduce of x bytes sends 2 (n - 1) / n x; an
+    all-gather or all-to-all whose result has x bytes sends (n - 1) / n x; a reduce-scatter sends (n - 1)
+    times its result. The body of a loop counts once. num_devices: the devices of the program, for
+    collectives that name no group.
     """
     sent = {}
     for line in hlo.splitlines():
@@ -45,7 +46,7 @@ def collective_bytes(hlo: str, num_devices: int) -> dict[str, int]:
 
 
 def _group_size(line: str) -> int:
-    """Devices that take part together; 0 where the line does not say, which means all."""
+    """The number of devices in a group; 0 if the line names no group, which means all devices."""
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(match[1])
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):

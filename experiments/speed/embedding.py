@@ -1,4 +1,4 @@
-"""One update of an embedding table by the gradients of many lookups: dense optax against sparse updates."""
+"""One update of an embedding table from the gradients of many lookups: dense optax against sparse updates."""
 
 from functools import partial
 
@@ -18,13 +18,13 @@ from rec_jax.tables.sparse import (
 
 NUM_ROWS, DIMS = (100_000, 1_000_000, 4_000_000, 10_000_000), (64, 128)
 NUM_LOOKUPS = 25_600
-MAX_BYTES = 12 * 2**30  # of tables, states and temporaries; what needs more is not run
+MAX_BYTES = 12 * 2**30  # tables, states and temporaries; larger cases are not run
 _COPY_BYTES = 2**28
 _RATE = 0.01
 
 _ROWWISE = optax.chain(scale_by_rowwise_rss(), optax.scale(-_RATE))
 
-# name -> (optimizer, arrays of the table's size that it changes, does it sweep all rows?)
+# name -> (optimizer, number of arrays of the table's size that it changes, whether it updates every entry)
 METHODS = {
     "dense_adam": (optax.adam(_RATE), 3, True),
     "dense_adagrad": (optax.adagrad(_RATE), 2, True),
@@ -37,7 +37,7 @@ METHODS = {
 
 
 def measure_embedding(repeats: int, num_rows=NUM_ROWS, dims=DIMS) -> dict:
-    """{"rows_1000000_dim_64": {"rowwise_adagrad_ms": ..., ...}, ...}, on one device."""
+    """Returns {"rows_1000000_dim_64": {"rowwise_adagrad_ms": ..., ...}, ...}, on one device."""
     copy_gbytes = _copy_rate(repeats)
     cases = [(rows, dim) for dim in dims for rows in num_rows]
     bar = tqdm.tqdm(cases, desc="tables")
@@ -46,9 +46,9 @@ def measure_embedding(repeats: int, num_rows=NUM_ROWS, dims=DIMS) -> dict:
 
 
 def _copy_rate(repeats: int) -> float:
-    """GB read and written per second by a pass over a large array."""
+    """Returns the GB read and written per second by a pass over a large array."""
     x = [jnp.ones(_COPY_BYTES // 4, jnp.float32)]
-    copy = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place, so that no page is new
+    copy = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: no new memory pages
 
     def run():
         x[0] = copy(x[0]).block_until_ready()
@@ -63,11 +63,11 @@ def _dense_step(optimizer, table_VD, state, ids_N, grads_ND):
     return optax.apply_updates(table_VD, updates), state
 
 
-def _touched_step(optimizer, table_VD, state, ids_N, grads_ND):
-    """Like the dense step without the lookup itself."""
-    touched = find_rows(ids_N, table_VD.shape[0])
-    grads_UD = jnp.zeros_like(grads_ND).at[touched.local_ids_N].add(grads_ND)
-    return update_rows(optimizer, table_VD, state, touched.rows_U, grads_UD)
+def _sparse_step(optimizer, table_VD, state, ids_N, grads_ND):
+    """Updates only the entries that were looked up; like the dense step, it excludes the lookup itself."""
+    unique = find_rows(ids_N, table_VD.shape[0])
+    grads_UD = jnp.zeros_like(grads_ND).at[unique.local_ids_N].add(grads_ND)
+    return update_rows(optimizer, table_VD, state, unique.rows_U, grads_UD)
 
 
 def _measure(num_rows: int, dim: int, repeats: int, copy_gbytes: float) -> dict:
@@ -76,14 +76,14 @@ def _measure(num_rows: int, dim: int, repeats: int, copy_gbytes: float) -> dict:
     grads_ND = jnp.asarray(rng.normal(size=(NUM_LOOKUPS, dim)), jnp.float32)
     num_unique = len(np.unique(ids_N))
     figures, runs = {"unique_ids": num_unique}, {}
-    # A dense step makes the gradient of every row besides.
+    # A dense step also allocates the gradient of every entry.
     table_bytes = 4 * num_rows * dim
     methods = {name: m for name, m in METHODS.items() if (3 + m[2]) * table_bytes <= MAX_BYTES}
     if not methods:
         return figures | {"left_out": f"{3 * table_bytes / 2**30:.0f} GiB of table and moments"}
     arrays = _Arrays(num_rows, dim)
     for name, (optimizer, _, is_dense) in methods.items():
-        step = partial(_dense_step if is_dense else _touched_step, optimizer)
+        step = partial(_dense_step if is_dense else _sparse_step, optimizer)
         step = jax.jit(step, donate_argnums=(0, 1))
         compiled = step.lower(*arrays.take(optimizer), ids_N, grads_ND).compile()
         figures[f"{name}_temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
@@ -91,7 +91,7 @@ def _measure(num_rows: int, dim: int, repeats: int, copy_gbytes: float) -> dict:
     secs = interleaved(runs, repeats)
     for name, (_, num_arrays, is_dense) in methods.items():
         rows = num_rows if is_dense else num_unique
-        # Gradients of the lookups read; sums of them and each array read and written.
+        # The gradients of the lookups are read; their sums and each array are read and written.
         gbytes = (4 * NUM_LOOKUPS * dim + 8 * rows * dim * (num_arrays + is_dense)) / 1e9
         figures[f"{name}_ms"] = float(1e3 * np.median(secs[name]))
         figures[f"{name}_percent_of_copy"] = float(np.median(100 * gbytes / secs[name] / copy_gbytes))
@@ -102,14 +102,14 @@ def _measure(num_rows: int, dim: int, repeats: int, copy_gbytes: float) -> dict:
 
 
 class _Arrays:
-    """A table and two more arrays of its size, which all methods share, so that large ones fit."""
+    """A table and two state arrays of its size, shared by all methods so that large tables fit in memory."""
 
     def __init__(self, num_rows: int, dim: int):
         self._large = [jnp.zeros((num_rows, dim), jnp.float32) for _ in range(3)]
-        self._rest = {}  # id of an optimizer -> (structure of its state, which leaves are large, the others)
+        self._rest = {}  # id of an optimizer -> (treedef of its state, which leaves are large, small leaves)
 
     def take(self, optimizer) -> tuple:
-        """(table, state): the state's large arrays are the last of the shared ones."""
+        """Returns (table, state); the large arrays of the state are the last of the shared arrays."""
         table = self._large[0]
         if id(optimizer) not in self._rest:
             leaves, treedef = jax.tree.flatten(jax.eval_shape(optimizer.init, table))

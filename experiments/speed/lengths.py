@@ -1,4 +1,4 @@
-"""The histories that the training benchmark runs on."""
+"""Histories for the training benchmark, with real or synthetic lengths."""
 
 import os
 import pathlib
@@ -13,10 +13,11 @@ from rec_jax.data.histories import Histories, Split, leave_one_out
 
 @dataclass(frozen=True)
 class Lengths:
-    """A data set's place under $REC_JAX_DATA, and the log-normal that stands in for it elsewhere.
+    """A data set's path under $REC_JAX_DATA, and the log-normal distribution that replaces missing data.
 
-    The log-normal is fitted to the real mean of the targets of a user, cut to `max_len`, and so to the real
-    fill of padded rows (0.54 and 0.115). Draws are rounded and cut to the real [shortest, longest].
+    The log-normal is fitted to the real mean number of targets per user, cut to `max_len`, and therefore to
+    the real fill of padded rows (0.54 and 0.115). Draws are rounded and clipped to [shortest, longest], which
+    are real as well.
     """
 
     path: str
@@ -37,7 +38,7 @@ LENGTHS = {
 
 
 def load_lengths(name: str) -> tuple[Histories, Split, str]:
-    """Histories, their leave-one-out split, and "real" or "synthetic"."""
+    """Returns (histories, their leave-one-out split, "real" or "synthetic")."""
     lengths = LENGTHS[name]
     root = os.environ.get("REC_JAX_DATA")
     if root and (pathlib.Path(root) / lengths.path).exists():
@@ -50,11 +51,11 @@ def load_lengths(name: str) -> tuple[Histories, Split, str]:
 
 
 def synthetic_histories(lengths: Lengths, seed: int = 0) -> Histories:
-    """Log-normal lengths, Zipf items."""
+    """Histories with log-normal lengths and Zipf-distributed items."""
     rng = np.random.default_rng(seed)
     targets = np.exp(rng.normal(lengths.log_mean, lengths.log_std, lengths.num_users))
     targets = np.clip(np.round(targets), lengths.shortest, lengths.longest).astype(np.int64)
-    offsets = np.concatenate([[0], np.cumsum(targets + 3)])  # + the first input, validation, test
+    offsets = np.concatenate([[0], np.cumsum(targets + 3)])  # plus the first input, validation and test items
     share = 1 / np.arange(1, lengths.num_items + 1)
     items = rng.choice(lengths.num_items, offsets[-1], p=share / share.sum()) + 1
     return Histories(

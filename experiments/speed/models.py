@@ -1,4 +1,4 @@
-"""The training step of every sequence model against that of SASRec, and how its time grows with length."""
+"""Time of a training step: every sequence model relative to SASRec, and its growth with history length."""
 
 import jax
 import numpy as np
@@ -22,8 +22,10 @@ LENGTHS, TOKENS = (512, 1024, 2048, 4096, 8192), 8192
 
 
 def measure_models(repeats: int) -> dict:
-    """{model: ms of a step, its multiply-adds, both over SASRec's}, of ROWS whole rows of LENGTH events on
-    one device, with the exact softmax over NUM_ITEMS."""
+    """Returns {model: ms of a step, its multiply-adds, and both relative to SASRec's}.
+
+    A step has ROWS full rows of LENGTH events, on one device, with the exact softmax over NUM_ITEMS.
+    """
     steps = {config.type: _make_step(config, LENGTH, ROWS, SIZES) for config in MODELS}
     secs = interleaved({name: step for name, (step, _) in steps.items()}, repeats)
     work = {name: multiply_adds for name, (_, multiply_adds) in steps.items()}
@@ -42,8 +44,10 @@ def measure_models(repeats: int) -> dict:
 
 
 def measure_lengths(repeats: int, lengths=LENGTHS, tokens: int = TOKENS) -> dict:
-    """{model: {length: ms of a step over as many tokens}} of the recurrence and of SASRec, with 64 dims and
-    256 sampled negatives, so that the softmax does not hide the rest."""
+    """Returns {model: {length: ms of a step over `tokens` tokens}} for the recurrence and SASRec.
+
+    With 64 dims and 256 sampled negatives, so that the softmax does not dominate.
+    """
     result = {}
     for config in MODELS:
         if config.type not in ("lru", "sasrec"):
@@ -56,7 +60,7 @@ def measure_lengths(repeats: int, lengths=LENGTHS, tokens: int = TOKENS) -> dict
 
 
 def _make_step(config_class, length: int, rows: int, sizes: dict, sampled: bool = False):
-    """(function that takes one training step and waits, multiply-adds of the step)."""
+    """Returns (function that runs one training step and waits for it, multiply-adds of the step)."""
     cfg = common.base()
     cfg.data.max_len = length
     cfg.model = to_config_dict(config_class())
@@ -65,7 +69,7 @@ def _make_step(config_class, length: int, rows: int, sizes: dict, sampled: bool 
         cfg.model.time_bias = False
     if sampled:
         cfg.loss = to_config_dict(SampledSoftmaxConfig())
-    # As in the configs: what fits a cache, but all rows for GRU4Rec, whose products are of one token a row.
+    # As in the configs: rows that fit a core's cache, except GRU4Rec, whose products have one token per row.
     micro_rows = rows if config_class.type == "gru4rec" else max(1, min(rows, 800 // length))
     cfg.train.batch_rows, cfg.train.micro_rows = rows, micro_rows
     mesh = make_mesh(MeshConfig(data=1))
@@ -84,10 +88,10 @@ def _make_step(config_class, length: int, rows: int, sizes: dict, sampled: bool 
     batch = place_batch(batch, mesh)
     state = step.init(params)
     work = multiply_adds(jax.make_jaxpr(step)(state, batch).jaxpr)
-    box = [state]
+    latest = [state]
 
     def run():
-        box[0], _ = step(box[0], batch)
-        jax.block_until_ready(box[0])
+        latest[0], _ = step(latest[0], batch)
+        jax.block_until_ready(latest[0])
 
     return run, work

@@ -1,10 +1,10 @@
-"""What a straightforward JAX port of SASRec does: the yardstick of the training benchmark.
+"""A straightforward JAX port of SASRec: the reference of the training benchmark.
 
-A batch is users padded to one length; attention forms all L x L weights and masks half of them; dropout
-draws Threefry bits; the loss is computed at every position and masked; one jitted function on one device,
-which XLA spreads over the cores by itself. Parameters, hyper-parameters and maths are those of
-`rec_jax.models.sasrec` with norm="original" (the published order of layers), so that a loss without
-dropout is the same to rounding.
+A batch holds users padded to one length; attention computes all L x L weights and masks half of them;
+dropout draws Threefry bits; the loss is computed at every position and masked. It is one jitted function on
+one device, and XLA distributes its work over the cores. Parameters, hyper-parameters and maths are those of
+`rec_jax.models.sasrec` with norm="original" (the published order of layers), so without dropout the losses
+differ only by rounding.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import optax
 
 
 class PaddedBatch(NamedTuple):
-    """int32[users, length], each history from column 0 on, then zeros."""
+    """int32[users, length]: each history starts at column 0 and is padded with zeros."""
 
     items: jax.Array
     targets: jax.Array
@@ -33,7 +33,7 @@ def pad_batch(histories, split, users: np.ndarray, length: int) -> PaddedBatch:
 
 
 def encode(params, items_BS, num_layers: int, num_heads: int, drop):
-    """x_BSD of padded histories. `drop(x, site)` is the dropout."""
+    """Returns x_BSD for padded histories. `drop(x, site)` applies dropout."""
     table_VD = params["items"]["embedding"]
     batch, length = items_BS.shape
     width = table_VD.shape[1]
@@ -51,7 +51,7 @@ def encode(params, items_BS, num_layers: int, num_heads: int, drop):
 
 
 def bce_loss(params, batch, negatives_BS, num_layers: int, num_heads: int, drop):
-    """Binary cross-entropy with one negative a position, summed over real positions; and their number."""
+    """Returns (sum, number) over real positions: binary cross-entropy with one negative per position."""
     x = encode(params, batch.items, num_layers, num_heads, drop)
     table_VD = params["items"]["embedding"]
     pos = jnp.sum(x * table_VD[batch.targets], axis=-1)
@@ -62,7 +62,10 @@ def bce_loss(params, batch, negatives_BS, num_layers: int, num_heads: int, drop)
 
 
 def make_naive_step(num_items: int, num_layers: int, num_heads: int, rate: float, optimizer):
-    """Jitted `step((params, opt_state, key), batch) -> (params, opt_state, key), loss`, state donated."""
+    """Returns jitted `step((params, opt_state, key), batch) -> (params, opt_state, key), loss`.
+
+    The step donates its state.
+    """
 
     def step(state, batch):
         params, opt_state, key = state

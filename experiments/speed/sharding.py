@@ -18,7 +18,7 @@ NUM_ROWS, DIM, NUM_LOOKUPS = 1_000_000, 64, 25_600
 
 
 def measure_sharding(repeats: int) -> dict:
-    """{"gather": figures, "psum_scatter": ..., "ours": ...}: rows of a Zipf batch, read by each method."""
+    """Returns {"gather": figures, "psum_scatter": ..., "ours": ...}; each looks up the same Zipf batch."""
     mesh = make_mesh(MeshConfig(data=NUM_DEVICES))
     rng = np.random.default_rng(0)
     popularity = 1 / np.arange(1, NUM_ROWS + 1)
@@ -41,7 +41,7 @@ def measure_sharding(repeats: int) -> dict:
         np.testing.assert_array_equal(compiled(array, ids_N), table[ids])
         sent = collective_bytes(compiled.as_text(), NUM_DEVICES)
         figures[name] = {"bytes_sent": sum(sent.values()), "bytes_by_kind": sent}
-        if name == "ours":  # a loop over rounds, whose body the program holds once
+        if name == "ours":  # its loop over rounds is in the program once
             rounds = int(jax.jit(_on(mesh, partial(_rounds, placement), P(AXES), ()))(array, ids_N))
             figures[name] |= {"rounds": rounds, "bytes_sent": rounds * sum(sent.values())}
         runs[name] = partial(lambda f, x: jax.block_until_ready(f(x, ids_N)), compiled, array)
@@ -67,12 +67,12 @@ def _on(mesh, lookup, table_spec, out_axes=("data",)):
 
 
 def _gather(table_VD, ids_N):
-    """What plain indexing compiles to."""
+    """Plain indexing, as XLA partitions it."""
     return table_VD[ids_N]
 
 
 def _psum_scatter(table_vD, ids_n):
-    """Everybody looks everything up; what is not here is zero; sums go to those who asked."""
+    """Each device looks up all ids, with zeros for entries of other shards; a reduce-scatter sums them."""
     ids_N = jax.lax.all_gather(ids_n, "data", tiled=True)
     local_N = ids_N - jax.lax.axis_index("data") * table_vD.shape[0]
     is_here_N = (local_N >= 0) & (local_N < table_vD.shape[0])
@@ -81,15 +81,15 @@ def _psum_scatter(table_vD, ids_n):
 
 
 def _read(placement, table_vD, ids_n):
-    touched = dedupe_physical(placement, ids_n)
+    unique = dedupe_physical(placement, ids_n)
     capacity = ids_n.size // NUM_DEVICES  # an even share of all ids
-    return touched, *read_sharded(None, table_vD, None, touched.rows_U, capacity)
+    return unique, *read_sharded(None, table_vD, None, unique.rows_U, capacity)
 
 
 def _exchange(placement, table_vD, ids_n):
-    """Distinct ids only, to and from their owners."""
-    touched, rows_UD, _ = _read(placement, table_vD, ids_n)
-    return rows_UD[touched.local_ids_N]
+    """Sends only distinct ids to the devices that own their entries, which send the entries back."""
+    unique, rows_UD, _ = _read(placement, table_vD, ids_n)
+    return rows_UD[unique.local_ids_N]
 
 
 def _rounds(placement, table_vD, ids_n):

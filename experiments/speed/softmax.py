@@ -1,4 +1,4 @@
-"""Cross-entropy over the catalogue, loss and gradients: all logits at once, streamed, and sampled."""
+"""Loss and gradients of cross-entropy over the catalogue: all logits in memory, streamed, and sampled."""
 
 from functools import partial
 
@@ -15,15 +15,15 @@ from rec_jax.objectives.softmax import naive_softmax_cross_entropy, softmax_cros
 from rec_jax.objectives.token_loss import SampledSoftmaxConfig, make_token_loss
 
 NUM_ITEMS = (4_096, 16_384, 65_536, 262_144, 1_048_576)
-SHAPE_BSD = (8, 128, 64)  # tokens in packed rows, and dims
+SHAPE_BSD = (8, 128, 64)  # packed rows, tokens per row, dims
 SAMPLED = SampledSoftmaxConfig(num_negatives=256, sharing="row")
-MAX_TEMP_BYTES = 3 * 2**30  # what needs more is not run
+MAX_TEMP_BYTES = 3 * 2**30  # methods that need more are not run
 
 
 def measure_softmax(repeats: int, catalogues=NUM_ITEMS) -> dict:
-    """{"items_4096": {"full": figures, "streaming": ..., "a_fifth": ..., "sampled": ...}, ...}.
+    """Returns {"items_4096": {"full": figures, "streaming": ..., "a_fifth": ..., "sampled": ...}, ...}.
 
-    On one device. a_fifth: streamed, and only every fifth token has a target, as with masks.
+    On one device. a_fifth: streamed, where only every fifth token has a target, as with masked items.
     """
     return {f"items_{num_items}": _measure(num_items, repeats) for num_items in catalogues}
 
@@ -60,7 +60,7 @@ def _measure(num_items: int, repeats: int) -> dict:
         figures[name] = {"temp_bytes": temp_bytes}
         if temp_bytes <= MAX_TEMP_BYTES:
             runs[name] = lambda compiled=compiled: jax.block_until_ready(compiled(x_BSD, table_VD))
-            flops[name] = 6 * rows * length * num_scores * dim  # forward, and twice that backward
+            flops[name] = 6 * rows * length * num_scores * dim  # the backward pass is twice the forward
     run_peak, peak_flops = peak_run()
     secs = interleaved(runs | {"peak": run_peak}, repeats)
     peak = peak_flops / secs["peak"]

@@ -1,4 +1,4 @@
-"""Timing on a machine that other work may share: every comparison is made pair by pair."""
+"""Timing on a machine shared with other work: functions run alternately and are compared pair by pair."""
 
 import os
 import platform
@@ -12,10 +12,10 @@ _PEAK_SIZE = 2048
 
 
 def interleaved(runs: dict, repeats: int, note=lambda repeat: None) -> dict[str, np.ndarray]:
-    """Calls the functions in turn, A B C A B C ..., `repeats` times.
+    """Calls the functions alternately, A B C A B C ..., `repeats` times each.
 
     runs: name -> function without arguments that does some work and waits for it. Each is called once
-    before, for compilation. Returns seconds, name -> f64[repeats].
+    beforehand, to compile it. Returns {name: seconds, f64[repeats]}.
     """
     for run in runs.values():
         run()
@@ -30,9 +30,9 @@ def interleaved(runs: dict, repeats: int, note=lambda repeat: None) -> dict[str,
 
 
 def peak_run():
-    """(function that multiplies two f32 matrices on all cores, its floating-point operations).
+    """Returns (function that multiplies two f32 matrices on all cores, its floating-point operations).
 
-    What it reaches is the peak that percentages of the limit refer to.
+    Its rate is the limit that the reported percentages refer to.
     """
     a = jnp.ones((_PEAK_SIZE, _PEAK_SIZE), jnp.float32)
     multiply = jax.jit(lambda a: a @ a)
@@ -40,7 +40,7 @@ def peak_run():
 
 
 def machine() -> dict:
-    """What the figures were measured on."""
+    """Describes the machine that the figures were measured on."""
     model = platform.processor()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:

@@ -1,4 +1,4 @@
-"""Our training step against the naive padded one, and the loader by itself."""
+"""The training step against a naive step on padded histories, and the loader alone."""
 
 import collections
 import time
@@ -24,17 +24,17 @@ from rec_jax.run_config import ExperimentConfig
 from rec_jax.train.loop import TrainConfig
 from rec_jax.training import make_step
 
-NUM_USERS = 128  # of a batch
-NUM_BATCHES = 4  # different ones, in turn
-MAX_STEPS_AHEAD = 4  # of the host. XLA:CPU can hang when its queue (32 deep) is full on a collective
-BLOCK_SECS = 1.0  # of steps between two readings of the clock
-MICRO_TOKENS = 800  # that a device works on at a time: what fits the cache of a core
+NUM_USERS = 128  # per batch
+NUM_BATCHES = 4  # different batches, used alternately
+MAX_STEPS_AHEAD = 4  # steps dispatched early. XLA:CPU can hang on a collective when its queue (32) is full
+BLOCK_SECS = 1.0  # duration of the steps between two clock readings
+MICRO_TOKENS = 800  # tokens per micro-batch on a device: they fit a core's cache
 MODEL = SASRecConfig(width=50, ff_width=50, num_layers=2, num_heads=1, dropout=0.2, norm="original")
 LOSS = BCEConfig(num_negatives=1, sharing="position")
 
 
 def measure_training(name: str, repeats: int) -> dict:
-    """The comparison on the lengths of one data set, `repeats` times naive, ours, peak in turn."""
+    """Compares both steps on the lengths of one data set: naive, ours and peak alternate, `repeats` times."""
     histories, split, lengths = load_lengths(name)
     max_len = LENGTHS[name].max_len
     targets_U = np.clip(split.train_end - histories.offsets[:-1] - 1, 0, max_len)
@@ -67,8 +67,8 @@ def measure_training(name: str, repeats: int) -> dict:
         "percent_of_limit": float(np.median(100 * our_rate * flops / peak)),
         "naive_percent_of_limit": float(np.median(100 * naive_rate * flops / peak)),
         "limit": f"f32 matmul of 2048 x 2048 on all cores, in the same run: {np.median(peak) / 1e9:.0f} "
-        f"GFLOP/s, over {flops:.0f} FLOP a real token (6 x multiply-adds of forward; causal attention "
-        "within the history only; no optimizer)",
+        f"GFLOP/s; {flops:.0f} FLOP per real token (6 x the multiply-adds of the forward pass; causal "
+        "attention within the history only; no optimizer)",
         "lengths": lengths,
         "fill": ours.fill,
         "naive_fill": naive.fill,
@@ -81,8 +81,10 @@ def measure_training(name: str, repeats: int) -> dict:
 
 
 class Loop:
-    """A number of training steps with placing of their batches: NUM_BATCHES batches in turn, long enough
-    to time, waited for at the end."""
+    """Runs training steps over NUM_BATCHES batches, placing each batch, and waits for the last step.
+
+    One call repeats the batches until it takes about BLOCK_SECS.
+    """
 
     def __init__(self, step, state, batches: list, place, num_devices: int):
         self._step, self._state, self._batches, self._place = step, state, batches, place
@@ -98,7 +100,7 @@ class Loop:
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens of one call."""
+        """The number of real tokens in one call."""
         return self._tokens * self._rounds
 
     def describe(self) -> dict:
@@ -134,7 +136,7 @@ def naive_loop(params, histories, split, max_len: int) -> Loop:
 
 
 def packed_source(histories, split, max_len: int, num_devices: int, targets_U) -> BatchSource:
-    """Batches of about NUM_USERS users each, in rows that divide over the devices."""
+    """Batches of about NUM_USERS users each, with a number of rows that the devices divide evenly."""
     source = BatchSource(histories, split, EpochPlan(max_len=max_len, batch_rows=1, epochs=1, seed=0))
     rows = NUM_USERS * source.plan.num_rows / np.count_nonzero(targets_U)
     per_device = max(1, round(rows / num_devices))
@@ -161,15 +163,17 @@ def our_loop(model, params, histories, split, max_len: int, mesh, targets_U) -> 
 
 
 def faster_loop(loops) -> Loop:
-    """Of our loops on one device and on all: several devices share the work, but sum whole gradients."""
+    """Returns the faster loop, on one device or on all: several share the work but must sum gradients."""
     loops = {loop: loop for loop in loops}
     secs = interleaved(loops, repeats=3)
     return max(loops, key=lambda loop: loop.num_tokens / np.median(secs[loop]))
 
 
 def loss_difference(model, params, histories, split, max_len: int) -> float:
-    """|packed - padded| / padded mean loss of the same users, without dropout and with one and the same
-    negative everywhere."""
+    """Returns |packed loss - padded loss| / padded loss for the same users.
+
+    Without dropout, and with the same negative at every token.
+    """
     source = BatchSource(histories, split, EpochPlan(max_len=max_len, batch_rows=16, epochs=1, seed=0))
     packed, padded = source[0], pad_batch(histories, split, source.users(0), max_len)
     negative = 7
@@ -193,10 +197,10 @@ def loss_difference(model, params, histories, split, max_len: int) -> float:
 
 
 def useful_flops_per_token(config: SASRecConfig, targets_U) -> float:
-    """Floating-point operations that forward and backward cannot do without, per real token.
+    """The floating-point operations per real token that forward and backward passes need at least.
 
-    Two a multiply-add, and the backward pass twice the forward. Attention counts the keys that a token may
-    see: those of its own history up to itself.
+    A multiply-add counts as two, and the backward pass as twice the forward pass. Attention counts only the
+    keys that a token attends to: its own history up to itself.
     """
     n = targets_U.astype(np.float64)
     keys = (n * (n + 1)).sum() / 2 / n.sum()
@@ -206,7 +210,7 @@ def useful_flops_per_token(config: SASRecConfig, targets_U) -> float:
 
 
 def measure_loader(repeats: int) -> dict:
-    """One epoch of packed batches built in one process, Beauty lengths, nothing else going on."""
+    """Measures one epoch of packed batches, built in one process without training, on Beauty lengths."""
     histories, split, lengths = load_lengths("beauty")
     sequences_per_sec = []
     for epoch_seed in range(repeats):

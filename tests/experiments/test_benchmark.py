@@ -1,4 +1,4 @@
-"""The benchmark's comparisons are between equals, and its figures mean what their names say."""
+"""The benchmark compares functions that compute the same, and its figures are what their names say."""
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,14 @@ from rec_jax.data.histories import leave_one_out
 
 @pytest.fixture
 def short(monkeypatch):
-    """Few users and short readings; the lengths are synthetic wherever this runs."""
+    """Few users and short timings, on synthetic lengths."""
     monkeypatch.delenv("REC_JAX_DATA", raising=False)
     monkeypatch.setattr(training, "NUM_USERS", 16)
     monkeypatch.setattr(training, "NUM_BATCHES", 2)
     monkeypatch.setattr(training, "BLOCK_SECS", 0.01)
 
 
-def test_the_naive_step_and_ours_compute_the_same_loss(short):
+def test_both_training_steps_compute_the_same_loss(short):
     figures = training.measure_training("beauty", repeats=1)
     assert figures["loss_difference"] < 1e-5
     assert figures["lengths"] == "synthetic"
@@ -30,7 +30,7 @@ def test_the_naive_step_and_ours_compute_the_same_loss(short):
 
 
 def test_useful_flops_of_a_history_by_hand():
-    # One token: 4 * 2 * 2 dense + 2 * 2 * 3 feed-forward, 2 * 2 * 1 attention, 2 * 2 scores, all times 6.
+    # One token: 4 * 2 * 2 projections, 2 * 2 * 3 feed-forward, 2 * 2 * 1 attention, 2 * 2 scores; times 6.
     config = training.SASRecConfig(width=2, ff_width=3, num_layers=1, num_heads=1)
     assert training.useful_flops_per_token(config, np.array([1])) == 6 * (16 + 12 + 4 + 4)
 
@@ -44,7 +44,7 @@ def test_synthetic_lengths_have_the_fill_of_the_real_ones(name):
     assert targets.mean() / lengths.max_len == pytest.approx({"ml1m": 0.54, "beauty": 0.115}[name], rel=0.05)
 
 
-def test_every_softmax_is_timed_but_what_is_too_large(monkeypatch):
+def test_every_softmax_is_timed_unless_too_large(monkeypatch):
     monkeypatch.setattr(softmax, "MAX_TEMP_BYTES", 20_000_000)
     small, large = softmax.measure_softmax(repeats=1, catalogues=(512, 40_000)).values()
     assert {"ms", "full_over_this"} <= set(small["full"]) and small["full"]["full_over_this"] == 1
@@ -52,7 +52,7 @@ def test_every_softmax_is_timed_but_what_is_too_large(monkeypatch):
     assert large["full"]["temp_bytes"] > 1024 * 40_000 * 4 > large["streaming"]["temp_bytes"]
 
 
-def test_every_update_of_a_table_is_timed_but_what_is_too_large(monkeypatch):
+def test_every_table_update_is_timed_unless_too_large(monkeypatch):
     monkeypatch.setattr(embedding, "NUM_LOOKUPS", 64)
     monkeypatch.setattr(embedding, "MAX_BYTES", 3.5 * 4 * 5000 * 8)
     result = embedding.measure_embedding(repeats=1, num_rows=(1000, 5000), dims=(8,))
@@ -79,7 +79,7 @@ def test_bytes_of_collectives_by_hand():
     }
 
 
-def test_the_exchange_sends_a_quarter_of_plain_indexing_and_reads_the_same(monkeypatch):
+def test_the_exchange_reads_the_same_and_sends_less_than_a_quarter_of_plain_indexing(monkeypatch):
     monkeypatch.setattr(sharding, "NUM_ROWS", 50_000)
     monkeypatch.setattr(sharding, "NUM_LOOKUPS", 4096)
     figures = sharding.measure_sharding(repeats=1)
@@ -88,7 +88,7 @@ def test_the_exchange_sends_a_quarter_of_plain_indexing_and_reads_the_same(monke
     assert figures["gather"]["bytes_by_kind"]["all-reduce"] >= 4096 * 64 * 4
 
 
-def test_interleaved_takes_turns_after_a_call_for_compilation():
+def test_functions_alternate_after_one_call_for_compilation():
     calls = []
     secs = timing.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
     assert "".join(calls) == "ab" + "abab"
@@ -106,7 +106,7 @@ def test_multiply_adds_of_loops_and_products_by_hand():
     assert models.multiply_adds(jaxpr) == 3 * 4 * 5 + 7 * 3 * 5 * 5
 
 
-def test_every_model_is_timed_beside_sasrec(monkeypatch):
+def test_models_are_timed_relative_to_sasrec(monkeypatch):
     monkeypatch.setattr(models, "NUM_ITEMS", 20)
     monkeypatch.setattr(models, "ROWS", 1)
     monkeypatch.setattr(models, "LENGTH", 8)
@@ -119,7 +119,7 @@ def test_every_model_is_timed_beside_sasrec(monkeypatch):
     assert set(models.measure_lengths(1, lengths=(4, 8), tokens=8)["lru"]) == {"4", "8"}
 
 
-def test_a_search_takes_longer_the_more_beams_and_than_reading_alone(monkeypatch):
+def test_a_search_takes_longer_with_more_beams_and_than_reading_alone(monkeypatch):
     monkeypatch.setattr(beam, "MODEL", beam.TigerConfig(width=8, ff_width=8, num_heads=1, num_layers=1))
     monkeypatch.setattr(beam, "LENGTH", 6)
     monkeypatch.setattr(beam, "BEAMS", (2, 2000))

@@ -1,4 +1,4 @@
-"""The commands of the README, as a user runs them, and the smoke variant of every config."""
+"""Commands as a user starts them, and the smoke variant of every config."""
 
 import importlib
 import json
@@ -9,16 +9,25 @@ import subprocess
 import sys
 
 import pytest
+from in_process import CONFIGS, ROOT, command, failure, shared_compilations
+from test_every_model import RUNS
 
 from rec_jax.config import build
 from rec_jax.experiment import Experiment
 from rec_jax.run_config import ExperimentConfig
 
-ROOT = pathlib.Path(__file__).parents[2]
-CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common"))
+SMOKE = f"--config={CONFIGS}/sasrec_ml1m.py:smoke"
+COMMANDS = sorted(p.stem for p in (ROOT / "experiments").glob("*.py") if "launch(main)" in p.read_text())
+# Without the config for a user's own log, which needs its path.
+NAMES = {p.stem for p in CONFIGS.glob("*.py")} - {"__init__", "common", "log"}
+# One config for each loss, table layout and kind of feed-forward layer that test_every_model does not train.
+TRAINED = ("gsasrec_ml1m", "sasrec_bce_ml1m", "large_tables", "sasrec_moe_ml1m")
+# test_every_model trains a config of each model type, test_reproduce a variant of ml100k.
+TRACED = sorted(NAMES - set(TRAINED) - {config for config, _ in RUNS.values()})
 
 
 def run(*args, fails=False, timeout=900):
+    """Runs a command in its own process; returns stdout, or stderr if it must fail."""
     env = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
     done = subprocess.run(
         [sys.executable, "-m", *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
@@ -28,26 +37,52 @@ def run(*args, fails=False, timeout=900):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory) -> tuple[pathlib.Path, str]:
+    """(workdir, output) of a training in its own process."""
     workdir = tmp_path_factory.mktemp("smoke") / "run"
-    output = run("experiments.train", "--config=configs/sasrec_ml1m.py:smoke", f"--workdir={workdir}")
+    settings = ("--config.mesh.data=2", "--config.train.epochs=6")
+    output = run("experiments.train", SMOKE, f"--workdir={workdir}", *settings)
     return workdir, output
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "sasrec_ml1m"])
-def test_every_config_has_a_smoke_run(name, tmp_path):
-    """In this process, which spares each the start of one; the one above is that of a user."""
+def smoke_experiment(name: str, workdir) -> Experiment:
+    """The smoke variant of a config, small and without what it does not need to train."""
     cfg = importlib.import_module(f"configs.{name}").get_config("smoke")
-    cfg.mesh.data, cfg.eval.baselines = 2, ("popularity",)
-    cfg.train.checkpoint_every_steps = 0  # where it evaluates is enough
-    experiment = Experiment(build(ExperimentConfig, cfg), tmp_path)
-    test = experiment.evaluate(experiment.ranker(experiment.fit().best_params), "test")
+    cfg.mesh.data, cfg.eval.baselines, cfg.eval.bootstrap = 2, ("popularity",), 0
+    cfg.train.epochs, cfg.train.eval_every_epochs, cfg.train.checkpoint_every_steps = 6, 6.0, 0
+    cfg.train.micro_rows = 16
+    return Experiment(build(ExperimentConfig, cfg), workdir)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_smoke_runs_beat_popularity_and_not_the_oracle(name, tmp_path):
+    with shared_compilations():
+        experiment = smoke_experiment(name, tmp_path)
+        test = experiment.evaluate(experiment.ranker(experiment.fit().best_params), "test")
     baselines = experiment.evaluate_baselines("test")
     popularity, oracle = (baselines[name]["unfiltered/ndcg@10"] for name in ("popularity", "oracle"))
     assert popularity < test["unfiltered/ndcg@10"] < oracle
 
 
-def test_train_writes_what_it_says(trained):
+@pytest.mark.parametrize("name", TRACED)
+def test_smoke_configs_define_a_training_step(name, tmp_path):
+    """These configs differ from trained ones in sizes and settings: their step is traced, not compiled."""
+    experiment = smoke_experiment(name, tmp_path)
+    assert "item embedding table" in experiment.describe()
+    source = experiment.batch_source()
+    step = experiment.step(len(source))
+    state, metrics = step.lower(step.abstract_state(), source[0]).out_info
+    assert state.params.keys() == experiment.model.abstract_params.keys()
+    assert {"loss", "tokens"} <= metrics.keys()
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_configs_are_valid(name):
+    """Full-size settings: what is checked without data."""
+    build(ExperimentConfig, importlib.import_module(f"configs.{name}").get_config())
+
+
+def test_train_writes_its_files_and_prints_scores(trained):
     workdir, output = trained
     for name in ("config.json", "metrics.jsonl", "checkpoints", "curves.png", "result.json", "tensorboard"):
         assert (workdir / name).exists()
@@ -60,51 +95,43 @@ def test_train_writes_what_it_says(trained):
     assert popularity < result["test"]["ndcg@10"] < result["baselines"]["oracle"]["ndcg@10"]
 
 
-def test_evaluate_repeats_the_score_of_the_run(trained):
+def test_evaluate_repeats_the_score_of_the_run(trained, capsys):
     workdir, _ = trained
-    output = run("experiments.evaluate", f"--workdir={workdir}", "--split=test")
+    command("evaluate", f"--workdir={workdir}", "--split=test")
     result = json.loads((workdir / "result.json").read_text())
-    again = json.loads((workdir / "evaluation_test.json").read_text())
-    assert again["model"] == result["test"]
+    scores = json.loads((workdir / "evaluation_test.json").read_text())
+    assert scores["model"] == result["test"]
+    output = capsys.readouterr().out
     assert "bigram" in output and "history length" in output
 
 
-def test_a_run_and_its_copy_are_an_ensemble_that_is_no_better(trained, tmp_path):
+def test_an_ensemble_of_a_run_and_its_copy_is_no_better(trained, tmp_path):
     workdir, _ = trained
     copy = shutil.copytree(workdir, tmp_path / "copy")
-    run("experiments.evaluate", f"--workdir={copy},{workdir}")
+    command("evaluate", f"--workdir={copy},{workdir}")
     scores = json.loads((copy / "evaluation_test_ensemble.json").read_text())
     assert scores["ensemble"]["over"][str(workdir)] == {"ratio": 1.0, "ratio_ci": [1.0, 1.0], "p": 1.0}
     assert scores["ensemble"]["mrr"] == scores[str(copy)]["mrr"] == scores[str(workdir)]["mrr"]
 
 
-def test_recommend_answers_in_the_users_own_ids(trained):
+def test_a_mistake_is_one_line_on_stderr(trained):
     workdir, _ = trained
-    by_user = run("experiments.recommend", f"--workdir={workdir}", "--user=u7", "--k=3")
-    assert "the 3 best next items" in by_user
-    by_history = run("experiments.recommend", f"--workdir={workdir}", "--history=i1,i2,i3", "--k=5")
-    listed = by_history.split("best next items:")[1]
-    assert not {"i1", "i2", "i3"} & set(listed.split())
+    error = run("experiments.recommend", f"--workdir={workdir}", "--history=i1,nope,i2", fails=True)
+    assert "error: " in error and "nope" in error and "Traceback" not in error
 
 
 def test_mistakes_are_named(trained, tmp_path):
     workdir, _ = trained
-    error = run("experiments.recommend", f"--workdir={workdir}", "--history=i1,nope,i2", fails=True)
-    assert "nope" in error and "Traceback" not in error
-    error = run("experiments.recommend", f"--workdir={workdir}", "--user=nobody", fails=True)
-    assert "nobody" in error
-    error = run("experiments.evaluate", f"--workdir={tmp_path / 'none'}", fails=True)
-    assert "holds no run" in error
-    smoke = "--config=configs/sasrec_ml1m.py:smoke"
-    error = run("experiments.train", smoke, f"--workdir={tmp_path}", "--config.model.num_heads=3", fails=True)
-    assert "num_heads=3" in error and "Traceback" not in error
-    error = run("experiments.train", smoke, f"--workdir={tmp_path}", "--config.train.epoch=3", fails=True)
-    assert "epochs" in error and "Traceback" not in error
+    assert "nobody" in failure("recommend", f"--workdir={workdir}", "--user=nobody")
+    assert "holds no run" in failure("evaluate", f"--workdir={tmp_path / 'none'}")
+    train = ("train", SMOKE, f"--workdir={tmp_path}")
+    assert "num_heads=3" in failure(*train, "--config.model.num_heads=3")
+    assert 'Did you mean "epochs"' in failure(*train, "--config.train.epoch=3")
 
 
-def test_help_helps():
-    for name in ("train", "evaluate", "recommend", "compress", "benchmark", "plan"):
-        done = subprocess.run(
-            [sys.executable, "-m", f"experiments.{name}", "--help"], cwd=ROOT, capture_output=True, text=True
-        )
-        assert f"python -m experiments.{name}" in done.stdout + done.stderr
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_how_to_start_the_command(name, capsys):
+    with pytest.raises(SystemExit):
+        command(name, "--help")
+    output = "".join(capsys.readouterr())
+    assert f"python -m experiments.{name}" in output

@@ -1,4 +1,4 @@
-"""Flags of a config: types that choose keys, and what is said of a key that there is not."""
+"""Flags of a config: types choose the keys of a section, and unknown keys get a hint."""
 
 import pathlib
 
@@ -8,7 +8,7 @@ from absl import flags as absl_flags
 from experiments.launch import _models_with, define_config
 
 ROOT = pathlib.Path(__file__).parents[2]
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # raised by ml_collections
 
 
 @pytest.mark.parametrize(
@@ -21,9 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # of ml_colle
         (["--config.train.width=3", "--config.model.width=8"], "'width'", ""),
     ],
 )
-def test_models_that_have_the_key(flags, text, hint):
-    found = _models_with(["train", *flags], text)
-    assert hint in found and bool(hint) == bool(found)
+def test_an_unknown_key_names_the_models_that_have_it(flags, text, hint):
+    message = _models_with(["train", *flags], text)
+    assert hint in message and bool(hint) == bool(message)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_models_that_have_the_key(flags, text, hint):
         (["--config.loss.type", "gbce"], {"loss": {"type": "gbce", "calibration": 0.75}}),
         (
             ["--config.model.type=hstu", "--config.model.time_bias=False"],
-            {"model": {"type": "hstu", "time_bias": False, "dropout": 0.3, "width": 128}},  # as the page says
+            {"model": {"type": "hstu", "time_bias": False, "dropout": 0.3, "width": 128}},  # as in the config
         ),
         (["--config.data.format=csv"], {"data": {"format": "csv"}, "loss": {"type": "softmax"}}),
     ],
@@ -51,7 +51,7 @@ def test_a_type_chooses_the_keys_of_its_section(flags, expected, monkeypatch):
         assert {key: holder.value[section][key] for key in values} == values
 
 
-def test_a_type_that_is_none(monkeypatch):
+def test_an_unknown_type_is_refused(monkeypatch):
     argv = ["train", "--config=configs/sasrec_ml1m.py", "--config.loss.type=gbcee"]
     monkeypatch.setattr("sys.argv", argv)
     monkeypatch.chdir(ROOT)

@@ -1,16 +1,16 @@
-"""Tables over seeds: the arithmetic by hand, and the command on its smoke settings."""
+"""Tables of results over seeds: the arithmetic by hand, and the command with smoke runs."""
 
 import json
 
 import numpy as np
 import pytest
-from test_end_to_end import run
+from in_process import CONFIGS, ROOT, command, failure
 
 from experiments.reproduce import TABLES, Row, format_markdown, summarise
 from rec_jax.models.registry import MODELS
 
 
-def made_up(ndcg_E, seed):
+def measured(ndcg_E, seed):
     values = {"ndcg@10": np.asarray(ndcg_E, float), "hr@10": np.ceil(ndcg_E), "users": np.arange(len(ndcg_E))}
     test = {"unfiltered/hr@10": 0.2, "unfiltered/ndcg@10": 0.1}
     return {
@@ -20,10 +20,10 @@ def made_up(ndcg_E, seed):
     }  # fmt: skip
 
 
-def test_means_spreads_and_pairs_by_hand():
+def test_means_deviations_and_pairs_by_hand():
     rows = {"a": Row("a", 0.5, None, "a paper"), "b": Row("b")}
-    good = [made_up([1, 0.5, 0, 0.5] * 50, 0), made_up([1, 0.5, 0.5, 1] * 50, 1)]
-    bad = [made_up([0, 0.5, 0, 0.5] * 50, 0)]
+    good = [measured([1, 0.5, 0, 0.5] * 50, 0), measured([1, 0.5, 0.5, 1] * 50, 1)]
+    bad = [measured([0, 0.5, 0, 0.5] * 50, 0)]
     figures = summarise(rows, {"b": bad, "a": good})
     assert list(figures) == ["a", "b"]  # best first
     a, b = figures["a"], figures["b"]
@@ -39,42 +39,37 @@ def test_means_spreads_and_pairs_by_hand():
     assert "python -m x --config.seed=0" in text and "Published: a paper" in text
 
 
-def test_runs_of_two_splits_are_no_table():
-    other = {**made_up([1, 0], 1), "split": "leave_one_out, checksum 34"}
+def test_runs_on_different_splits_are_refused():
+    other = {**measured([1, 0], 1), "split": "leave_one_out, checksum 34"}
     with pytest.raises(ValueError, match="split='leave_one_out, checksum 34' of b"):
-        summarise({"a": Row("a"), "b": Row("b")}, {"a": [made_up([1, 0], 0)], "b": [other]})
+        summarise({"a": Row("a"), "b": Row("b")}, {"a": [measured([1, 0], 0)], "b": [other]})
 
 
-def test_a_table_is_made_and_what_is_there_is_used_again(tmp_path):
-    command = ("experiments.reproduce", "--table=ml1m", "--models=sasrec", "--smoke", f"--output={tmp_path}")
-    run(*command, "--seeds=1")
-    first = (tmp_path / "runs/sasrec-0/result.json").stat().st_mtime_ns
-    output = run(*command, "--seeds=2")
-    assert (tmp_path / "runs/sasrec-0/result.json").stat().st_mtime_ns == first
+def test_a_table_of_two_seeds_reuses_finished_runs(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")  # for the processes that train
+    args = ("--table=ml100k", "--models=gru4rec", "--smoke", f"--output={tmp_path}")
+    command("reproduce", *args, "--seeds=1")
+    first = (tmp_path / "runs/gru4rec-0/result.json").stat().st_mtime_ns
+    capfd.readouterr()
+    command("reproduce", *args, "--seeds=2")
+    assert (tmp_path / "runs/gru4rec-0/result.json").stat().st_mtime_ns == first
+    output = capfd.readouterr().out
+    assert "Smoke runs" in output and "| gru4rec |" in output and "| popularity |" in output
+    assert "ml100k.py:gru4rec-smoke" in output and "global_temporal" in output
     table = json.loads((tmp_path / "table.json").read_text())
-    figures = table["models"]["sasrec"]
-    assert figures["seeds"] == 2 and "| sasrec |" in output and "| popularity |" in output
-    assert "Smoke runs" in output
-    each = [json.loads((tmp_path / f"runs/sasrec-{seed}/result.json").read_text()) for seed in (0, 1)]
-    assert figures["ndcg@10"] == pytest.approx(np.mean([x["test"]["ndcg@10"] for x in each]))
+    figures = table["models"]["gru4rec"]
+    results = [json.loads((tmp_path / f"runs/gru4rec-{seed}/result.json").read_text()) for seed in (0, 1)]
+    assert figures["seeds"] == 2
+    assert figures["ndcg@10"] == pytest.approx(np.mean([x["test"]["ndcg@10"] for x in results]))
     assert figures["ndcg@10"] > table["baselines"]["popularity"]["ndcg@10"]
     assert (tmp_path / "table.png").stat().st_size > 10_000
 
 
-def test_a_config_with_variants_has_a_smoke_run_of_each(tmp_path):
-    command = ("experiments.reproduce", "--table=ml100k", "--models=gru4rec", "--smoke")
-    output = run(*command, "--seeds=1", f"--output={tmp_path}")
-    assert "ml100k.py:gru4rec-smoke" in output and "global_temporal" in output
-
-
 def test_every_row_has_its_config_and_a_wrong_name_lists_the_models(tmp_path):
-    from test_end_to_end import ROOT
-
     for table in TABLES.values():
         for row in table.values():
-            assert (ROOT / f"configs/{row.config.split(':')[0]}.py").exists()
+            assert (CONFIGS / f"{row.config.split(':')[0]}.py").exists()
     assert set(TABLES["ml100k"]) == {config.type for config in MODELS}
-    error = run(
-        "experiments.reproduce", "--table=ml1m", "--models=sasrecc", f"--output={tmp_path}", fails=True
-    )
+    error = failure("reproduce", "--table=ml1m", "--models=sasrecc", f"--output={tmp_path}")
     assert "sasrecc" in error and "bert4rec" in error

@@ -1,11 +1,11 @@
-"""The published numbers, from the configs that claim them; minutes each: `pytest -m reproduction`."""
+"""Configs reach the published numbers that they quote; minutes each: `pytest -m reproduction`."""
 
 import json
 
 import pytest
 from test_end_to_end import run
 
-# What each config page compares itself with: HR@10 and NDCG@10 of the test part, seen items filtered.
+# HR@10 and NDCG@10 that each config is compared with: test part, seen items filtered.
 PUBLISHED = {
     "sasrec_ml1m": (0.305, 0.178),
     "gsasrec_ml1m": (0.298, 0.171),

@@ -1,4 +1,4 @@
-"""What a trained run answers does not hang on the log it was trained on, nor on where the process runs."""
+"""The answers of a trained run depend neither on later changes of its log nor on the current directory."""
 
 import json
 import shutil
@@ -11,13 +11,14 @@ from rec_jax.data.simulator import SimulatorConfig, World
 
 SETTINGS = (
     f"--config={CONFIGS}/sasrec_ml1m.py:smoke", "--config.train.epochs=3", "--config.mesh.data=1",
+    "--config.model.num_layers=1", "--config.train.micro_rows=16", "--config.eval.baselines=('popularity',)",
     "--config.eval.bootstrap=0", "--config.train.eval_every_epochs=1.0", "--config.data.user=user",
     "--config.data.item=item", "--config.data.time=time",
 )  # fmt: skip
 
 
 def events(seed=0, num_items=40, num_users=200):
-    """Lines of a log, by users."""
+    """Lines of a log, ordered by user."""
     log = World(
         SimulatorConfig(seed=seed, num_items=num_items, num_users=num_users, num_interests=4, mean_len=10)
     ).sample()
@@ -28,20 +29,20 @@ def write(path, lines):
     path.write_text("\n".join(["user,item,time", *lines]) + "\n")
 
 
-def train(workdir, log, *more):
+def train(workdir, log, *flags):
     command(
         "train",
         *SETTINGS,
         f"--workdir={workdir}",
         "--config.data.format=auto",
         f"--config.data.path={log}",
-        *more,
+        *flags,
     )
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """(folder, lines of the log): trained on folder/log.csv in folder/run."""
+def trained(tmp_path_factory):
+    """(folder, lines of the log): folder/run was trained on folder/log.csv."""
     folder = tmp_path_factory.mktemp("trained")
     lines = events()
     write(folder / "log.csv", lines)
@@ -50,9 +51,9 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def run(made, tmp_path):
-    """A copy of it to change."""
-    folder, lines = made
+def run(trained, tmp_path):
+    """A copy of the trained run that a test may change."""
+    folder, lines = trained
     shutil.copytree(folder / "run", tmp_path / "run")
     shutil.copy2(folder / "log.csv", tmp_path / "log.csv")
     config = tmp_path / "run/config.json"
@@ -60,18 +61,18 @@ def run(made, tmp_path):
     return tmp_path, lines
 
 
-def recommended(folder, capsys, *more) -> str:
+def recommended(folder, capsys) -> str:
     capsys.readouterr()
-    command("recommend", f"--workdir={folder / 'run'}", *(more or ("--history=i5,i6,i7",)))
+    command("recommend", f"--workdir={folder / 'run'}", "--history=i5,i6,i7")
     return capsys.readouterr().out.split("next items:")[1]
 
 
-def scored(folder) -> float:
+def evaluated(folder) -> float:
     command("evaluate", f"--workdir={folder / 'run'}")
     return json.loads((folder / "run/evaluation_test.json").read_text())["model"]["ndcg@10"]
 
 
-def result(folder) -> float:
+def reported(folder) -> float:
     return json.loads((folder / "run/result.json").read_text())["test"]["ndcg@10"]
 
 
@@ -80,7 +81,7 @@ def test_the_order_of_lines_in_the_log_changes_nothing(run, capsys):
     before = recommended(folder, capsys)
     write(folder / "log.csv", np.random.default_rng(0).permutation(lines).tolist())
     assert recommended(folder, capsys) == before
-    assert scored(folder) == result(folder)
+    assert evaluated(folder) == reported(folder)
 
 
 def test_another_split_of_the_same_directory_is_refused(tmp_path, capsys):
@@ -89,43 +90,41 @@ def test_another_split_of_the_same_directory_is_refused(tmp_path, capsys):
     prepare = (f"--input={tmp_path / 'log.csv'}", f"--output={tmp_path / 'data'}", *prepare)
     command("prepare_data", *prepare, "--test_fraction=0.1")
     train(tmp_path / "run", tmp_path / "data", "--config.data.split=global_temporal")
-    assert scored(tmp_path) == result(tmp_path)
+    assert evaluated(tmp_path) == reported(tmp_path)
     checksum = json.loads((tmp_path / "data/split/split.json").read_text())["checksum"]
     command("prepare_data", *prepare, "--test_fraction=0.3")
     other = json.loads((tmp_path / "data/split/split.json").read_text())["checksum"]
     with pytest.raises(ValueError, match=f"split checksum {checksum}.* have split checksum {other}"):
-        scored(tmp_path)
+        evaluated(tmp_path)
     assert "i" in recommended(tmp_path, capsys)
 
 
-def test_a_new_item_in_the_log_is_said_to_be_that(tmp_path, capsys):
-    folder, lines = tmp_path, events()
-    write(folder / "log.csv", lines)
-    train(folder / "run", folder / "log.csv")
+def test_a_new_item_in_the_log_is_named_when_training_resumes(run, capsys):
+    folder, lines = run
     before = recommended(folder, capsys)
     write(folder / "log.csv", ["u1,brand_new,0", *lines])
     assert recommended(folder, capsys) == before
-    assert scored(folder) == result(folder)
+    assert evaluated(folder) == reported(folder)
     with pytest.raises(
         ValueError, match=r"items \(was 40, is now 41\), events .*split checksum.*another workdir"
     ):
         train(folder / "run", folder / "log.csv", "--config.train.log_every_steps=3")
-    assert scored(folder) == result(folder)  # what the run was trained on is still there
+    assert evaluated(folder) == reported(folder)  # the data of the run are still present
     write(folder / "log.csv", lines)
-    train(folder / "run", folder / "log.csv", "--config.train.log_every_steps=3")  # the same log: it resumes
+    train(folder / "run", folder / "log.csv", "--config.train.log_every_steps=3")  # accepted: the same log
 
 
-def test_the_log_is_needed_to_train_only(run, capsys, monkeypatch):
+def test_only_training_needs_the_log(run, capsys, monkeypatch):
     folder, _ = run
     before = recommended(folder, capsys)
     (folder / "log.csv").unlink()
     (folder / "elsewhere").mkdir()
     monkeypatch.chdir(folder / "elsewhere")
     assert recommended(folder, capsys) == before
-    assert scored(folder) == result(folder)
+    assert evaluated(folder) == reported(folder)
 
 
-def test_a_relative_path_of_the_log(tmp_path, capsys, monkeypatch):
+def test_a_relative_path_of_the_log_is_supported(tmp_path, capsys, monkeypatch):
     write(tmp_path / "log.csv", events())
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -133,18 +132,17 @@ def test_a_relative_path_of_the_log(tmp_path, capsys, monkeypatch):
     before = recommended(tmp_path, capsys)
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert recommended(tmp_path, capsys) == before
-    assert scored(tmp_path) == result(tmp_path)
+    assert evaluated(tmp_path) == reported(tmp_path)
 
 
-def test_other_times_are_other_data_though_the_split_is_the_same(run):
-    """Every event an hour later: what a model of times would read has changed, the items and the split have
-    not."""
+def test_changed_times_are_refused_although_the_split_is_the_same(run):
+    """Every event is an hour later: the times that a model may read change, items and split do not."""
     folder, lines = run
     later = [f"{user},{item},{int(time) + 3600}" for user, item, time in (line.split(",") for line in lines)]
     write(folder / "log.csv", later)
     prepared = (folder / "run/data/histories/times.npy").read_bytes()
-    score = scored(folder)
+    score = evaluated(folder)
     with pytest.raises(ValueError, match="the data differ from those.*column time"):
         train(folder / "run", folder / "log.csv")
     assert (folder / "run/data/histories/times.npy").read_bytes() == prepared
-    assert scored(folder) == score
+    assert evaluated(folder) == score
