@@ -142,24 +142,26 @@ def read_parquet(path: Path, names: ColumnNames, delimiter: str) -> Columns:
 def read_tfds(name: str) -> Columns:
     """MovieLens from TensorFlow Datasets, such as `movielens/1m-ratings`.
 
-    Only the first use needs a network and TensorFlow. Rows come in the order of TFDS, which shuffles.
+    Only the first use needs a network and, for the 100k and 1m sets, TensorFlow. Rows come in the order of
+    TFDS, which shuffles.
     """
     if not re.fullmatch(r"movielens/[\w-]+-ratings(:[\d.]+)?", name):
         raise ValueError(f"path={name!r} is not a rating set of TFDS MovieLens, such as movielens/1m-ratings")
-    try:
-        import tensorflow_datasets as tfds
-        import tensorflow_datasets.structured.movielens  # noqa: F401  registers itself
-    except ImportError as error:
-        raise ValueError(
-            f"format='tfds' needs the tfds extra: pip install 'rec_jax[tfds]' ({error})"
-        ) from error
+    import tensorflow_datasets as tfds
+    import tensorflow_datasets.structured.movielens  # noqa: F401  registers itself
+
+    instead = "or download MovieLens from grouplens.org and read its ratings file (format='movielens')"
     try:
         source = tfds.data_source(name, split="train")
+    except ImportError as error:
+        raise ValueError(
+            f"TFDS needs TensorFlow to prepare {name!r} (once; reading needs none): install it with "
+            f"pip install 'rec_jax[tensorflow]', {instead} ({error})"
+        ) from error
     except Exception as error:  # TFDS and its downloader raise a dozen unrelated types
         raise ValueError(
-            f"TFDS cannot provide {name!r} ({type(error).__name__}: {error}). Its first use needs a network "
-            "and TensorFlow (pip install tensorflow); or download MovieLens from grouplens.org and read its "
-            "ratings file (format='movielens')"
+            f"TFDS cannot provide {name!r} ({type(error).__name__}: {error}). Its first use needs a network: "
+            f"try again with one, {instead}"
         ) from error
     fields = ("user_id", "movie_id", "timestamp", "user_rating", "movie_title")
     # About 0.3 ms an element, most of it in TFDS: minutes for a million, once a prepared data set.
