@@ -1,20 +1,39 @@
-# Sourced by the other scripts: makes .venv with Python 3.11 or newer and installs rec_jax into it.
+# Sourced by the other scripts: makes a virtual environment and installs rec_jax into it.
 # Usage: source scripts/setup.sh EXTRAS ("" for none)
+#   PYTHON=/path/to/python   the interpreter, 3.11 or newer (default: that of .venv, else python3)
+#   NEWEST=1                 the newest releases of all packages (default: those of constraints/, which passed the tests)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-python=${PYTHON:-python3}
-"$python" - <<'PY' || { echo "Python 3.11 or newer is needed; name one with PYTHON=/path/to/python" >&2; exit 1; }
-import sys
-sys.exit(sys.version_info < (3, 11))
-PY
-# The stamp holds what was installed; a changed setup.cfg or other extras install again.
-stamp=.venv/installed-$1
-if ! cmp -s setup.cfg "$stamp"; then
-  echo "setting up .venv (about a minute) ..."
-  [ -x .venv/bin/python ] || "$python" -m venv .venv || {
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
+
+# .venv belongs to the Python that made it; a PYTHON of another version gets .venv-VERSION.
+venv=.venv
+if [ -n "${PYTHON:-}" ] || [ ! -x .venv/bin/python ]; then
+  python=${PYTHON:-python3}
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "Python 3.11 or newer is needed: name one with PYTHON=/path/to/python" >&2; exit 1; }
+  version=$(version_of "$python")
+  if [ -x .venv/bin/python ] && [ "$(version_of .venv/bin/python)" != "$version" ]; then
+    venv=.venv-$version
+  fi
+  [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || {
     echo "no venv module: on Debian, apt-get install python3-venv" >&2; exit 1; }
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${1:+[$1]}"
-  cp setup.cfg "$stamp"
 fi
-python=.venv/bin/python
+python=$venv/bin/python
+constraints=constraints/python$(version_of "$python").txt
+
+install=("$python" -m pip install --quiet --disable-pip-version-check -e ".${1:+[$1]}")
+stamp=$venv/installed-$1
+if [ -n "${NEWEST:-}" ]; then
+  echo "installing the newest releases into $venv (about a minute) ..."
+  rm -f "$venv"/installed-*
+  "${install[@]}" --upgrade --upgrade-strategy eager
+elif [ ! -f "$constraints" ]; then
+  echo "no $constraints: set NEWEST=1 to install the newest releases instead" >&2; exit 1
+# The stamp holds what the environment was installed from: it is installed again when that changes.
+elif ! cat setup.cfg "$constraints" | cmp -s - "$stamp"; then
+  echo "setting up $venv (about a minute) ..."
+  "${install[@]}" -c "$constraints"
+  cat setup.cfg "$constraints" > "$stamp"
+fi
