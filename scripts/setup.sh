@@ -18,22 +18,23 @@ if [ -n "${PYTHON:-}" ] || [ ! -x .venv/bin/python ]; then
     venv=.venv-$version
   fi
   [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || {
-    echo "no venv module: on Debian, apt-get install python3-venv" >&2; exit 1; }
+    rm -rf "$venv"; echo "no venv module: on Debian, apt-get install python3-venv" >&2; exit 1; }
 fi
 python=$venv/bin/python
 constraints=constraints/python$(version_of "$python").txt
 
 install=("$python" -m pip install --quiet --disable-pip-version-check -e ".${1:+[$1]}")
 stamp=$venv/installed-$1
+known=$constraints
+[ -f "$known" ] || known=/dev/null
 if [ -n "${NEWEST:-}" ]; then
   echo "installing the newest releases into $venv (about a minute) ..."
   rm -f "$venv"/installed-*
   "${install[@]}" --upgrade --upgrade-strategy eager
-elif [ ! -f "$constraints" ]; then
-  echo "no $constraints: set NEWEST=1 to install the newest releases instead" >&2; exit 1
-# The stamp holds what the environment was installed from: it is installed again when that changes.
-elif ! cat setup.cfg "$constraints" | cmp -s - "$stamp"; then
+# The stamp holds what the environment was installed from: a change installs again.
+elif ! cat setup.cfg "$known" | cmp -s - "$stamp"; then
   echo "setting up $venv (about a minute) ..."
-  "${install[@]}" -c "$constraints"
-  cat setup.cfg "$constraints" > "$stamp"
+  [ -f "$constraints" ] || echo "there is no $constraints: the newest releases are installed, untested" >&2
+  "${install[@]}" -c "$known"
+  cat setup.cfg "$known" > "$stamp"
 fi
