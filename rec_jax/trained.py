@@ -348,8 +348,8 @@ def check_same_split(models: list[TrainedModel]) -> None:
 
 
 def check_ensemble(models: list[TrainedModel]) -> None:
-    """Raises ValueError for models that cannot form an ensemble: models of different splits, or models that do
-    not score every item."""
+    """Raises ValueError for models that cannot form an ensemble: models of different splits, or models that
+    do not score every item."""
     check_same_split(models)
     for model in models if len(models) > 1 else ():
         if model.model.is_generative:

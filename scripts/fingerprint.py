@@ -11,6 +11,7 @@ tests, which are set here, XLA fuses little, so refactored code that computes th
 
 import argparse
 import contextlib
+import importlib.metadata
 import io
 import json
 import os
@@ -21,10 +22,11 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX",
-)
+if importlib.metadata.version("jaxlib").startswith(("0.10.", "0.12.")):  # as in tests/conftest.py
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_max_isa=AVX"
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        flags += " --xla_cpu_use_fusion_emitters=false"
+    os.environ.setdefault("XLA_FLAGS", flags)
 
 import jax  # noqa: E402
 

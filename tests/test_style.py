@@ -1,10 +1,16 @@
 """Style rules of the code base that can be checked automatically."""
 
 import ast
+import configparser
 import dataclasses
 import functools
+import importlib.metadata
 import pathlib
+import re
+import subprocess
+import sys
 
+import pytest
 from ml_collections import ConfigDict
 
 from rec_jax.run_config import ExperimentConfig
@@ -107,3 +113,40 @@ def test_no_config_field_has_the_name_of_a_configdict_method():
                 yield from names(getattr(config, field.name))
 
     assert not [name for name in names(ExperimentConfig()) if hasattr(ConfigDict, name)]
+
+
+@pytest.mark.parametrize("command", ["check", "format --check --diff"])
+def test_ruff(command):
+    run = subprocess.run(
+        [sys.executable, "-m", "ruff", *command.split(), "--no-cache", "."],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    if run.returncode:
+        pytest.fail(run.stdout, pytrace=False)
+
+
+def _setup():
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def test_dependencies_are_what_the_code_imports():
+    def normal(name):
+        return name.replace("_", "-").lower()
+
+    lines = _setup()["options"]["install_requires"].split("\n")
+    required = {normal(re.match(r"[\w-]+", line)[0]) for line in lines if line and line[0] != "#"}
+    packages = importlib.metadata.packages_distributions()
+    imported = {name.split(".")[0] for _, tree in modules() for name in imports(tree)}
+    used = {"importlib-resources"}  # by tensorflow-datasets
+    for name in imported - sys.stdlib_module_names - {"rec_jax", "experiments", "configs"}:
+        candidates = {normal(package) for package in packages[name]}
+        assert candidates & required, f"setup.cfg does not list {candidates}, which the code imports"
+        used |= candidates
+    assert not required - used, f"nothing imports {required - used}"
+
+
+def test_citation_names_the_version():
+    version = _setup()["metadata"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()

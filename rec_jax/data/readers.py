@@ -144,27 +144,29 @@ def read_parquet(path: Path, names: ColumnNames, delimiter: str) -> Columns:
 def read_tfds(name: str) -> Columns:
     """MovieLens from TensorFlow Datasets, such as `movielens/1m-ratings`.
 
-    Only the first use needs a network and TensorFlow. TFDS shuffles the rows, so they are not in time order.
+    Only the first use needs a network and, for the 100k and 1m sets, TensorFlow. TFDS shuffles the rows, so
+    they are not in time order.
     """
     if not re.fullmatch(r"movielens/[\w-]+-ratings(:[\d.]+)?", name):
         raise ValueError(
             f"path={name!r} is not a MovieLens ratings data set of TFDS: set it to a name like "
             "movielens/1m-ratings"
         )
-    try:
-        import tensorflow_datasets as tfds
-        import tensorflow_datasets.structured.movielens  # noqa: F401  registers the data sets
-    except ImportError as error:
-        raise ValueError(
-            f"format='tfds' needs TensorFlow Datasets: pip install 'rec_jax[tfds]' ({error})"
-        ) from error
+    import tensorflow_datasets as tfds
+    import tensorflow_datasets.structured.movielens  # noqa: F401  registers the data sets
+
+    instead = "or download MovieLens from grouplens.org and read its ratings file with format='movielens'"
     try:
         source = tfds.data_source(name, split="train")
+    except ImportError as error:
+        raise ValueError(
+            f"path={name!r}: TFDS needs TensorFlow to prepare this data set (once; reading it does not): pip "
+            f"install 'rec_jax[tensorflow]', {instead} ({error})"
+        ) from error
     except Exception as error:  # TFDS and its downloader raise many unrelated types
         raise ValueError(
             f"path={name!r}: TFDS cannot load it ({type(error).__name__}: {error}). The first use needs a "
-            "network and TensorFlow (pip install tensorflow). Or download MovieLens from grouplens.org and "
-            "read its ratings file with format='movielens'"
+            f"network: try again with one, {instead}"
         ) from error
     fields = ("user_id", "movie_id", "timestamp", "user_rating", "movie_title")
     # About 0.3 ms per element, mostly in TFDS: minutes for a million events, once per prepared data set.

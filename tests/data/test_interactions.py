@@ -1,6 +1,7 @@
 import datetime
+import functools
+import shutil
 import sys
-import types
 
 import numpy as np
 import pyarrow as pa
@@ -110,26 +111,28 @@ def test_parquet_columns_of_several_types_are_read(tmp_path):
         read_log(tmp_path / "log.parquet")
 
 
-def test_tfds_elements_become_events_and_titles(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(ValueError, match=r"pip install 'rec_jax\[tfds\]'"):
-        read_log("movielens/100k-ratings", format="tfds")
-    element = dict(
-        user_id=b"1", movie_id=b"1193", movie_title=b"Cuckoo", user_rating=np.float32(5), timestamp=978300760
-    )
-    fake = types.SimpleNamespace(data_source=lambda name, split: [element])
-    for module in ("tensorflow_datasets.structured.movielens", "tensorflow_datasets.structured"):
-        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
-    monkeypatch.setitem(sys.modules, "tensorflow_datasets", fake)
-    log = read_log("movielens/100k-ratings", format="tfds")
-    assert events(log) == MOVIELENS[:1] and log.titles == {"1193": "Cuckoo"}
+def test_tfds_without_tensorflow(monkeypatch, tmp_path):
+    """TFDS prepares a data set and reads it; only the download is replaced."""
+    import tensorflow_datasets as tfds
 
-    def offline(name, split):
-        raise ConnectionError("no route")
-
-    fake.data_source = offline
-    with pytest.raises(ValueError, match="no route.*first use needs a network"):
+    folder = tmp_path / "ml-latest-small"
+    folder.mkdir()
+    (folder / "movies.csv").write_text("movieId,title,genres\n1193,Cuckoo,Drama\n")
+    (folder / "ratings.csv").write_text("userId,movieId,rating,timestamp\n1,1193,5,978300760\n")
+    monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", lambda self, url: tmp_path)
+    place = dict(data_dir=tmp_path / "tfds", builder_kwargs={"file_format": "array_record"})
+    monkeypatch.setattr(tfds, "data_source", functools.partial(tfds.data_source, **place))
+    for _ in range(2):
+        log = read_log("movielens/latest-small-ratings", format="tfds")
+        assert events(log) == MOVIELENS[:1] and log.titles == {"1193": "Cuckoo"}
+        shutil.rmtree(folder, ignore_errors=True)
+    assert "tensorflow" not in sys.modules
+    monkeypatch.setitem(sys.modules, "tensorflow", None)  # not installed
+    with pytest.raises(ValueError, match=r"TensorFlow to prepare.*pip install .rec_jax\[tensorflow\]"):
         read_log("movielens/100k-ratings", format="tfds")
+    monkeypatch.delitem(sys.modules, "tensorflow")
+    with pytest.raises(ValueError, match="TFDS cannot load it.*first use needs a network"):
+        read_log("movielens/25m-ratings", format="tfds")
     with pytest.raises(ValueError, match="path='movielens/100k-movies' is not a MovieLens ratings data set"):
         read_log("movielens/100k-movies", format="tfds")
 
