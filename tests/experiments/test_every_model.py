@@ -115,16 +115,26 @@ def test_compress(workdirs, model_type, tmp_path):
         assert len(rec_jax.load(tmp_path / "int8").recommend(user="u7", k=5)) == 5
 
 
-def test_ensembles(workdirs, capsys):
-    names = f"--workdir={workdirs['sasrec']},{workdirs['gru4rec']}"
-    command("evaluate", names)
-    scores = json.loads((workdirs["sasrec"] / "evaluation_test_ensemble.json").read_text())
-    runs = {str(workdirs[name]) for name in ("sasrec", "gru4rec")}
-    assert set(scores) == {"ensemble", "popularity", "oracle"} | runs
-    command("recommend", names, "--user=u7")
+def test_comparisons_and_ensembles(workdirs, capsys):
+    runs = {name: str(workdirs[name]) for name in ("sasrec", "gru4rec", "tiger")}
+    command("evaluate", f"--workdir={','.join(runs.values())}")
+    scores = json.loads((workdirs["sasrec"] / "comparison_test.json").read_text())
+    assert set(scores) == {"ensemble", "popularity", "oracle", *runs.values()}
+    best = max([*runs.values(), "ensemble"], key=lambda name: scores[name]["ndcg@10"])
+    over = scores[best]["over"]
+    assert set(over) == {"ensemble", *runs.values()} - {best}
+    for name, compared in over.items():
+        ratio = scores[best]["ndcg@10"] / scores[name]["ndcg@10"]
+        assert compared["ratio"] == pytest.approx(ratio) and 0 < compared["p"] <= 1
+    for name, path in runs.items():
+        result = json.loads((workdirs[name] / "result.json").read_text())
+        assert scores[path]["ndcg@10"] == result["test"]["ndcg@10"]
+    assert (workdirs["sasrec"] / "comparison_test.png").stat().st_size > 10_000
+    assert f"not in the ensemble: {runs['tiger']}" in capsys.readouterr().out
+    command("recommend", f"--workdir={runs['sasrec']},{runs['gru4rec']}", "--user=u7")
     assert "the 10 best next items" in capsys.readouterr().out
     with pytest.raises(ValueError, match="type='tiger'.*cannot be averaged with others: leave it out"):
-        command("evaluate", f"--workdir={workdirs['sasrec']},{workdirs['tiger']}")
+        command("recommend", f"--workdir={runs['sasrec']},{runs['tiger']}", "--user=u7")
 
 
 def test_a_finished_run_is_evaluated_with_other_settings(workdirs):

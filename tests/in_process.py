@@ -15,7 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from experiments.launch import launch
 
 FLAGS = flags.FLAGS
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 
 
