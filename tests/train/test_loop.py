@@ -288,9 +288,9 @@ def _evaluations(lines):
 def test_a_run_killed_at_random_moments_ends_like_an_uninterrupted_one(tmp_path):
     """Sends SIGKILL at random moments, then lets the run finish."""
     expected = toy_run.run(tmp_path / "b", eval_every_epochs=0.5, epochs=6)
-    fields = {"eval_every_epochs": 0.5, "epochs": 6, "pause": 0.05}
+    fields = {"eval_every_epochs": 0.5, "epochs": 6, "pause": 0.1}
     rng, num_kills, path = random.Random(0), 0, tmp_path / "a"
-    for _ in range(4):
+    for _ in range(3):
         process = _spawn(path, fields)
         log = path / "metrics.jsonl"
         size = log.stat().st_size if log.exists() else 0
@@ -308,7 +308,7 @@ def test_a_run_killed_at_random_moments_ends_like_an_uninterrupted_one(tmp_path)
         assert process.returncode == -signal.SIGKILL, errors
     if process.returncode != 0:
         output, errors = _spawn(path, fields).communicate()
-    assert num_kills >= 3
+    assert num_kills == 3
     result = json.loads(output)
     assert result == {"digest": toy_run.digest(expected.state), "best_step": expected.best_step}
     lines = read_metrics(path / "metrics.jsonl")

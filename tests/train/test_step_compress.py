@@ -106,7 +106,7 @@ def test_quantization_aware_training_starts_at_the_configured_step():
 
 @functools.cache
 def teacher(width):
-    config = SASRecConfig(width=width, ff_width=width, num_layers=2)
+    config = SASRecConfig(width=width, ff_width=width, num_layers=1)
     build = functools.partial(SASRec, config, NUM_ITEMS, LENGTH)
     params = init_model(lambda rngs: build(rngs=rngs), seed=5)[1]
     return define_model(lambda rngs: build(rngs=rngs)), jax.device_get(jax.tree.map(lambda x: 3 * x, params))
