@@ -216,8 +216,7 @@ def test_a_quantized_run_can_be_a_teacher(parent, int8, tmp_path):
     "page, changes",
     [
         ("tiger_beauty", {"model.num_beams": 8}),
-        ("bert4rec_ml1m", {"compress.quant.inputs": "static"}),
-        ("esasrec_ml1m", {"model.num_experts": 3}),
+        ("bert4rec_ml1m", {"model.num_experts": 3, "compress.quant.inputs": "static"}),
     ],
 )
 def test_other_model_types_are_pruned_and_stored_in_integers(page, changes, tmp_path):
