@@ -5,9 +5,9 @@ import os
 import pathlib
 
 # Tests spend most of their time compiling programs that run once. So LLVM's optimization passes are off, and
-# the older emitters of fused loops are used, which halves the time. The older emitters fuse more; to let two
-# programs that compute the same value agree bit for bit, fused multiply-adds (FMA) are off as well. The flags
-# must be set before JAX is imported; commands that tests start inherit them. An unknown flag ends the process:
+# the older emitters of fused loops are used, which halves the time. Those fuse more. Fused multiply-adds
+# (FMA) are off as well, so that two programs that compute the same value agree bit for bit. The flags must be
+# set before JAX is imported; commands that tests start inherit them. An unknown flag ends the process, so
 # other releases of jaxlib, which may have dropped one, run without the flags and take longer.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ.setdefault(
