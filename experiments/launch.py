@@ -116,4 +116,4 @@ def _models_with(argv, text: str) -> str:
     types = [config.type for config in MODELS if key in {field.name for field in fields(config)}]
     if names != {f"--config.model.{key}"} or not types:
         return ""
-    return f": model.{key} is a key of the models {', '.join(types)}, but not of this config's model"
+    return f": model.{key} is a key of the models {', '.join(types)}, not of this config's model"

@@ -43,7 +43,7 @@ def main():
     num_items = _NUM_ITEMS.value or (config.data.sim.num_items if config.data.format == "simulator" else 0)
     if not num_items:
         raise ValueError(
-            "--num_items=0, but this config reads a log, which a plan does not open: give --num_items=N"
+            "--num_items=N is needed: give the number of items, as a plan does not read the log of the config"
         )
     if config.train.batch_rows % data:
         raise ValueError(

@@ -59,7 +59,7 @@ _KEYS = ("hr@10", "ndcg@10")
 
 _TABLE = flags.DEFINE_enum("table", None, list(TABLES), "The table to reproduce.")
 _MODELS = flags.DEFINE_list("models", None, "Models of the table, separated by commas. Default: all.")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds per model: 0, 1, ...", lower_bound=1)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds per model (seeds 0, 1, ...).", lower_bound=1)
 _OUTPUT = flags.DEFINE_string("output", None, "Directory for the runs and the table.")
 _SMOKE = flags.DEFINE_bool(
     "smoke", False, "Train the small smoke variants on simulated data, which takes seconds per run."

@@ -116,11 +116,6 @@ class Scores:
         padding = (0, 0), (0, k - num)
         return jnp.pad(best_BK, padding, constant_values=-jnp.inf), jnp.pad(ids_BK, padding)
 
-    @jax.jit
-    def at(self, ids_BN) -> jax.Array:
-        """f32[B, N]: the scores of the given items."""
-        return self._map(lambda columns, values_Bv, ids_BN: columns.get(values_Bv, ids_BN), ids_BN)
-
     def whole(self) -> jax.Array:
         """f32[B, V + 1] in the order of ids, on one device; column 0 is -inf."""
         if self.placement is None:

@@ -33,7 +33,7 @@ def test_a_table_of_a_billion_rows_compiles_for_sixty_four_devices():
     assert "1,000,000,001 entries x 64" in text and "64 devices" in text
     assert re.search(r"rows +4\.00 GB +62\.50 MB .* yes +<-", text)
     assert re.search(r"replicated +256\.00 GB .* no", text)
-    assert re.search(r"state and batch +4\.06 GB, 4\.06 GB of it changed in place", text)
+    assert re.search(r"state and batch +4\.06 GB, of which 4\.06 GB are updated in place", text)
     assert float(re.search(r"temporaries +([\d.]+) MB", text)[1]) < 100
     assert "all-to-all" in text and "all-gather" not in text
 
