@@ -5,7 +5,6 @@ import os
 import pathlib
 
 # Tests spend most of their time compiling programs that run once. So LLVM's optimization passes are off, and
-<<<<<<< HEAD
 # the older emitters of fused loops are used where XLA still has them, which halves the time. To let two
 # programs that compute the same value agree bit for bit, fused multiply-adds (FMA) are off as well. The flags
 # must be set before JAX is imported; commands that tests start inherit them. An unknown flag ends the
@@ -15,17 +14,6 @@ if importlib.metadata.version("jaxlib").startswith(("0.10.", "0.12.")):
     if importlib.metadata.version("jaxlib").startswith("0.10."):
         flags += " --xla_cpu_use_fusion_emitters=false"
     os.environ.setdefault("XLA_FLAGS", flags)
-=======
-# the older emitters of fused loops are used, which halves the time. Those fuse more. Fused multiply-adds
-# (FMA) are off as well, so that two programs that compute the same value agree bit for bit. The flags must be
-# set before JAX is imported; commands that tests start inherit them. An unknown flag ends the process, so
-# other releases of jaxlib, which may have dropped one, run without the flags and take longer.
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    os.environ.setdefault(
-        "XLA_FLAGS",
-        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX",
-    )
->>>>>>> w-top
 
 import hypothesis
 import jax
