@@ -11,9 +11,9 @@ import tqdm
 from experiments.speed.timing import interleaved
 from rec_jax.tables.sparse import (
     catch_up_adam,
-    find_rows,
+    find_distinct,
     scale_by_rowwise_rss,
-    update_rows,
+    update_entries,
 )
 
 NUM_ROWS, DIMS = (100_000, 1_000_000, 4_000_000, 10_000_000), (64, 128)
@@ -65,9 +65,9 @@ def _dense_step(optimizer, table_VD, state, ids_N, grads_ND):
 
 def _sparse_step(optimizer, table_VD, state, ids_N, grads_ND):
     """Updates only the entries that were looked up; like the dense step, it excludes the lookup itself."""
-    unique = find_rows(ids_N, table_VD.shape[0])
+    unique = find_distinct(ids_N, table_VD.shape[0])
     grads_UD = jnp.zeros_like(grads_ND).at[unique.local_ids_N].add(grads_ND)
-    return update_rows(optimizer, table_VD, state, unique.rows_U, grads_UD)
+    return update_entries(optimizer, table_VD, state, unique.entry_ids_U, grads_UD)
 
 
 def _measure(num_rows: int, dim: int, repeats: int, copy_gbytes: float) -> dict:

@@ -83,7 +83,7 @@ def _psum_scatter(table_vD, ids_n):
 def _read(placement, table_vD, ids_n):
     unique = dedupe_physical(placement, ids_n)
     capacity = ids_n.size // NUM_DEVICES  # an even share of all ids
-    return unique, *read_sharded(None, table_vD, None, unique.rows_U, capacity)
+    return unique, *read_sharded(None, table_vD, None, unique.entry_ids_U, capacity)
 
 
 def _exchange(placement, table_vD, ids_n):

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from rec_jax.models.base import Model, SequenceConfig
-from rec_jax.nn.dims import places, sizes_of
+from rec_jax.nn.dims import kept_mask, sizes_of
 from rec_jax.tree import leaf_names
 
 # {field of ShrinkConfig: field of the model's config}
@@ -94,7 +94,7 @@ def unit_scores(
                     totals = scores[unit] if unit == "width" else scores[unit][block]
                     sums = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1).sum(1)
                     for index in range(size):
-                        totals[index] += sums[places(dim, {unit: np.arange(size) == index})].sum()
+                        totals[index] += sums[kept_mask(dim, {unit: np.arange(size) == index})].sum()
     return {unit: np.abs(total) ** (0.5 if score == "magnitude" else 1) for unit, total in scores.items()}
 
 
@@ -231,4 +231,4 @@ def _kept(name: str, model: Model, units: Units) -> list[np.ndarray]:
     kept, block = {"width": units.width_D}, _block_of(name)
     if block is not None:
         kept |= {"heads": units.heads_LN[block], "ff_width": units.ff_width_LF[block]}
-    return [places(dim, kept) for dim in model.dims[name]]
+    return [kept_mask(dim, kept) for dim in model.dims[name]]

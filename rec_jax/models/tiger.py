@@ -242,7 +242,7 @@ def _entries(table: Embedding, first: int, num: int):
     table_XD = table.embedding[...]
     if isinstance(table_XD, jax.Array):
         return table_XD[first : first + num]
-    return table_XD.rows(first + jnp.arange(num))
+    return table_XD.look_up(first + jnp.arange(num))
 
 
 def _following(batch):

@@ -68,7 +68,7 @@ def is_stacked(dims: tuple[Dim, ...]) -> bool:
     return outermost(dims[0])[0] == "experts"
 
 
-def places(dim: Dim, kept: dict[str, np.ndarray]) -> np.ndarray:
+def kept_mask(dim: Dim, kept: dict[str, np.ndarray]) -> np.ndarray:
     """bool[size of the dim]: the elements that belong to kept units. kept: {name: bool[units]}."""
     masks = []
     for part in dim:

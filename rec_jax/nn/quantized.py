@@ -135,7 +135,7 @@ class QuantizedTable(ParamValue):
     def _unpack(self, codes):
         return codes if self.bits == 8 else unpack_int4(codes, self.dim)
 
-    def rows(self, ids) -> jax.Array:
+    def look_up(self, ids) -> jax.Array:
         """Returns the entries f32[..., D] of integer ids [...]. An id outside [0, V) reads as NaN."""
         scale = self.scale_V.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         zero = None if self.zero_V is None else self.zero_V.at[ids].get(mode="clip")[..., None]

@@ -40,5 +40,5 @@ class Embedding(nnx.Module):
         """Returns entries [..., dim] for integer ids [...]."""
         table_VD = self.embedding[...]
         if not isinstance(table_VD, jax.Array):  # in a compressed model
-            return table_VD.rows(ids)
+            return table_VD.look_up(ids)
         return table_VD.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)

@@ -20,10 +20,10 @@ from rec_jax.tables.sparse import (
     DistinctIds,
     add_entries,
     dedupe,
-    find_rows,
+    find_distinct,
     keep_counts,
     read_entries,
-    update_rows,
+    update_entries,
 )
 
 AXES = ("model", "data")  # the mesh axes over which rows are sharded, in this order
@@ -150,9 +150,11 @@ def _sum_by_owner(row_ids_U, grads_UD, num_local: int, capacity: int, carry, use
 
     def one_round(carry, slots_EC, local_rows_EC):
         grads_ECD = _swap(grads_UD.at[slots_EC].get(mode="fill", fill_value=0))
-        distinct = find_rows(local_rows_EC.reshape(-1), num_local)
+        distinct = find_distinct(local_rows_EC.reshape(-1), num_local)
         zeros_MD = jnp.zeros((local_rows_EC.size, dim), grads_UD.dtype)
-        return use(carry, distinct.rows_U, zeros_MD.at[distinct.local_ids_N].add(grads_ECD.reshape(-1, dim)))
+        return use(
+            carry, distinct.entry_ids_U, zeros_MD.at[distinct.local_ids_N].add(grads_ECD.reshape(-1, dim))
+        )
 
     return _exchange(row_ids_U, num_local, capacity, carry, one_round)[0]
 
@@ -167,7 +169,7 @@ def update_sharded(optimizer, table_vD, state, row_ids_U, grads_UD, capacity: in
     def use(carry, local_rows_M, sums_MD):
         table_vD, state, squares = carry
         state = keep_counts(before, state, num_local)
-        table_vD, state = update_rows(optimizer, table_vD, state, local_rows_M, sums_MD)
+        table_vD, state = update_entries(optimizer, table_vD, state, local_rows_M, sums_MD)
         return table_vD, state, squares + jnp.sum(sums_MD**2)
 
     carry = (table_vD, state, jnp.zeros((), jnp.float32))

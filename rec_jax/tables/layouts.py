@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from rec_jax.tables import exchange
 from rec_jax.tables.exchange import AXES, NUM_GROUPS, Placement
-from rec_jax.tables.sparse import find_rows, read_entries, update_rows
+from rec_jax.tables.sparse import find_distinct, read_entries, update_entries
 
 
 class Read(NamedTuple):
@@ -77,9 +77,9 @@ class Replicated:
         return arrays + updates, state
 
     def read(self, optimizer, table_VD, state, ids_N) -> Read:
-        distinct = find_rows(ids_N, self.num_rows)
-        entries_UD = read_entries(optimizer, table_VD, state, distinct.rows_U)
-        return Read(entries_UD, distinct.local_ids_N, distinct.rows_U, jnp.ones((), jnp.int32))
+        distinct = find_distinct(ids_N, self.num_rows)
+        entries_UD = read_entries(optimizer, table_VD, state, distinct.entry_ids_U)
+        return Read(entries_UD, distinct.local_ids_N, distinct.entry_ids_U, jnp.ones((), jnp.int32))
 
     def sum_grads(self, entry_ids_U, grads_UD) -> tuple:
         """Returns (distinct entry ids, gradients), summed over all devices."""
@@ -88,15 +88,15 @@ class Replicated:
         entry_ids_N = jax.lax.all_gather(entry_ids_U, "data", tiled=True)
         grads_ND = jax.lax.all_gather(grads_UD, "data", tiled=True)
         # The unused slots of all devices become one invalid id, num_rows.
-        distinct = find_rows(jnp.minimum(entry_ids_N, self.num_rows), self.num_rows)
-        return distinct.rows_U, jnp.zeros_like(grads_ND).at[distinct.local_ids_N].add(grads_ND)
+        distinct = find_distinct(jnp.minimum(entry_ids_N, self.num_rows), self.num_rows)
+        return distinct.entry_ids_U, jnp.zeros_like(grads_ND).at[distinct.local_ids_N].add(grads_ND)
 
     def sum_squares(self, entry_ids_U, grads_UD) -> jax.Array:
         return jnp.sum(grads_UD**2)
 
     def update(self, optimizer, table_VD, state, entry_ids_U, grads_UD) -> tuple:
         """Returns (arrays, state, sum of squared gradients) after one optimizer step."""
-        updated = update_rows(optimizer, table_VD, state, entry_ids_U, grads_UD)
+        updated = update_entries(optimizer, table_VD, state, entry_ids_U, grads_UD)
         return *updated, self.sum_squares(entry_ids_U, grads_UD)
 
 
@@ -165,9 +165,9 @@ class RowSharded(Replicated):
     def read(self, optimizer, table_vD, state, ids_N) -> Read:
         distinct = exchange.dedupe_physical(self.placement, ids_N)
         entries_UD, rounds = exchange.read_sharded(
-            optimizer, table_vD, state, distinct.rows_U, self._capacity(ids_N.size)
+            optimizer, table_vD, state, distinct.entry_ids_U, self._capacity(ids_N.size)
         )
-        return Read(entries_UD, distinct.local_ids_N, distinct.rows_U, rounds)
+        return Read(entries_UD, distinct.local_ids_N, distinct.entry_ids_U, rounds)
 
     def sum_grads(self, entry_ids_U, grads_UD) -> tuple:
         """Returns its arguments: `update` sums on the device that owns an entry."""

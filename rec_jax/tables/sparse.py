@@ -1,9 +1,9 @@
 """Sparse update of the entries of a table that a batch reads.
 
     distinct = find_rows(ids_N, num_rows)                      distinct ids
-    entries_UD = gather_entries(table_VD, distinct.rows_U)     the model reads these instead of the table
+    entries_UD = gather_entries(table_VD, distinct.entry_ids_U)     the model reads these instead of the table
     entries_UD[distinct.local_ids_N]                           the lookup
-    table_VD, state = update_rows(optimizer, table_VD, state, distinct.rows_U, grads_UD)
+    table_VD, state = update_rows(optimizer, table_VD, state, distinct.entry_ids_U, grads_UD)
 
 The optimizer may be any optax transformation that works element by element or entry by entry. Its state is
 gathered with the entries and written back once, without duplicates, so that a donated table is changed in
@@ -30,11 +30,11 @@ CHUNK_ELEMENTS = 2**18  # elements that a CPU updates at a time: 1 MiB of f32
 class DistinctIds(NamedTuple):
     """Distinct ids, and the index among them of each of N ids."""
 
-    rows_U: jax.Array  # int32[U], U = N: distinct ids; unused slots hold ids beyond the table
-    local_ids_N: jax.Array  # int32[N]: rows_U[local_ids_N] == ids_N
+    entry_ids_U: jax.Array  # int32[U], U = N: distinct ids; unused slots hold ids beyond the table
+    local_ids_N: jax.Array  # int32[N]: entry_ids_U[local_ids_N] == ids_N
 
 
-def find_rows(ids_N: jax.Array, num_rows: int) -> DistinctIds:
+def find_distinct(ids_N: jax.Array, num_rows: int) -> DistinctIds:
     """Returns distinct ids by the fastest method: by hash on a CPU, each in the slot of its first occurrence;
     otherwise sorted, which makes writes faster.
 
@@ -138,7 +138,7 @@ def read_entries(optimizer, table_VD, state, entry_ids_U) -> jax.Array:
     return entries_UD + optimizer.missed(gather_state(state, entry_ids_U, table_VD.shape[0]))[0]
 
 
-def update_rows(optimizer, table_VD, state, entry_ids_U, grads_UD) -> tuple:
+def update_entries(optimizer, table_VD, state, entry_ids_U, grads_UD) -> tuple:
     """Returns (table_VD, state) after one optimizer step on the entries that a batch reads.
 
     state: `optimizer.init(table_VD)`. grads_UD: with respect to the entries. If the optimizer has moments, a

@@ -2,8 +2,8 @@
 
     dense, arrays = tables.split(params)                # arrays: {name: table}; dense: the other parameters
     reads = tables.read(arrays, states, ids)            # ids: {name: a pytree of int32 arrays, 0 = padding}
-    params = tables.join(dense, reads.rows)             # a loss is differentiated with respect to these
-    ... rows[reads.local_ids[...]] is a lookup ...
+    params = tables.join(dense, reads.entries)             # a loss is differentiated with respect to these
+    ... entries[reads.local_ids[...]] is a lookup ...
     reads, grads = tables.sum_grads(reads, grads, {})   # over devices
     arrays, states, squares = tables.update(arrays, states, reads, grads)
 
@@ -51,11 +51,11 @@ class Table:
 class Reads:
     """The entries that a device has read, by name of the table.
 
-    rows: f32[U, D], distinct entries. local_ids: the pytrees of ids, as indices into these entries.
+    entries: f32[U, D], distinct. local_ids: the pytrees of ids, as indices into these entries.
     entry_ids: ids of these entries. rounds: int32, see `layouts.Read`.
     """
 
-    rows: dict[str, jax.Array]
+    entries: dict[str, jax.Array]
     local_ids: dict[str, Any]
     entry_ids: dict[str, Any]
     rounds: dict[str, jax.Array]
@@ -165,7 +165,7 @@ class Tables:
         """Returns (reads, grads) for `update`: gradients summed over devices, except for row-sharded tables,
         whose owners of entries sum them in `update`.
 
-        grads: gradients of `reads.rows`. shard_grads: gradients of `shards`, complete on their device.
+        grads: gradients of `reads.entries`. shard_grads: gradients of `shards`, complete on their device.
         """
         summed = self._each(lambda table, *read: table.layout.sum_grads(*read), reads.entry_ids, grads)
         entry_ids, grads = _unzip(summed, 2)

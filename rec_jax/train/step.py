@@ -172,7 +172,7 @@ class TrainStep:
         reads, batch, negatives, context = self._read(arrays, table_states, batch, context)
 
         whole = cast_floats(parallel.gather(dense, specs), jnp.float32)  # to sum gradients in f32
-        trained = whole, reads.rows, tables.shards(arrays)
+        trained = whole, reads.entries, tables.shards(arrays)
         sums, grads = self._sum_micro_batches(trained, batch, negatives, context)
         loss, tokens = parallel.reduce(sums, (P(), P()))
         dense_grads = parallel.reduce(grads[0], specs, DTYPES[self._settings.reduce])

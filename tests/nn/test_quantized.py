@@ -171,7 +171,7 @@ def test_lookup_and_dequantization(bits, dim, symmetric):
     table, expected = make_table(30, dim, bits, symmetric)
     ids = np.array([[0, 3, 29], [3, 3, 11]])
     assert table.shape == (30, dim)
-    dequantized, entries = jax.jit(lambda table, ids: (table.dequantize(), table.rows(ids)))(table, ids)
+    dequantized, entries = jax.jit(lambda table, ids: (table.dequantize(), table.look_up(ids)))(table, ids)
     np.testing.assert_array_equal(dequantized, expected)
     np.testing.assert_array_equal(entries, expected[ids])
 
@@ -180,7 +180,7 @@ def test_lookup_and_dequantization(bits, dim, symmetric):
 def test_invalid_ids_read_as_nan(symmetric):
     table, expected = make_table(30, 5, 4, symmetric)
     ids = np.array([2, -1, 30, -30, 2**31 - 1, -(2**31)], np.int32)
-    entries = np.asarray(jax.jit(QuantizedTable.rows)(table, ids))
+    entries = np.asarray(jax.jit(QuantizedTable.look_up)(table, ids))
     assert np.isnan(entries[1:]).all()
     np.testing.assert_array_equal(entries[0], expected[2])
 

@@ -44,9 +44,11 @@ def compiled_on(data, model, capacity):
 
     def step(table_vD, state, ids_N, grads_ND):
         distinct = dedupe_physical(PLACEMENT, ids_N)
-        entries_UD, rounds = read_sharded(OPTIMIZER, table_vD, state, distinct.rows_U, capacity)
+        entries_UD, rounds = read_sharded(OPTIMIZER, table_vD, state, distinct.entry_ids_U, capacity)
         grads_UD = jnp.zeros_like(entries_UD).at[distinct.local_ids_N].add(grads_ND)
-        table_vD, state, _ = update_sharded(OPTIMIZER, table_vD, state, distinct.rows_U, grads_UD, capacity)
+        table_vD, state, _ = update_sharded(
+            OPTIMIZER, table_vD, state, distinct.entry_ids_U, grads_UD, capacity
+        )
         return table_vD, state, entries_UD[distinct.local_ids_N], rounds
 
     mapped = jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

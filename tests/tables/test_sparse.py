@@ -16,7 +16,7 @@ from rec_jax.tables.sparse import (
     gather_entries,
     read_entries,
     scale_by_rowwise_rss,
-    update_rows,
+    update_entries,
     write_entries,
 )
 
@@ -42,12 +42,12 @@ def sine_grads(step):
 def test_distinct_ids_are_sorted_and_local_ids_point_to_them(ids):
     distinct = sorted_ids(np.array(ids, np.int32), V)
     expected, local_ids = np.unique(ids, return_inverse=True)
-    rows_U = np.asarray(distinct.rows_U)
-    count = np.sum(rows_U < V)
+    entry_ids_U = np.asarray(distinct.entry_ids_U)
+    count = np.sum(entry_ids_U < V)
     assert count == len(expected)
-    np.testing.assert_array_equal(rows_U[:count], expected)
+    np.testing.assert_array_equal(entry_ids_U[:count], expected)
     np.testing.assert_array_equal(distinct.local_ids_N, local_ids)
-    assert (np.diff(rows_U) > 0).all() and (rows_U[count:] > V).all()
+    assert (np.diff(entry_ids_U) > 0).all() and (entry_ids_U[count:] > V).all()
 
 
 @pytest.mark.parametrize(
@@ -69,19 +69,22 @@ def test_hashing_finds_the_same_distinct_ids_as_sorting(ids):
         jax.tree.map(np.asarray, find(np.asarray(ids, np.int32), num_rows))
         for find in (sorted_ids, hashed_ids)
     )
-    np.testing.assert_array_equal(by_hash.rows_U[by_hash.local_ids_N], by_sort.rows_U[by_sort.local_ids_N])
     np.testing.assert_array_equal(
-        np.sort(by_hash.rows_U[by_hash.rows_U <= num_rows]), by_sort.rows_U[by_sort.rows_U <= num_rows]
+        by_hash.entry_ids_U[by_hash.local_ids_N], by_sort.entry_ids_U[by_sort.local_ids_N]
     )
-    assert len(np.unique(by_hash.rows_U)) == len(ids)
+    np.testing.assert_array_equal(
+        np.sort(by_hash.entry_ids_U[by_hash.entry_ids_U <= num_rows]),
+        by_sort.entry_ids_U[by_sort.entry_ids_U <= num_rows],
+    )
+    assert len(np.unique(by_hash.entry_ids_U)) == len(ids)
 
 
 @jax.jit
 def read_and_write(ids_N):
     """Returns (the entries of the ids, the table after writing 9 to these entries)."""
     distinct = dedupe(ids_N, V)
-    entries_UD = gather_entries(TABLE, distinct.rows_U)
-    return entries_UD[distinct.local_ids_N], write_entries(TABLE, distinct.rows_U, entries_UD * 0 + 9)
+    entries_UD = gather_entries(TABLE, distinct.entry_ids_U)
+    return entries_UD[distinct.local_ids_N], write_entries(TABLE, distinct.entry_ids_U, entries_UD * 0 + 9)
 
 
 @pytest.mark.parametrize("invalid", [-1, V, V + 3, -V, 2**31 - 1, -(2**31)])
@@ -101,9 +104,9 @@ def dense(optimizer, table, state, ids, grads_ND):
 
 def sparse(optimizer, table, state, ids, grads_ND):
     distinct = dedupe(ids, V)
-    entries_UD = gather_entries(table, distinct.rows_U)
+    entries_UD = gather_entries(table, distinct.entry_ids_U)
     grads_UD = jnp.zeros_like(entries_UD).at[distinct.local_ids_N].add(grads_ND)
-    return update_rows(optimizer, table, state, distinct.rows_U, grads_UD)
+    return update_entries(optimizer, table, state, distinct.entry_ids_U, grads_UD)
 
 
 @functools.cache
@@ -187,9 +190,9 @@ def test_table_is_changed_in_place_without_temporaries_of_its_size(optimizer):
 
     def step(table, state, ids, grads):
         distinct = dedupe(ids, num_rows)
-        entries_UD = gather_entries(table, distinct.rows_U)
+        entries_UD = gather_entries(table, distinct.entry_ids_U)
         grads_UD = jnp.zeros_like(entries_UD).at[distinct.local_ids_N].add(grads)
-        return update_rows(optimizer, table, state, distinct.rows_U, grads_UD)
+        return update_entries(optimizer, table, state, distinct.entry_ids_U, grads_UD)
 
     memory = jax.jit(step, donate_argnums=(0, 1)).lower(table, state, *args).compile().memory_analysis()
     table_bytes = num_rows * dim * 4

@@ -127,7 +127,7 @@ def make_step(tables, states, mesh, compiler_options=None):
     def step(state, batch, max_norm):
         params, arrays, states = state
         reads = tables.read(arrays, states, ids_of(batch))
-        sums, grads = value_and_grad(params, reads.rows, reads.local_ids, batch)
+        sums, grads = value_and_grad(params, reads.entries, reads.local_ids, batch)
         (loss, num_targets), param_grads = jax.lax.psum((sums, grads[0]), "data")
         reads, table_grads = tables.sum_grads(reads, grads[1], {})
         grads = jax.tree.map(lambda g: g / num_targets, (param_grads, table_grads))
