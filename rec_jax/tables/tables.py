@@ -2,7 +2,7 @@
 
     dense, arrays = tables.split(params)                # arrays: {name: table}; dense: the other parameters
     reads = tables.read(arrays, states, ids)            # ids: {name: a pytree of int32 arrays, 0 = padding}
-    params = tables.join(dense, reads.entries)             # a loss is differentiated with respect to these
+    params = tables.join(dense, reads.entries)          # a loss is differentiated with respect to these
     ... entries[reads.local_ids[...]] is a lookup ...
     reads, grads = tables.sum_grads(reads, grads, {})   # over devices
     arrays, states, squares = tables.update(arrays, states, reads, grads)

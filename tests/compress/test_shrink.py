@@ -229,7 +229,7 @@ def test_multiply_adds_by_hand():
         ({}, {"num_layers": 3}, "num_layers=3"),
         ({}, {"num_layers": -1}, "num_layers=-1"),
         ({}, {"num_layers": 1}, "norm='post'.*distil"),
-        ({"norm": "pre", "share_layers": True}, {"num_layers": 1}, "shared layers"),
+        ({"norm": "pre", "share_layers": True}, {"num_layers": 1}, "all layers share one block"),
         ({}, {"score": "taylor"}, "grads"),
     ],
 )
