@@ -61,7 +61,15 @@ class ConfigParser(config_flags.ConfigFileFlagParser):
     is applied first, regardless of its position on the command line."""
 
     def parse(self, path):
-        config = super().parse(path)
+        file = path.split(":")[0]
+        if not os.path.exists(file):
+            sys.exit(f"error: --config={path}: there is no file {file}; the configs are in configs/")
+        try:
+            config = super().parse(path)
+        except ValueError as error:
+            if error.__context__ is None or "REC_JAX_TRACEBACK" in os.environ:
+                raise
+            sys.exit(f"error: --config={path}: {error.__context__}")
         return switch_types(config)
 
 

@@ -59,3 +59,20 @@ def test_an_unknown_type_is_refused(monkeypatch):
     define_config("A config.", flag_values)
     with pytest.raises((ValueError, absl_flags.IllegalFlagValueError), match="did you mean 'gbce'"):
         flag_values(argv)
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("configs/log.py:hst", "variant 'hst': unknown model 'hst'; use sasrec, bert4rec"),
+        ("configs/lgo.py", "there is no file configs/lgo.py"),
+    ],
+)
+def test_a_config_that_cannot_be_loaded_ends_with_one_line(path, message, monkeypatch):
+    argv = ["train", f"--config={path}"]
+    monkeypatch.setattr("sys.argv", argv)
+    monkeypatch.chdir(ROOT)
+    flag_values = absl_flags.FlagValues()
+    define_config("A config.", flag_values)
+    with pytest.raises(SystemExit, match=message):
+        flag_values(argv)
