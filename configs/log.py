@@ -7,8 +7,6 @@ evaluations. Steps are small, so that a small log gets enough of them; the confi
 show what to change for a larger one.
 
     python -m experiments.train --config=configs/log.py:hstu --config.data.path=my.csv --workdir=runs/my_hstu
-
-Measured: docs/reproduction.md, "Every model on your own log".
 """
 
 from configs import common

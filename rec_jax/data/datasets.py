@@ -199,8 +199,8 @@ def _source(config: DataConfig) -> str:
         return ""
     if not config.path:
         raise ValueError(
-            "path='' is empty: name the file of a log with --config.data.path=FILE (prepare_data: --input=FILE), "
-            "or set format='simulator' (DataConfig)"
+            "path='' is empty: name the file of a log with --config.data.path=FILE (prepare_data: "
+            "--input=FILE), or set format='simulator' (DataConfig)"
         )
     return config.path if config.format == "tfds" else str(resolve_path(config.path, "path"))
 
