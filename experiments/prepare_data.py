@@ -2,7 +2,7 @@
 
     python -m experiments.prepare_data --input=log.csv --user=customer --item=product --time=when \\
         --k_core=5 --output=data/log
-    python -m experiments.train --config=configs/sasrec.py --workdir=runs/log \\
+    python -m experiments.train --config=configs/log.py --workdir=runs/log \\
         --config.data.path=data/log
 
 Prints the format, the number of events that each rule removed, and the split with its checksum. The input is

@@ -136,7 +136,7 @@ def naive_loop(params, histories, split, max_len: int) -> Loop:
 
 
 def packed_source(histories, split, max_len: int, num_devices: int, targets_U) -> BatchSource:
-    """Batches of about NUM_USERS users each, with a number of rows that the devices divide evenly."""
+    """Batches of about NUM_USERS users each; the number of devices divides their number of rows."""
     source = BatchSource(histories, split, EpochPlan(max_len=max_len, batch_rows=1, epochs=1, seed=0))
     rows = NUM_USERS * source.plan.num_rows / np.count_nonzero(targets_U)
     per_device = max(1, round(rows / num_devices))

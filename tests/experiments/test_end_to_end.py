@@ -17,7 +17,7 @@ from rec_jax.experiment import Experiment
 from rec_jax.run_config import ExperimentConfig
 
 SMOKE = f"--config={CONFIGS}/sasrec_ml1m.py:smoke"
-COMMANDS = sorted(p.stem for p in (ROOT / "experiments").glob("*.py") if "launch(main)" in p.read_text())
+COMMANDS = sorted(p.stem for p in (ROOT / "experiments").glob("*.py") if "__main__" in p.read_text())
 # Without the config for a user's own log, which needs its path.
 NAMES = {p.stem for p in CONFIGS.glob("*.py")} - {"__init__", "common", "log"}
 # One config for each loss, table layout and kind of feed-forward layer that test_every_model does not train.
