@@ -15,7 +15,7 @@ import numpy as np
 from rec_jax.trained import TrainedModel
 
 ROOT = pathlib.Path(__file__).parents[2]
-NUM_KILLS = 4
+KILLED_AT = (20, None, 60, 100)  # training steps of 192; None is the start-up
 
 
 def start(workdir, cache):
@@ -74,21 +74,18 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path):
     finish(start(tmp_path / "whole", cache))
     uninterrupted = outcome(tmp_path / "whole")
     workdir, rng = tmp_path / "killed", random.Random(0)
-    kills = 0
-    while kills < NUM_KILLS:
+    for step in KILLED_AT:
         process = start(workdir, cache)
-        before = last_step(workdir)
-        # The last kill may hit the start-up, the others hit the training.
-        deadline = time.monotonic() + (rng.uniform(1, 6) if kills == NUM_KILLS - 1 else 60)
-        while process.poll() is None and last_step(workdir) <= before and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.2))
-        if process.poll() is not None:
-            break
+        if step is None:
+            time.sleep(rng.uniform(1, 4))
+        else:
+            deadline = time.monotonic() + 300
+            while process.poll() is None and last_step(workdir) < step and time.monotonic() < deadline:
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.2))  # before, during or after a save
+        assert process.poll() is None, "the run ended before it was killed: " + process.communicate()[0]
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        kills += 1
-    assert kills >= NUM_KILLS - 1, "the run ended before it was killed often enough"
     output = finish(start(workdir, cache))
     assert "resumed from step" in output
     assert outcome(workdir) == uninterrupted
