@@ -118,7 +118,7 @@ def test_matryoshka_and_heads_are_the_same_on_a_mesh_with_sparse_updates():
     [
         (
             {"loss": SoftmaxConfig(matryoshka=(4, 8)), "model": CONFIG},
-            r"matryoshka=\(4, 8\) must be below the 8",
+            r"matryoshka=\(4, 8\) must hold only sizes below the 8 dims",
         ),
         (
             {"model": BERT4RecConfig(num_future=2)},
