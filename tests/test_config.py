@@ -5,7 +5,10 @@ from typing import Literal
 import pytest
 from ml_collections import ConfigDict
 
+from configs import log
 from rec_jax.config import build, switch_type, to_config_dict
+from rec_jax.models.registry import MODELS
+from rec_jax.run_config import ExperimentConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,3 +113,17 @@ def test_switch_type_keeps_values_that_were_set():
 def test_errors_name_field_and_value(values, message):
     with pytest.raises(ValueError, match=message):
         build(OuterConfig, ConfigDict(values))
+
+
+@pytest.mark.parametrize("model", [config.type for config in MODELS])
+def test_the_config_for_a_log_of_your_own_has_every_model_type(model):
+    cfg = log.get_config(model)
+    cfg.data.path = "log.csv"
+    config = build(ExperimentConfig, cfg)
+    assert config.model.type == model and config.train.patience > 0
+    assert build(ExperimentConfig, log.get_config(f"{model}-smoke")).data.format == "simulator"
+
+
+def test_an_unknown_model_type_is_refused():
+    with pytest.raises(ValueError, match="variant 'hst': unknown model 'hst'; use sasrec, bert4rec, esasrec"):
+        log.get_config("hst")
