@@ -30,7 +30,7 @@ flags.mark_flag_as_required("workdir")
 
 def main():
     from rec_jax.experiment import Experiment, write_json
-    from rec_jax.report import plot_comparison, print_breakdown, print_scores
+    from rec_jax.report import plot_comparison, print_better_baselines, print_breakdown, print_scores
     from rec_jax.train.monitor import read_metrics
     from rec_jax.trained import TrainedModel, check_same_split
 
@@ -42,6 +42,7 @@ def main():
     scores = {name: experiment.evaluate(ranker, part) for name, ranker in rankers.items()}
     baselines = experiment.evaluate_baselines(part)
     print_scores(scores | baselines, part=part)
+    print_better_baselines(scores, baselines)
     suffix = f"_{_DIMS.value}dims" if _DIMS.value else ""
     if len(models) == 1:
         print_breakdown(scores["model"])
@@ -74,10 +75,10 @@ def _rankers(models, mesh) -> dict:
 
 
 def _compare(experiment, rankers: dict, scores: dict[str, dict]) -> None:
-    """Compares the best run with the others: prints the ratio of NDCG@10, its bootstrap interval and the
+    """Compares the best run with the others: prints the difference of NDCG@10, its bootstrap interval and the
     p-value of a paired randomization test, and adds them to the scores of the best as "over"."""
     from rec_jax.eval.evaluator import per_example
-    from rec_jax.eval.metrics import bootstrap_ratio, paired_test
+    from rec_jax.eval.metrics import bootstrap_interval, paired_test
     from rec_jax.report import print_table
 
     config, seed = experiment.config.eval, experiment.config.seed
@@ -92,12 +93,13 @@ def _compare(experiment, rankers: dict, scores: dict[str, dict]) -> None:
         if name == best:
             continue
         theirs, _ = values(ranker)
-        ratio, (low, high) = bootstrap_ratio(ours, theirs, 1000, seed, users=users)
+        difference = ours - theirs
+        low, high = bootstrap_interval(difference, 1000, seed, users=users)
         p = paired_test(ours, theirs, 2000, seed, users)
-        over[name] = {"ratio": ratio, "ratio_ci": [low, high], "p": p}
-        rows.append((name, f"{ratio:.3f}", f"{low:.3f}..{high:.3f}", f"{p:.4f}"))
+        over[name] = {"difference": float(difference.mean()), "difference_ci": [low, high], "p": p}
+        rows.append((name, f"{difference.mean():.4f}", f"{low:.4f}..{high:.4f}", f"{p:.4f}"))
     print()
-    print_table((f"ndcg@10 of {best} over", "ratio", "95 % interval", "p"), rows)
+    print_table((f"ndcg@10 of {best}, the best, minus that of", "difference", "95 % interval", "p"), rows)
     scores[best]["over"] = over
 
 

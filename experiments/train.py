@@ -36,7 +36,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main():
     from rec_jax.config import build
     from rec_jax.experiment import Experiment, ExperimentConfig, write_json
-    from rec_jax.report import print_scores
+    from rec_jax.report import print_better_baselines, print_scores
 
     config = build(ExperimentConfig, _CONFIG.value)
     if config.compress.recipe:
@@ -53,6 +53,7 @@ def main():
     val, test = (experiment.evaluate(ranker, part) for part in ("val", "test"))
     baselines = experiment.evaluate_baselines("test")
     print_scores({"model": test, **baselines}, part="test")
+    print_better_baselines({"model": test}, baselines)
     write_json(
         experiment.workdir / "result.json",
         {

@@ -128,16 +128,24 @@ class Experiment:
         return num_params(self.model.abstract_params)
 
     def describe(self) -> str:
-        """Returns a line on the mesh and on the item embedding table: its size, layout and optimizer."""
+        """Returns lines on the mesh, the item embedding table or the semantic ids, and on features of the log that
+        the model does not read."""
         mesh, table = self.mesh, self.config.table
         platform = mesh.devices.flat[0].platform
-        placed = f"mesh: data={mesh.shape['data']}, model={mesh.shape['model']} ({platform})"
+        text = f"mesh: data={mesh.shape['data']}, model={mesh.shape['model']} ({platform})"
         if self.semantic_ids:
-            return f"{placed}\n{self.semantic_ids.report}"
-        return (
-            f"{placed}; item embedding table: {self.histories.num_items + 1:,} entries x "
-            f"{self.config.model.table_dim} dims, layout {table.layout}, optimizer {table.optimizer}"
-        )
+            text += f"\n{self.semantic_ids.report}"
+        else:
+            text += (
+                f"; item embedding table: {self.histories.num_items + 1:,} entries x "
+                f"{self.config.model.table_dim} dims, layout {table.layout}, optimizer {table.optimizer}"
+            )
+        if unread := [name for name in self.config.data.features if name not in self.model.columns]:
+            text += (
+                f"\nnote: model.type={self.config.model.type!r} does not read the features "
+                f"{', '.join(unread)}: they have no effect on it (docs/extending.md)"
+            )
+        return text
 
     @property
     def _schema(self):

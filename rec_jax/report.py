@@ -39,14 +39,29 @@ def print_scores(scores: dict[str, dict], part: str) -> None:
         interval = "..".join(f"{x:.4f}" for x in metrics["ndcg@10_ci"]) if "ndcg@10_ci" in metrics else ""
         values = [f"{metrics[key]:.4f}" for key in (*first, *others)]
         rows.append([name, *values[:2], interval, *values[2:]])
-    print_table(["", *first, "95 % interval", *others[:2], f"{other} hr@10", "ndcg@10"], rows)
+    print_table(["", *first, "95 % interval", *others[:2], f"{other} hr@10", f"{other} ndcg@10"], rows)
     if num := any_metrics["untrained_items"]:
         shares = ", ".join(f"{name} {metrics['untrained@10']:.1%}" for name, metrics in scores.items())
         print(f"{num:,} items have no training event; their share of all top-10 recommendations: {shares}")
     if "oracle" in scores and "model" in scores:
         key = "unfiltered/ndcg@10"
         share = scores["model"][key] / scores["oracle"][key]
-        print(f"the model reaches {share:.1%} of the oracle's {key}")
+        print(f"the model reaches {share:.1%} of the oracle's unfiltered NDCG@10")
+
+
+def print_better_baselines(scores: dict[str, dict], baselines: dict[str, dict]) -> None:
+    """Prints a note if a baseline other than the oracle has a higher NDCG@10 than every model."""
+    best = max(metrics["ndcg@10"] for metrics in scores.values())
+    better = [
+        f"{name} ({metrics['ndcg@10']:.4f})"
+        for name, metrics in baselines.items()
+        if name != "oracle" and metrics["ndcg@10"] > best
+    ]
+    if better:
+        print(
+            f"note: NDCG@10 of {', '.join(better)} is higher than that of the best model here ({best:.4f}): "
+            "train longer, or try other settings"
+        )
 
 
 def print_breakdown(metrics: dict) -> None:
@@ -68,10 +83,11 @@ def draw_scores(axes, scores: dict[str, dict], baselines: dict[str, dict]) -> No
 
     axes: Matplotlib axes. scores, baselines: {name: metrics}.
     """
+    colors = {name: f"C{i % 10}" for i, name in enumerate(scores)}
     for y, (name, metrics) in enumerate(reversed((scores | baselines).items())):
         mean = metrics["ndcg@10"]
         low, high = metrics.get("ndcg@10_ci", (mean, mean))
-        color = "tab:blue" if name in scores else "tab:grey"
+        color = colors.get(name, "tab:grey")
         axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=3)
     axes.set_yticks(range(len(scores | baselines)), list(scores | baselines)[::-1])
     axes.grid(alpha=0.3)
@@ -89,12 +105,13 @@ def plot_comparison(scores, baselines, curves: dict[str, list[dict]], path) -> N
     left, right = figure.subplots(1, 2)
     draw_scores(left, scores, baselines)
     left.set_xlabel("NDCG@10 and its 95 % interval")
+    colors = {name: f"C{i % 10}" for i, name in enumerate(scores)}
     for name, lines in curves.items():
         points = [
             (line["epoch"], line["val/ndcg@10"]) for line in lines if line.get("val/ndcg@10") is not None
         ]
         if points:
-            right.plot(*zip(*points, strict=True), "o-", markersize=3, label=name)
+            right.plot(*zip(*points, strict=True), "o-", markersize=3, label=name, color=colors[name])
     right.set(xlabel="epoch", ylabel="validation NDCG@10")
     right.grid(alpha=0.3)
     if right.lines:

@@ -90,7 +90,7 @@ def test_train_writes_its_files_and_prints_scores(trained):
     for key in ("val", "test", "baselines", "train_secs", "real_tokens_per_sec", "steps", "params"):
         assert key in result
     assert result["real_tokens_per_sec"] > 0
-    assert "of the oracle's unfiltered/ndcg@10" in output
+    assert "of the oracle's unfiltered NDCG@10" in output
     popularity = result["baselines"]["popularity"]["ndcg@10"]
     assert popularity < result["test"]["ndcg@10"] < result["baselines"]["oracle"]["ndcg@10"]
 
@@ -110,7 +110,7 @@ def test_a_run_its_copy_and_their_ensemble_are_equally_good(trained, tmp_path):
     copy = shutil.copytree(workdir, tmp_path / "copy")
     command("evaluate", f"--workdir={copy},{workdir}")
     scores = json.loads((copy / "comparison_test.json").read_text())
-    equal = {"ratio": 1.0, "ratio_ci": [1.0, 1.0], "p": 1.0}
+    equal = {"difference": 0.0, "difference_ci": [0.0, 0.0], "p": 1.0}
     assert scores[str(copy)]["over"] == {str(workdir): equal, "ensemble": equal}
     assert scores["ensemble"]["mrr"] == scores[str(copy)]["mrr"] == scores[str(workdir)]["mrr"]
 

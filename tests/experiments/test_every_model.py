@@ -125,8 +125,8 @@ def test_comparisons_and_ensembles(workdirs, capsys):
     over = scores[best]["over"]
     assert set(over) == {"ensemble", *runs.values()} - {best}
     for name, compared in over.items():
-        ratio = scores[best]["ndcg@10"] / scores[name]["ndcg@10"]
-        assert compared["ratio"] == pytest.approx(ratio) and 0 < compared["p"] <= 1
+        difference = scores[best]["ndcg@10"] - scores[name]["ndcg@10"]
+        assert compared["difference"] == pytest.approx(difference) and 0 < compared["p"] <= 1
     for name, path in runs.items():
         result = json.loads((workdirs[name] / "result.json").read_text())
         assert scores[path]["ndcg@10"] == result["test"]["ndcg@10"]
