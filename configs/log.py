@@ -1,10 +1,10 @@
 """Any model on your own log: --config=configs/log.py:MODEL --config.data.path=FILE.
 
 The variant names the model type: sasrec (the default), esasrec, bert4rec, gru4rec, hstu, lru or tiger; with
--smoke (hstu-smoke) it runs in seconds on simulated data. The log is a CSV or Parquet file with a user, an item and a time in each row (docs/data.md lists other formats and
-the flags that name its columns). Training stops when validation NDCG@10 has not improved for five
-evaluations. Steps are small, so that a small log gets enough of them; the configs for MovieLens and Beauty
-show what to change for a larger one.
+-smoke (hstu-smoke) it runs in seconds on simulated data. The log is a CSV or Parquet file with a user, an
+item and a time in each row (docs/data.md lists other formats and the flags that name its columns). Training
+stops when validation NDCG@10 has not improved for five evaluations. Steps are small, so that a small log
+gets enough of them; the configs for MovieLens and Beauty show what to change for a larger one.
 
     python -m experiments.train --config=configs/log.py:hstu --config.data.path=my.csv --workdir=runs/my_hstu
 """

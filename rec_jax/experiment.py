@@ -128,8 +128,8 @@ class Experiment:
         return num_params(self.model.abstract_params)
 
     def describe(self) -> str:
-        """Returns lines on the mesh, the item embedding table or the semantic ids, and on features of the log that
-        the model does not read."""
+        """Returns lines on the mesh, the item embedding table or the semantic ids, and on features of the log
+        that the model does not read."""
         mesh, table = self.mesh, self.config.table
         platform = mesh.devices.flat[0].platform
         text = f"mesh: data={mesh.shape['data']}, model={mesh.shape['model']} ({platform})"
